@@ -1,0 +1,48 @@
+# `make demo` and `make test` do everything from a fresh clone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= out
+
+# Two spinning threads beside another process make small models 30 times slower: one thread each, no spinning.
+export OMP_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: install demo test test-slow test-floor lint format bench clean
+
+install: $(BIN)/.installed
+
+$(BIN)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: install  ## the main job on the embedded reference model: report.html and results.json in $(OUT)
+	OMP_NUM_THREADS=2 $(BIN)/c4d demo --out $(OUT)
+
+test: install  ## the tests, in two processes
+	$(BIN)/pytest -n 2
+
+test-slow: install  ## checks that take minutes
+	$(BIN)/pytest -n 2 -m slow
+
+test-floor:  ## the core tests with the oldest diffusers that is supported
+	$(PYTHON) -m venv .venv-floor
+	.venv-floor/bin/pip install --quiet --disable-pip-version-check --constraint constraints-floor.txt \
+		--editable ".[reference]" peft pytest pytest-xdist hypothesis
+	.venv-floor/bin/pytest -n 2 tests/invariants tests/test_gates.py tests/test_predictors.py tests/test_run.py
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python src
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install  ## cost of a cached step, ours beside peers
+	$(BIN)/python benchmarks/cached_step.py
+
+clean:
+	rm -rf $(VENV) .venv-floor $(OUT) .pytest_cache .ruff_cache .hypothesis
