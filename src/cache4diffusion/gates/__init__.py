@@ -1,0 +1,44 @@
+"""When: gates decide whether a step is full or cached; guards overrule them."""
+
+from cache4diffusion.gates.accumulated import AccumulatedChange
+from cache4diffusion.gates.base import Front, Gate, Signal, StaticGate, Step, Verification, Watch
+from cache4diffusion.gates.guards import ForceLast, Guard, Mask, MaxAccumulated, MaxRun, MaxTotal, Warmup
+from cache4diffusion.gates.interval import FixedInterval
+from cache4diffusion.gates.quadratic import Quadratic
+from cache4diffusion.gates.schedule import Schedule
+from cache4diffusion.gates.speculative import Speculative
+from cache4diffusion.gates.threshold import ProbeThreshold
+
+# Names under which a gate can be given in a composition, as in gate="interval(interval=3)".
+GATES = {
+    "interval": FixedInterval,
+    "schedule": Schedule,
+    "quadratic": Quadratic,
+    "accumulated": AccumulatedChange,
+    "probe": ProbeThreshold,
+    "speculative": Speculative,
+}
+
+__all__ = [
+    "GATES",
+    "AccumulatedChange",
+    "FixedInterval",
+    "ForceLast",
+    "Front",
+    "Gate",
+    "Guard",
+    "Mask",
+    "MaxAccumulated",
+    "MaxRun",
+    "MaxTotal",
+    "ProbeThreshold",
+    "Quadratic",
+    "Schedule",
+    "Signal",
+    "Speculative",
+    "StaticGate",
+    "Step",
+    "Verification",
+    "Warmup",
+    "Watch",
+]

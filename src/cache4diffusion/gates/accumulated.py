@@ -1,0 +1,81 @@
+"""Accumulated change of a cheap signal: the gate of TeaCache (arXiv:2411.19108, eq. 4-6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cache4diffusion.errors import SettingError
+from cache4diffusion.gates.base import Signal, Step
+
+
+@dataclass
+class AccumulatedState:
+    """The sum since the last full step."""
+
+    total: float = 0.0
+
+
+@dataclass(frozen=True)
+class AccumulatedChange:
+    """Cached while the rescaled changes of the signal since the last full step sum up to less than a threshold.
+
+    ``total += P(score)`` on every step that is not forced; cached while ``total < threshold``; a full step sets
+    ``total = 0``. ``P`` is a polynomial fitted to a denoiser, highest power first; ``(1.0, 0.0)`` is the identity.
+    With a constant score ``u`` the run of cached steps has length ``ceil(threshold / P(u)) - 1``.
+
+    Args:
+        threshold: 0 or more; 0 never caches.
+        coefficients: of ``P``, highest power first (``numpy.poly1d`` order).
+        rescale: what to do where a fitted ``P`` is negative (outside its fitted range several published ones are):
+            ``"clamp0"`` counts such a change as 0, ``"abs"`` as ``|P|``, ``"none"`` lets it lower the sum as the
+            released code does.
+
+    Raises:
+        SettingError: the threshold is negative, or there is no coefficient.
+    """
+
+    threshold: float = 0.4
+    coefficients: tuple[float, ...] = (1.0, 0.0)
+    rescale: Literal["none", "abs", "clamp0"] = "none"
+
+    def __post_init__(self) -> None:
+        if not self.threshold >= 0:
+            raise SettingError(f"AccumulatedChange(threshold={self.threshold}): threshold must be 0 (off) or more.")
+        if not self.coefficients:
+            raise SettingError("AccumulatedChange(coefficients=()): give at least one coefficient.")
+        if self.rescale not in ("none", "abs", "clamp0"):
+            raise SettingError(f"AccumulatedChange(rescale={self.rescale!r}): use 'none', 'abs' or 'clamp0'.")
+
+    @property
+    def watch(self) -> Signal:
+        """The first block's modulated input, against the previous step."""
+        return Signal()
+
+    @property
+    def needs_num_steps(self) -> bool:
+        """The guard that forces the last step knows the length; this gate does not."""
+        return False
+
+    def begin(self, num_steps: int | None) -> AccumulatedState:
+        """Start with an empty sum."""
+        return AccumulatedState()
+
+    def polynomial(self, change: float) -> float:
+        """``P(change)``, rescaled."""
+        value = 0.0
+        for coefficient in self.coefficients:
+            value = value * change + coefficient
+        if self.rescale == "abs":
+            return abs(value)
+        return max(value, 0.0) if self.rescale == "clamp0" else value
+
+    def propose(self, state: AccumulatedState, step: Step, score: float | None) -> bool:
+        """Cached while the sum, this step included, stays below the threshold."""
+        if score is None or self.threshold == 0:
+            return False
+        return state.total + self.polynomial(score) < self.threshold
+
+    def commit(self, state: AccumulatedState, step: Step, cached: bool, score: float | None) -> None:
+        """A full step empties the sum, also a forced one; a cached one keeps it."""
+        state.total = state.total + self.polynomial(score) if cached and score is not None else 0.0

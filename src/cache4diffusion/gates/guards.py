@@ -1,0 +1,187 @@
+"""Guards: limits that overrule any gate.
+
+A guard answers `True` (must be cached), `False` (must be full) or `None` (no opinion); the first opinion counts. Its
+state is advanced once per decision with what was finally decided.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from cache4diffusion.errors import SettingError
+from cache4diffusion.gates.base import Step
+
+
+class Guard(Protocol):
+    """Frozen settings; the state belongs to the engine."""
+
+    @property
+    def needs_num_steps(self) -> bool:
+        """Whether the length of the run must be known."""
+        ...
+
+    def begin(self) -> Any:
+        """State of one unit at the start of a run."""
+        ...
+
+    def overrule(self, state: Any, step: Step) -> bool | None:
+        """`False` forces a full step, `True` a cached one, `None` leaves it to the gate. Pure."""
+        ...
+
+    def commit(self, state: Any, step: Step, cached: bool, score: float | None) -> None:
+        """Take note of the decision."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Stateless:
+    @property
+    def needs_num_steps(self) -> bool:
+        return False
+
+    def begin(self) -> Any:
+        return None
+
+    def commit(self, state: Any, step: Step, cached: bool, score: float | None) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Warmup(_Stateless):
+    """The first ``steps`` steps are full; with ``interval`` above 1 only every ``interval``-th of them (DBCache)."""
+
+    steps: int = 0
+    interval: int = 1
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.interval < 1:
+            raise SettingError(f"Warmup(steps={self.steps}, interval={self.interval}): steps >= 0, interval >= 1.")
+
+    def overrule(self, state: Any, step: Step) -> bool | None:
+        """Full during warm-up."""
+        return False if step.index < self.steps and step.index % self.interval == 0 else None
+
+
+@dataclass(frozen=True)
+class ForceLast(_Stateless):
+    """The last ``steps`` steps are full (a cooldown). Needs the length of the run."""
+
+    steps: int = 1
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise SettingError(f"ForceLast(steps={self.steps}): steps must be 0 or more.")
+
+    @property
+    def needs_num_steps(self) -> bool:
+        """The end must be known."""
+        return self.steps > 0
+
+    def overrule(self, state: Any, step: Step) -> bool | None:
+        """Full at the end."""
+        assert step.num_steps is not None
+        return False if step.index >= step.num_steps - self.steps else None
+
+
+@dataclass(frozen=True)
+class Mask(_Stateless):
+    """A given list of steps that must be computed; what happens at the others is the policy.
+
+    Args:
+        must_compute: one flag per step; steps beyond its end are left to the gate.
+        policy: ``"static"`` always caches at the others, ``"dynamic"`` asks the gate.
+    """
+
+    must_compute: tuple[bool, ...] = ()
+    policy: Literal["static", "dynamic"] = "dynamic"
+
+    def __post_init__(self) -> None:
+        if self.must_compute and not self.must_compute[0]:
+            raise SettingError("Mask(must_compute=(False, ...)): the first step cannot be cached.")
+
+    def overrule(self, state: Any, step: Step) -> bool | None:
+        """Full where the mask says so."""
+        if step.index >= len(self.must_compute):
+            return None
+        if self.must_compute[step.index]:
+            return False
+        return True if self.policy == "static" else None
+
+
+@dataclass
+class _Count:
+    value: float = 0
+
+
+@dataclass(frozen=True)
+class MaxTotal(_Stateless):
+    """At most ``steps`` cached steps in a run."""
+
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise SettingError(
+                f"MaxTotal(steps={self.steps}): steps must be 0 or more; for no limit leave the guard out."
+            )
+
+    def begin(self) -> _Count:
+        """None yet."""
+        return _Count()
+
+    def overrule(self, state: _Count, step: Step) -> bool | None:
+        """Full once the budget is spent."""
+        return False if state.value >= self.steps else None
+
+    def commit(self, state: _Count, step: Step, cached: bool, score: float | None) -> None:
+        """Count."""
+        state.value += cached
+
+
+@dataclass(frozen=True)
+class MaxRun(_Stateless):
+    """At most ``steps`` cached steps in a row (cache-dit 1.5.3 counts so; earlier releases drifted)."""
+
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise SettingError(
+                f"MaxRun(steps={self.steps}): steps must be 0 or more; for no limit leave the guard out."
+            )
+
+    def begin(self) -> _Count:
+        """No run yet."""
+        return _Count()
+
+    def overrule(self, state: _Count, step: Step) -> bool | None:
+        """Full once the run is long enough."""
+        return False if state.value >= self.steps else None
+
+    def commit(self, state: _Count, step: Step, cached: bool, score: float | None) -> None:
+        """Count the current run."""
+        state.value = state.value + 1 if cached else 0
+
+
+@dataclass(frozen=True)
+class MaxAccumulated(_Stateless):
+    """Full for the rest of the run once the scores, those of full steps included, sum up to ``total`` (DBCache)."""
+
+    total: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.total > 0:
+            raise SettingError(f"MaxAccumulated(total={self.total}): total must be above 0.")
+
+    def begin(self) -> _Count:
+        """Nothing summed."""
+        return _Count()
+
+    def overrule(self, state: _Count, step: Step) -> bool | None:
+        """Full once the sum is reached."""
+        return False if state.value >= self.total else None
+
+    def commit(self, state: _Count, step: Step, cached: bool, score: float | None) -> None:
+        """Sum."""
+        state.value += score if score is not None and score > 0 else 0.0

@@ -1,0 +1,58 @@
+"""Predicting one CFG branch from another: the contract of the outermost site.
+
+Batched guidance runs both branches in one call; sequential guidance in two. A `BranchRule` says at which steps the
+predicted branch is not run, and how its output is made from the source branch's output of the *same* step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from cache4diffusion.gates.base import Step
+
+
+@runtime_checkable
+class BranchRule(Protocol):
+    """Frozen settings; the state belongs to the engine."""
+
+    @property
+    def needs_num_steps(self) -> bool:
+        """Whether the length of the run must be known."""
+        ...
+
+    @property
+    def layout(self) -> Literal["auto", "batched", "sequential"]:
+        """How the host calls the branches: both in one call, one call each, or to be seen from the calls."""
+        ...
+
+    @property
+    def batch_order(self) -> Literal["auto", "uncond-cond", "cond-uncond"]:
+        """Which half of a batched call is which."""
+        ...
+
+    def init(self) -> Any:
+        """Empty state of one run."""
+        ...
+
+    def is_cached(self, state: Any, step: Step) -> bool:
+        """Whether the predicted branch is skipped at this step. Pure; False while nothing is known."""
+        ...
+
+    def update(self, state: Any, step: Step, source: list[Tensor], predicted: list[Tensor]) -> None:
+        """Take in both branches' outputs (flat leaves) of a step where both were run."""
+        ...
+
+    def commit(self, state: Any, step: Step) -> None:
+        """Take note that the predicted branch is not run at this step. Once per step, before `predict`."""
+        ...
+
+    def predict(self, state: Any, step: Step, source: list[Tensor]) -> list[Tensor]:
+        """The predicted branch's output from the source branch's, at a step where it was not run. Pure."""
+        ...
+
+    def tensors(self, state: Any) -> Iterator[Tensor]:
+        """What the state holds, for the ledger."""
+        ...

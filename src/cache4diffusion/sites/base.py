@@ -1,0 +1,123 @@
+"""Where: the places of a denoiser whose feature is recorded on full steps and predicted on cached ones.
+
+A site is a frozen description. Finding it in a denoiser is the anatomy's work, putting it to use the engine's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from cache4diffusion.errors import SettingError
+
+PartKind = Literal["attn", "cross_attn", "ffn", "fused", "other"]
+PART_KINDS: tuple[PartKind, ...] = ("attn", "cross_attn", "ffn", "fused", "other")
+
+
+# Names under which a site can be given in a composition, as in site="span(front=1)". Filled by `Site`.
+SITES: dict[str, type[Site]] = {}
+
+
+class Site:
+    """Base of every site: a frozen dataclass whose driver is named in ``engine/drivers.py``.
+
+    A subclass says what it is called in a composition (``name``) and in a sentence (``words``).
+    """
+
+    name: ClassVar[str]
+    words: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        SITES[cls.name] = cls
+
+
+@dataclass(frozen=True)
+class Denoiser(Site):
+    """The denoiser's output. A cached step runs nothing at all, not even the embedders.
+
+    Memory: the predictor's snapshots of one output-sized tensor per branch.
+    """
+
+    name: ClassVar[str] = "denoiser"
+    words: ClassVar[str] = "the whole denoiser"
+
+
+@dataclass(frozen=True)
+class Span(Site):
+    """The residual that a span of blocks adds to each stream: all blocks but ``front`` first and ``back`` last ones.
+
+    On a cached step the blocks of the span pass their input through and the last one adds the predicted residual.
+    What the denoiser's own loop adds between blocks (ControlNet residuals, adapters) is never part of the residual,
+    so it is added exactly once.
+
+    Args:
+        front: first blocks that always run, 0 or more.
+        back: last blocks that always run, 0 or more.
+        per_list: one span, gate state and decision for each list of blocks (double- and single-stream blocks of
+            FLUX), as cache-dit does, instead of one over all lists. ``front`` and ``back`` then count in every list.
+
+    Raises:
+        SettingError: a count is negative.
+    """
+
+    name: ClassVar[str] = "span"
+    words: ClassVar[str] = "a span of blocks"
+
+    front: int = 0
+    back: int = 0
+    per_list: bool = False
+
+    def __post_init__(self) -> None:
+        if self.front < 0 or self.back < 0:
+            raise SettingError(f"Span(front={self.front}, back={self.back}): both must be 0 or more blocks.")
+
+
+@dataclass(frozen=True)
+class Parts(Site):
+    """The outputs of the residual sub-layers of every block, before their adaLN gate.
+
+    On a cached step no part runs; gates, shifts and scales of the current timestep still apply.
+
+    Args:
+        kinds: which parts: ``attn``, ``cross_attn``, ``ffn``, ``fused`` (attention and MLP with one projection, as in
+            FLUX's single-stream blocks), ``other``.
+
+    Raises:
+        SettingError: an unknown kind, or none.
+    """
+
+    name: ClassVar[str] = "parts"
+    words: ClassVar[str] = "the parts"
+
+    kinds: tuple[PartKind, ...] = PART_KINDS
+
+    def __post_init__(self) -> None:
+        unknown = [kind for kind in self.kinds if kind not in PART_KINDS]
+        if unknown or not self.kinds:
+            raise SettingError(f"Parts(kinds={self.kinds}): use one or more of {', '.join(PART_KINDS)}.")
+
+
+@dataclass(frozen=True)
+class UNetLevel(Site):
+    """The feature that enters one up-layer of a U-Net; everything deeper is bypassed on a cached step.
+
+    Levels are counted from the output side, as in DeepCache: ``block=0, layer=0`` keeps only the last up-layer, fed by
+    ``conv_in`` through the outermost skip connection.
+
+    Args:
+        block: up-block, counted from the output; 0 or more.
+        layer: layer of that up-block, counted from its end; 0 or more.
+
+    Raises:
+        SettingError: a value is negative.
+    """
+
+    name: ClassVar[str] = "unet_level"
+    words: ClassVar[str] = "a U-Net level"
+
+    block: int = 0
+    layer: int = 0
+
+    def __post_init__(self) -> None:
+        if self.block < 0 or self.layer < 0:
+            raise SettingError(f"UNetLevel(block={self.block}, layer={self.layer}): both must be 0 or more.")
