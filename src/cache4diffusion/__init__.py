@@ -1,0 +1,25 @@
+"""cache4diffusion: feature caching for diffusion models behind one interface."""
+
+from cache4diffusion import methods
+from cache4diffusion.accelerate import accelerate
+from cache4diffusion.compare import compare
+from cache4diffusion.errors import Cache4DiffusionError
+from cache4diffusion.handle import Handle
+from cache4diffusion.method import METHODS, Composition, Method, method
+from cache4diffusion.selfcheck import selfcheck
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "METHODS",
+    "Cache4DiffusionError",
+    "Composition",
+    "Handle",
+    "Method",
+    "__version__",
+    "accelerate",
+    "compare",
+    "method",
+    "methods",
+    "selfcheck",
+]

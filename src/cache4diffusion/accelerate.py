@@ -1,0 +1,261 @@
+"""The front door: a pipeline or a denoiser, and a method, make a handle."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cache4diffusion import methods as _methods  # noqa: F401 - fills the registry
+from cache4diffusion.anatomy import describe
+from cache4diffusion.anatomy.undisturbed import unwrapped
+from cache4diffusion.engine import Engine
+from cache4diffusion.engine.compiling import TOKENS, WHOLE, hides_sites, is_compiled
+from cache4diffusion.engine.core import NanGuard, no_stack
+from cache4diffusion.engine.inputs import inputs_of
+from cache4diffusion.errors import (
+    AlreadyAcceleratedError,
+    AnatomyError,
+    Cache4DiffusionError,
+    CompositionError,
+    SettingError,
+)
+from cache4diffusion.gates import GATES
+from cache4diffusion.guidance import BRANCH_RULES
+from cache4diffusion.handle import Handle
+from cache4diffusion.method import METHODS, Composition, Method, method
+from cache4diffusion.predictors import PREDICTORS
+from cache4diffusion.profile import load_profile
+from cache4diffusion.run import RunTracker
+from cache4diffusion.settings import check_names, component
+from cache4diffusion.sites import SITES
+from cache4diffusion.tokens import TOKEN_RULES
+from cache4diffusion.trace import Trace
+from cache4diffusion.wrap import owner_of
+
+# Where pipelines keep what they call in their loop, in the order in which two-expert pipelines use them.
+DENOISER_NAMES = ("transformer", "transformer_2", "unet", "prior", "denoiser", "dit", "model")
+_AXES = ("site", "gate", "predictor", "tokens", "cfg", "decide", "branches")
+
+
+def denoisers_of(target: Any) -> dict[str, nn.Module]:
+    """The denoisers of a pipeline, by attribute name; a bare module is its own.
+
+    Raises:
+        AnatomyError: nothing that looks like a denoiser.
+    """
+    if isinstance(target, nn.Module):
+        return {"denoiser": target}
+    found = {}
+    for name in DENOISER_NAMES:
+        candidate = getattr(target, name, None)
+        if isinstance(candidate, nn.Module) and candidate not in found.values():
+            found[name] = candidate
+    if not found:
+        raise AnatomyError(
+            f"{type(target).__name__} has no denoiser: none of its attributes {', '.join(DENOISER_NAMES)} is a module. "
+            "Pass the denoiser itself: accelerate(denoiser, ...)."
+        )
+    return found
+
+
+def default_method(denoiser: nn.Module) -> Method:
+    """A safe choice for a denoiser nobody tuned: adaptive for transformers, a short interval for the rest.
+
+    Transformers with a stack of blocks get ``fbcache`` at its cautious threshold, U-Nets ``deepcache`` at interval 2.
+    """
+    plain = getattr(denoiser, "_orig_mod", denoiser)
+    is_unet = hasattr(plain, "down_blocks") and hasattr(plain, "up_blocks")
+    return method("deepcache", interval=2) if is_unet else method("fbcache", threshold=0.06, warmup=4)
+
+
+def accelerate(
+    target: Any,
+    method_or_profile: str | Method | Composition | Path | None = None,
+    /,
+    *,
+    nan_guard: NanGuard | None = None,
+    **settings: Any,
+) -> Handle:
+    """Cache features of a pipeline's denoisers (or of one denoiser) from now on, until ``handle.remove()``.
+
+    Args:
+        target: a diffusers pipeline, or a denoiser called in a loop of your own.
+        method_or_profile: a method's name (``"taylorseer"``), a method (``methods.TaylorSeer(interval=5)``), a
+            composition of your own, or a profile file (``"flux-fast.yaml"``). None picks a safe default and prints it.
+        nan_guard: what to do about a predicted output with NaN or Inf: ``"now"`` (look at once and recompute; the
+            default on the CPU), ``"next"`` (look at the next step, without a sync; the default elsewhere), ``"off"``.
+        **settings: the method's settings by name; and, to combine methods by axis, ``site=``, ``gate=``,
+            ``predictor=``, ``tokens=``, ``cfg=`` (each a name such as ``"newton(order=2)"`` or an object), ``decide=``
+            and ``branches=``.
+
+    Returns:
+        The handle: ``report()``, ``trace``, ``stats``, ``memory``, ``run()``, ``remove()``; a context manager.
+
+    Raises:
+        UnknownNameError, SettingError: a name or value is not accepted; the nearest or the range is named.
+        CompositionError: the axes do not go together.
+        AlreadyAcceleratedError: a denoiser carries a handle already.
+        AnatomyError: the denoiser lacks what the method needs (where that shows only in a call: at the first call,
+            with nothing left attached).
+    """
+    if nan_guard not in (None, "now", "next", "off"):
+        raise SettingError(f"nan_guard={nan_guard!r}: use 'now', 'next' or 'off'.")
+    found = denoisers_of(target)
+    for name, denoiser in found.items():
+        owner = owner_of(denoiser)
+        if owner is not None:
+            raise AlreadyAcceleratedError(
+                f"{name} ({type(denoiser).__name__}) is already accelerated by {owner.label}. Call remove() on that "
+                "handle first; to combine methods, name both in one call, e.g. accelerate(pipe, 'dbcache', "
+                "cfg='fastercache')."
+            )
+    chosen, axes = _choose(target, found, method_or_profile, settings)
+    composition = compose(chosen, axes)
+    label = _label(chosen, axes)
+    trace = Trace()
+    handle: Handle | None = None
+
+    def on_begin(run: Any) -> None:
+        if handle is not None:
+            handle._on_begin(run)
+
+    def on_end(run: Any, aborted: bool) -> None:
+        if handle is not None:
+            handle._on_end(run, aborted)
+
+    tracker = RunTracker(on_begin, on_end)
+    handle = Handle(chosen if isinstance(chosen, Method) else None, label, tracker, trace)
+    try:
+        for name, denoiser in found.items():
+            _check(name, denoiser, composition)
+            engine = Engine(
+                denoiser,
+                composition,
+                tracker,
+                trace,
+                name=name,
+                owner=handle,
+                batch_order="cond-uncond" if type(denoiser).__name__.startswith("DiTTransformer") else "auto",
+                nan_guard=nan_guard,
+            )
+            handle._engines.append(engine)
+            tracker.watch_denoiser(denoiser)
+            if engine.branches is not None and not isinstance(target, nn.Module):
+                engine.branches.is_guided = _guidance_of(target)
+        if not isinstance(target, nn.Module):
+            tracker.watch_pipeline(target)
+    except BaseException:
+        handle.remove()
+        raise
+    if method_or_profile is None:
+        print(f"cache4diffusion: using {label} (name a method to choose another)")
+    return handle
+
+
+def _choose(
+    target: Any, found: dict[str, nn.Module], given: Any, settings: dict[str, Any]
+) -> tuple[Method | Composition, dict[str, Any]]:
+    axes = {name: settings.pop(name) for name in _AXES if name in settings and not _is_setting(given, name)}
+    if given is None:
+        if settings:
+            raise SettingError(f"Settings ({', '.join(settings)}) need a method: accelerate(pipe, 'name', ...).")
+        return default_method(next(iter(found.values()))), axes
+    if isinstance(given, (Method, Composition)):
+        if settings:
+            raise SettingError(
+                f"{type(given).__name__} was given as an object, so settings belong into it, not into accelerate(): "
+                f"{', '.join(settings)}."
+            )
+        return given, axes
+    if isinstance(given, Path) or (isinstance(given, str) and given.endswith((".yaml", ".yml", ".json"))):
+        profile = load_profile(Path(given))
+        return method(profile.method, **{**profile.settings, **settings}), {**profile.axes, **axes}
+    if not isinstance(given, str):
+        raise SettingError(
+            f"accelerate(pipe, {given!r}): give a method's name, a method, a composition or a profile file."
+        )
+    return method(given, **settings), axes
+
+
+def _is_setting(given: Any, name: str) -> bool:
+    """Some methods have a setting of an axis' name (``decide`` of DBCache): then it is the method's."""
+    if not isinstance(given, str) or given not in METHODS:
+        return False
+    return name in {entry.name for entry in dataclasses.fields(METHODS[given])}
+
+
+def compose(chosen: Method | Composition, axes: dict[str, Any] | None = None) -> Composition:
+    """The composition of a method with some of its axes replaced, by name or object.
+
+    Raises:
+        UnknownNameError, SettingError, CompositionError: as `accelerate`.
+    """
+    composition = chosen.compose() if isinstance(chosen, Method) else chosen
+    check_names("A composition", axes or {}, _AXES)
+    changed: dict[str, Any] = {}
+    tables = {"site": SITES, "gate": GATES, "predictor": PREDICTORS, "tokens": TOKEN_RULES}
+    for name, value in (axes or {}).items():
+        if isinstance(value, str) and name in tables:
+            value = component(value, tables[name], "token rule" if name == "tokens" else name)
+        elif name == "cfg" and isinstance(value, str):
+            value = component(value, BRANCH_RULES, "branch rule")
+        elif name == "decide" and value not in ("batch", "any", "row"):
+            raise SettingError(f"decide={value!r}: use 'batch', 'any' or 'row'.")
+        elif name == "branches" and value not in ("independent", "tied"):
+            raise SettingError(f"branches={value!r}: use 'independent' or 'tied'.")
+        changed[name] = value
+    try:
+        return dataclasses.replace(composition, **changed)
+    except CompositionError:
+        raise
+    except TypeError as error:
+        raise SettingError(str(error)) from error
+
+
+def _label(chosen: Method | Composition, axes: dict[str, Any]) -> str:
+    if isinstance(chosen, Method):
+        values = [f"{name}={value!r}" for name, value in chosen.settings.items()]
+        name = chosen.info.name
+    else:
+        values, name = [], "composition"
+    values += [f"{name}={value!r}" if not isinstance(value, str) else f"{name}={value}" for name, value in axes.items()]
+    return f"{name}({', '.join(values)})"
+
+
+def _check(name: str, denoiser: nn.Module, composition: Composition) -> None:
+    """What can be refused without seeing a call."""
+    inputs_of(denoiser)
+    if composition.needs_stack is not None and _is_convolutional_unet(denoiser):
+        raise no_stack(f"{name} ({type(unwrapped(denoiser)).__name__})", composition)
+    if hides_sites(composition) and (hasattr(denoiser, "_orig_mod") or is_compiled(denoiser)):
+        raise CompositionError(f"{name} {WHOLE}")
+    if composition.tokens is not None and any(is_compiled(module) for module in denoiser.modules()):
+        raise CompositionError(f"{name}: {TOKENS}")
+
+
+def _is_convolutional_unet(denoiser: nn.Module) -> bool:
+    """Whether a denoiser is made of lists of convolutional down and up blocks, by its modules alone."""
+    plain = unwrapped(denoiser)
+    if not describe(plain).is_unet_like:
+        return False
+    sides = [module for module in plain.children() if isinstance(module, nn.ModuleList) and len(module)]
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return sum(any(isinstance(inside, convolutions) for inside in side.modules()) for side in sides) >= 2
+
+
+def _guidance_of(pipe: Any) -> Any:
+    reference = weakref.ref(pipe)
+
+    def is_guided() -> bool | None:
+        owner = reference()
+        value = getattr(owner, "do_classifier_free_guidance", None)
+        return value if isinstance(value, bool) else None
+
+    return is_guided
+
+
+__all__ = ["Cache4DiffusionError", "accelerate", "compose", "default_method", "denoisers_of"]

@@ -1,0 +1,55 @@
+"""Main blocks as the engine sees them: streams in one canonical order, whatever the block's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from cache4diffusion.anatomy import Anatomy, Block, Stream, StreamRef
+from cache4diffusion.engine.leaves import get_argument
+
+_ORDER = {"image": 0, "joint": 1, "text": 2, "unknown": 3}
+
+
+class BlockView:
+    """A block whose streams are listed image first; lists of blocks may order them differently."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self._order = sorted(range(len(block.streams)), key=lambda i: (_ORDER[block.streams[i].kind], i))
+        self.streams: list[Stream] = [block.streams[i] for i in self._order]  # in canonical order
+        template = block.output_template
+        refs = template if type(template) is tuple else ()
+        self._places: list[int] | None = None  # for an output that is a plain tuple of streams: which, canonically
+        if refs and all(isinstance(ref, StreamRef) for ref in refs):
+            self._places = [self._order.index(ref.index) for ref in refs]
+
+    @property
+    def path(self) -> str:
+        """Module path from the denoiser."""
+        return self.block.path
+
+    @property
+    def can_rebuild(self) -> bool:
+        """Whether the output can be made from stream values alone."""
+        return self.block.can_rebuild
+
+    def inputs(self, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+        """What enters, one tensor per stream."""
+        return [get_argument(module, args, kwargs, stream.argument) for stream in self.streams]
+
+    def rebuild(self, values: Sequence[Tensor]) -> Any:
+        """The block's output around ``values`` (canonical order)."""
+        if self._places is not None:
+            return tuple(values[place] for place in self._places)
+        own = [None] * len(values)
+        for value, index in zip(values, self._order, strict=True):
+            own[index] = value  # type: ignore[call-overload]
+        return self.block.rebuild(own)
+
+
+def views_of(anatomy: Anatomy) -> list[BlockView]:
+    """The main blocks of all lists, in the order in which they run."""
+    return [BlockView(block) for stack in anatomy.main for block in stack.blocks]

@@ -1,0 +1,90 @@
+"""Living with ``torch.compile``: what runs outside of compiled regions stays out of them.
+
+The wrappers around calls, and everything they run, are plain Python between compiled regions. Where somebody compiles
+the denoiser from outside (``torch.compile(denoiser)``), Dynamo sees their frames too; it is told to leave them alone
+and to go on with the host's own frames below. Being left alone does not keep a function from being traced as a part of
+something else, as the wrappers of parts are inside a compiled block.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from cache4diffusion.gates import Front, Signal
+from cache4diffusion.method import Composition
+from cache4diffusion.sites import Denoiser
+
+try:  # both are private; without them a denoiser compiled from outside shows in that no site is ever reached
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback
+    from torch._dynamo.decorators import skip_code
+except ImportError:
+    get_eval_frame_callback = skip_code = None
+
+WHOLE = (
+    "was compiled as a whole, which hides the blocks and parts inside that this method must reach. Compile the blocks "
+    "instead (denoiser.compile_repeated_blocks(fullgraph=True), or block.compile() for each), or use a method for the "
+    "whole denoiser ('taylorseer-lite')."
+)
+TOKENS = (
+    "token rules look into the blocks while they run, so the blocks must not be compiled. Use a method without a token "
+    "rule ('taylorseer', 'fora'), or leave the blocks as they are."
+)
+
+
+def hides_sites(composition: Composition) -> bool:
+    """Whether compiling the denoiser as a whole would hide what the composition must reach."""
+    watch = composition.gate.watch if composition.gate is not None else None
+    looks_inside = isinstance(watch, (Signal, Front))
+    return looks_inside or (composition.site is not None and not isinstance(composition.site, Denoiser))
+
+
+def is_under_compile() -> bool:
+    """Whether a ``torch.compile`` around the caller is at work: of the denoiser as a whole, or of the whole loop."""
+    return get_eval_frame_callback is not None and callable(get_eval_frame_callback())
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called, also underneath a wrapper of ours."""
+    call = module.__dict__.get("_compiled_call_impl")
+    wrapper = getattr(call, "c4d_wrapper", None)
+    return (call if wrapper is None else wrapper.compiled) is not None
+
+
+def leave_us_alone() -> None:
+    """Tell Dynamo not to compile the frames of this package by themselves. ``torch._dynamo.reset()`` undoes it."""
+    if skip_code is None:
+        return
+    package = __name__.partition(".")[0]
+    for name, module in list(sys.modules.items()):
+        if name == package or name.startswith(f"{package}."):
+            for value in list(vars(module).values()):
+                if getattr(value, "__module__", None) == name:
+                    for code in _codes(value, set()):
+                        skip_code(code)
+
+
+def _codes(value: Any, seen: set[int]) -> Iterator[types.CodeType]:
+    """The code of a function or of a class's methods, and all code nested in it.
+
+    Args:
+        value: a function, a class, or anything else (which has none).
+        seen: classes looked into already: a class may hold itself, as those of command-line options do.
+    """
+    if isinstance(value, type):
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        for member in list(vars(value).values()):
+            yield from _codes(member.fget if isinstance(member, property) else member, seen)
+        return
+    code = getattr(getattr(value, "__func__", value), "__code__", None)
+    pending = [code] if isinstance(code, types.CodeType) else []
+    while pending:
+        code = pending.pop()
+        yield code
+        pending += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]

@@ -1,0 +1,110 @@
+"""Asking gates and guards, unit by unit, and telling them what was decided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from cache4diffusion.engine.state import Context, Unit, Verdict
+from cache4diffusion.gates import Verification
+from cache4diffusion.method import Composition
+
+
+def new_units(composition: Composition, num_steps: int | None, batch: int) -> list[Unit]:
+    """Fresh units for a branch: one for the batch, or one per row."""
+    assert composition.gate is not None
+    count = 1 if composition.decide == "batch" else batch
+    return [
+        Unit(composition.gate.begin(num_steps), [guard.begin() for guard in composition.guards]) for _ in range(count)
+    ]
+
+
+def decide(
+    composition: Composition,
+    context: Context,
+    key: int,
+    is_ready: bool,
+    observe: Callable[[], Sequence[float | None]] | None = None,
+    follow: Verdict | None = None,
+) -> Verdict:
+    """Take one decision and commit it.
+
+    Args:
+        composition: gate, guards and policy.
+        context: the call.
+        key: which decision of the call.
+        is_ready: whether anything could be predicted; if not, the step is full whatever the gate says.
+        observe: returns one score per unit; only called if some unit is not settled by a guard (it may cost a sync).
+        follow: verdict of the leading branch, if this branch is tied to it.
+    """
+    gate, step = composition.gate, context.step
+    assert gate is not None
+    units = context.state.units[key]
+    forced: list[bool | None] = []
+    reasons: list[str] = []
+    for unit in units:
+        opinion, reason = None, ""
+        for guard, state in zip(composition.guards, unit.guards, strict=True):
+            opinion = guard.overrule(state, step)
+            if opinion is not None:
+                reason = type(guard).__name__
+                break
+        forced.append(opinion)
+        reasons.append(reason)
+    scores: list[float | None] = [None] * len(units)
+    if is_ready and follow is None and any(opinion is None for opinion in forced):
+        if isinstance(gate.watch, Verification):
+            scores = [unit.feedback for unit in units]
+        elif observe is not None:
+            scores = list(observe())
+    scores = [score if opinion is None else None for score, opinion in zip(scores, forced, strict=True)]
+    cached = [
+        gate.propose(unit.gate, step, score) if opinion is None else opinion
+        for unit, score, opinion in zip(units, scores, forced, strict=True)
+    ]
+    if follow is not None:
+        cached, reasons = list(follow.cached), ["tied to the first branch"] * len(units)
+    if not is_ready:
+        cached, reasons = [False] * len(units), ["nothing cached yet"] * len(units)
+    if composition.decide == "any" and not all(cached):
+        cached = [False] * len(units)
+    for unit, final, score in zip(units, cached, scores, strict=True):
+        gate.commit(unit.gate, step, final, score)
+        if not final:
+            unit.feedback = None  # what an earlier run of cached steps was worth says nothing of the next
+        for guard, state in zip(composition.guards, unit.guards, strict=True):
+            guard.commit(state, step, final, score)
+    reason = reasons[0] or (type(gate).__name__ if gate.watch is None else "score")
+    return Verdict(tuple(cached), reason, tuple(scores))
+
+
+def relative_change(now: Tensor, before: Tensor, per_row: bool) -> Tensor:
+    """``sum|now - before| / sum|before|`` in float32, per row or over all rows; shape [rows] or [1].
+
+    0 where nothing changed and nothing was there, infinite where something came from nothing.
+    """
+    dims = tuple(range(1, now.ndim))
+    before = before.float()
+    num = torch.linalg.vector_norm(now.float() - before, ord=1, dim=dims)
+    den = torch.linalg.vector_norm(before, ord=1, dim=dims)
+    if not per_row:
+        num, den = num.sum().reshape(1), den.sum().reshape(1)
+    return torch.where((den == 0) & (num == 0), torch.zeros_like(num), num / den)
+
+
+def prediction_error(predicted: Tensor, true: Tensor, verification: Verification, per_row: bool = True) -> Tensor:
+    """Error in float32 by the verification's metric, per row or over all rows; shape [rows] or [1]."""
+    rows = predicted.shape[0] if per_row else 1
+    pred, real = (x.float().reshape(rows, -1) for x in (predicted, true))
+    eps = verification.eps
+    if verification.metric == "relative_l1":
+        return ((pred - real).abs() / (real.abs() + eps)).mean(1)
+    if verification.metric == "l1":
+        return (pred - real).abs().mean(1)
+    if verification.metric == "l2":
+        return (pred - real).square().mean(1).sqrt()
+    if verification.metric == "relative_l2":
+        return ((pred - real) / (real.abs() + eps)).square().mean(1).sqrt()
+    return 1 - torch.nn.functional.cosine_similarity(pred, real, dim=1, eps=eps)

@@ -1,0 +1,77 @@
+"""What a driver is: it puts one kind of site to use in one denoiser."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from cache4diffusion.engine.state import Context
+
+if TYPE_CHECKING:
+    from cache4diffusion.anatomy import Anatomy
+    from cache4diffusion.engine.core import Engine
+
+Inner = Callable[..., Any]
+
+
+class Driver(ABC):
+    """Records and replaces the features of one kind of site.
+
+    The engine calls, in this order: `install` once the anatomy is known; per denoiser call `is_ready`, then `run`,
+    within which block wrappers come back through `on_block`; `uninstall` at the end. A driver keeps what it remembers
+    of a run in the `BranchState` it is given, never in itself.
+    """
+
+    needs_anatomy = True
+    splits_rows = False  # whether it treats rows apart itself; else the engine calls it once per group of rows
+    needs_blocks = False  # whether the engine must wrap the main blocks' calls for `on_block`
+
+    def __init__(self, engine: Engine, site: Any) -> None:
+        self.engine, self.site = engine, site
+
+    def install(self, anatomy: Anatomy | None) -> None:  # noqa: B027 - optional step
+        """Wrap what must be wrapped.
+
+        Raises:
+            AnatomyError: the denoiser lacks what this site needs.
+        """
+
+    def uninstall(self) -> None:  # noqa: B027 - optional step
+        """Take every wrapper away."""
+
+    @property
+    def keys(self) -> tuple[int, ...]:
+        """Identifiers of the decisions taken in one call."""
+        return (0,)
+
+    @abstractmethod
+    def is_ready(self, context: Context, key: int) -> bool:
+        """Whether the features of decision ``key`` can be predicted in this call."""
+
+    def was_reached(self, context: Context) -> bool:
+        """After a full step: whether any site was."""
+        return bool(context.state.sites)
+
+    @abstractmethod
+    def run(self, context: Context, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the denoiser's call (``inner``) under the verdicts of ``context``."""
+
+    def on_block(
+        self, context: Context, position: int, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A main block is called; by default it runs."""
+        return inner(*args, **kwargs)
+
+    def on_decided(self, context: Context, key: int) -> None:  # noqa: B027 - optional step
+        """A verdict that was pending when the call began has been reached."""
+
+    def bypassed(self) -> list[str]:
+        """Paths of the modules that do not run on a cached step, for cost estimates; ``""`` is the whole denoiser."""
+        return []
+
+    def verify(self, context: Context, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Compute the last block from its own input and return the prediction's error, per row or in one."""
+        raise NotImplementedError(f"{type(self).__name__} cannot verify")  # compositions refuse this pair

@@ -1,0 +1,34 @@
+"""Which driver puts which kind of site to work: one row per site."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cache4diffusion.engine.denoiser import DenoiserDriver
+from cache4diffusion.engine.driver import Driver
+from cache4diffusion.engine.level import LevelDriver
+from cache4diffusion.engine.parts import PartsDriver
+from cache4diffusion.engine.span import SpanDriver
+from cache4diffusion.errors import CompositionError
+from cache4diffusion.sites import Denoiser, Parts, Site, Span, UNetLevel
+
+DRIVERS: dict[type[Site], type[Driver]] = {
+    Denoiser: DenoiserDriver,
+    Span: SpanDriver,
+    Parts: PartsDriver,
+    UNetLevel: LevelDriver,
+}
+
+
+def driver_of(engine: Any, site: Site) -> Driver:
+    """Make the driver of a site.
+
+    Raises:
+        CompositionError: the site has no row in the table.
+    """
+    if type(site) not in DRIVERS:
+        raise CompositionError(
+            f"{type(site).__name__} has no driver, so the engine cannot put it to work. Add its row to DRIVERS in "
+            "cache4diffusion/engine/drivers.py."
+        )
+    return DRIVERS[type(site)](engine, site)

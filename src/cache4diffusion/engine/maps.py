@@ -1,0 +1,70 @@
+"""Seeing a denoiser's output as maps ``[..., H, W]``, whatever its layout."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from cache4diffusion.errors import AnatomyError
+
+# Denoisers whose output tokens hold 2x2 patches of the latent, channel-major: D = (channel, row, column).
+_PACKED = ("Flux", "Qwen", "Bria", "Chroma", "LongCat", "Ovis")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How tokens ``[B, N, D]`` lie in the image: ``height x width``, each a ``patch x patch`` piece of the latent."""
+
+    height: int
+    width: int
+    patch: int
+
+    def to_maps(self, tokens: Tensor) -> Tensor:
+        """``[B, N, D]`` to ``[B, D / patch^2, H * patch, W * patch]``."""
+        b, p = tokens.shape[0], self.patch
+        maps = tokens.reshape(b, self.height, self.width, -1, p, p).permute(0, 3, 1, 4, 2, 5)
+        return maps.reshape(b, -1, self.height * p, self.width * p)
+
+    def to_tokens(self, maps: Tensor) -> Tensor:
+        """The inverse of `to_maps`."""
+        b, p = maps.shape[0], self.patch
+        tokens = maps.reshape(b, -1, self.height, p, self.width, p).permute(0, 2, 4, 1, 3, 5)
+        return tokens.reshape(b, self.height * self.width, -1)
+
+
+def grid_of(denoiser_name: str, tokens: Tensor, ids: Any = None, shapes: Any = None) -> Grid:
+    """The grid of output tokens, row by row.
+
+    Args:
+        denoiser_name: class name.
+        tokens: the output ``[B, N, D]``.
+        ids: positions of the tokens ``[N, 3]`` or ``[B, N, 3]`` (FLUX's ``img_ids``: frame, row, column), if the host
+            passes any. Reading them is a host sync.
+        shapes: ``[[(frames, height, width), ...], ...]`` (``img_shapes``), if the host passes them.
+
+    Raises:
+        AnatomyError: nothing tells the grid.
+    """
+    count = tokens.shape[1]
+    patch = 2 if denoiser_name.startswith(_PACKED) and tokens.shape[2] % 4 == 0 else 1
+    if isinstance(ids, Tensor):
+        rows, columns = (ids[0] if ids.ndim == 3 else ids)[:, -2:].round().long().T.tolist()
+        width = max(columns, default=0) + 1
+        if len(rows) == count and [r * width + c for r, c in zip(rows, columns, strict=True)] == list(range(count)):
+            return Grid(count // width, width, patch)
+    elif shapes is not None:
+        sizes = {tuple(int(size) for size in sample[0]) for sample in shapes}
+        frames, height, width = sizes.pop() if len(sizes) == 1 else (0, 0, 0)
+        if frames == 1 and height * width == count:
+            return Grid(height, width, patch)
+    else:
+        side = math.isqrt(count)
+        if side * side == count:
+            return Grid(side, side, patch)
+    raise AnatomyError(
+        f"{denoiser_name} returns {count} tokens, and how they lie in the image is not known (no position ids of one "
+        "image, row by row, and not a square), so FasterCache cannot filter them by frequency."
+    )

@@ -1,0 +1,372 @@
+"""The part sites: residual sub-layers of every block, predicted before their adaLN gate.
+
+A part's ``forward`` is wrapped, and so are the modules that run only to feed parts. All wrappers of a denoiser read one
+shared `Switch`; inside a compiled block nothing else is read but attributes of the site itself, so that every block of
+a class shares one graph per mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cache4diffusion.anatomy import Anatomy, Inner, Part
+from cache4diffusion.engine.decide import prediction_error
+from cache4diffusion.engine.driver import Driver
+from cache4diffusion.engine.driver import Inner as InnerCall
+from cache4diffusion.engine.leaves import get_output, own, take_apart
+from cache4diffusion.engine.state import Context
+from cache4diffusion.engine.tokens import TokenDriver
+from cache4diffusion.errors import AnatomyError
+from cache4diffusion.gates import Verification
+from cache4diffusion.predictors import Predictor
+from cache4diffusion.sites import Parts
+from cache4diffusion.wrap import ForwardWrapper
+
+
+class Switch:
+    """What all wrappers of one denoiser read. Inside a compiled block: the two flags, and nothing else of it."""
+
+    def __init__(self) -> None:
+        self.is_on = False  # off: as if the wrappers were not there
+        self.is_cached = False  # predict; else compute and keep
+        self.is_watching = False  # what is computed is kept for a comparison, not as the feature of a full step
+        self.context: Context | None = None  # the call in progress
+
+    def turn(self, *, on: bool, cached: bool = False) -> None:
+        """Say what the wrappers do from here on."""
+        self.is_on, self.is_cached, self.is_watching = on, cached, False
+
+
+class PartSite:
+    """One part of one block: its wrapper, and where its feature comes from and goes to in the call in progress.
+
+    In an eager block the feature is recorded and predicted while the block runs. A compiled block is one graph with no
+    way out, so there it is left at ``fresh`` for the driver to collect after the call, and found at ``prepared``, made
+    before the call. Whether a block is compiled shows in where its feature was left at the last full step.
+    """
+
+    def __init__(self, name: str, part: Part, position: int, module: nn.Module, driver: PartsDriver) -> None:
+        self.name, self.part, self.position, self.module = name, part, position, module
+        self.driver, self.switch = driver, driver.switch
+        self.fresh: Any = None  # output computed in the call in progress
+        self.prepared: Any = None  # output predicted for the call in progress
+        self.is_traced = False
+        self.wrapper = ForwardWrapper(module, self._make)
+
+    def _make(self, found: Callable[..., Any]) -> Callable[..., Any]:
+        site, switch, tokens = self, self.switch, self.driver.tokens
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if switch.is_cached:
+                output = site.given()
+                if output is not None:
+                    return output
+            output = found(*args, **kwargs)
+            if switch.is_on:
+                site.take(output)
+            return output
+
+        if tokens is None:
+            return forward
+        is_captured = tokens.captures(self.part.kind)
+
+        def forward_with_tokens(*args: Any, **kwargs: Any) -> Any:
+            if switch.is_cached and site.is_known:
+                return tokens.run(site, found, args, kwargs) if tokens.handles(site) else site.given()
+            if not switch.is_on or not is_captured:
+                return forward(*args, **kwargs)
+            output = tokens.capture(site.position, found, args, kwargs)
+            site.take(output)
+            return output
+
+        return forward_with_tokens
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is anything to predict from."""
+        context = self.switch.context
+        return context is not None and self.name in context.state.sites
+
+    def given(self) -> Any:
+        """The output of this cached step; None if there is nothing to predict from, and the part must run."""
+        if torch.compiler.is_compiling() or self.prepared is not None:
+            return self.prepared
+        return self.driver.predict(self) if self.is_known else None
+
+    def take(self, output: Any) -> None:
+        """Keep what was computed."""
+        if torch.compiler.is_compiling() or self.switch.is_watching:
+            self.fresh = output
+        else:
+            self.driver.record(self, output)
+
+    def rebuild(self, tensors: Sequence[Tensor]) -> Any:
+        """The part's output around its tensors."""
+        context = self.switch.context
+        assert context is not None
+        return context.state.layouts[self.name].fill(tensors)
+
+
+class RestingModule:
+    """A module that runs only to feed parts: on cached steps it hands out a placeholder that costs nothing.
+
+    Either a zero-width tensor, which vanishes in a concatenation along the width, or one token of NaN, which broadcasts
+    through scale and shift. Any leak is a shape error or a NaN that the guard catches.
+    """
+
+    def __init__(self, inner: Inner, module: nn.Module, driver: PartsDriver) -> None:
+        self.inner, self.driver, self.switch = inner, driver, driver.switch
+        self.fed = [site for site in driver.sites if site.part.path in inner.feeds]
+        self.shapes: tuple[tuple[int, ...], ...] = ()  # of the output's tensors, at the last full step
+        self.blank: Any = (
+            None  # for compiled blocks: made before the call, as sizes kept in numbers would be compiled in
+        )
+        self.must_run = False  # a part that it feeds has nothing to predict from
+        self.wrapper = ForwardWrapper(module, self._make)
+
+    def _make(self, found: Callable[..., Any]) -> Callable[..., Any]:
+        rest, switch, tokens = self, self.switch, self.driver.tokens
+        is_norm = self.inner.role == "nan_token"
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if switch.is_cached and not rest.must_run:
+                return rest.placeholder(args, kwargs)
+            output = found(*args, **kwargs)
+            if switch.is_on and not is_norm:
+                rest.shapes = shapes_of(output)
+            return output
+
+        if tokens is None:
+            return forward
+        is_captured = tokens.captures(self.inner.kind)
+
+        def forward_with_tokens(*args: Any, **kwargs: Any) -> Any:
+            if switch.is_cached and not rest.must_run:
+                return tokens.run_inner(rest, found, args, kwargs)
+            if not switch.is_on or is_norm:
+                return found(*args, **kwargs)
+            position = tokens.position_of(rest) if is_captured else None
+            output = found(*args, **kwargs) if position is None else tokens.capture(position, found, args, kwargs)
+            rest.shapes = shapes_of(output)
+            tokens.took_inner(rest, output)
+            return output
+
+        return forward_with_tokens
+
+    def placeholder(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What stands for the output."""
+        x = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
+        if self.inner.role == "nan_token":
+            return x.new_full((x.shape[0], 1, x.shape[-1]), float("nan"))
+        if torch.compiler.is_compiling():
+            return self.blank
+        return self.blanks(x, x.shape[0])
+
+    def blanks(self, like: Tensor, rows: int) -> Any:
+        """Zero-width tensors in place of the output's."""
+        found = [like.new_empty((rows, *shape[1:-1], 0)) for shape in self.shapes]
+        return found[0] if len(found) == 1 else tuple(found)
+
+
+def shapes_of(output: Any) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the tensors of an output."""
+    return (tuple(output.shape),) if isinstance(output, Tensor) else tuple(tuple(leaf.shape) for leaf in output)
+
+
+class PartsDriver(Driver):
+    """Predicts the outputs of parts.
+
+    Blocks in front of a gate's watch point always run, so their parts are left alone.
+    """
+
+    site: Parts
+
+    def __init__(self, engine: Any, site: Parts) -> None:
+        super().__init__(engine, site)
+        self.switch = Switch()
+        self.sites: list[PartSite] = []
+        self.resting: list[RestingModule] = []
+        self._traced: list[PartSite] = []  # sites in compiled blocks, as seen at the last full step
+        rule = engine.composition.tokens
+        self.tokens: TokenDriver | None = TokenDriver(self, rule) if rule is not None else None
+        self.needs_blocks = engine.gate.watch is not None or rule is not None
+
+    @property
+    def predictor(self) -> Predictor:
+        """The predictor of the composition."""
+        return self.engine.predictor
+
+    def install(self, anatomy: Anatomy | None) -> None:
+        """Wrap the parts and the modules that rest with them."""
+        assert anatomy is not None
+        modules = dict(self.engine.denoiser.named_modules())
+        first = self.engine.watched_blocks
+        main = [block for stack in anatomy.main for block in stack.blocks]
+        nested = [block for stack in anatomy.stacks if not stack.is_main for block in stack.blocks]
+        if main and not self.engine.is_unet:
+            nested = []
+        chosen = list(enumerate(main))[first:] + [(len(main) + i, block) for i, block in enumerate(nested)]
+        for position, block in chosen:
+            parts = [part for part in block.parts if part.kind in self.site.kinds and part.calls == 1]
+            for part in parts:
+                self.sites.append(PartSite(part.path, part, position, modules[part.path], self))
+        wrapped = {site.part.path for site in self.sites}
+        resting: dict[str, Inner] = {}
+        for site in self.sites:
+            for inner in site.part.inner:
+                if all(path in wrapped for path in inner.feeds):
+                    resting[inner.path] = inner
+        self.resting = [RestingModule(inner, modules[path], self) for path, inner in resting.items()]
+        if not self.sites:
+            raise AnatomyError(
+                f"{anatomy.denoiser} has no parts of the kinds {', '.join(self.site.kinds)} that can be told apart. "
+                "Methods for spans ('fbcache', 'teacache') or the whole denoiser ('taylorseer-lite') may work."
+            )
+        if self.tokens is not None:
+            self.tokens.install(anatomy, {r.inner.path: r for r in self.resting})
+
+    def uninstall(self) -> None:
+        """Unwrap everything."""
+        self.switch.turn(on=False)
+        self.switch.context = None
+        if self.tokens is not None:
+            self.tokens.uninstall()
+        for wrapped in (*self.resting, *self.sites):
+            wrapped.wrapper.remove()
+        self.sites, self.resting, self._traced = [], [], []
+
+    def is_ready(self, context: Context, key: int) -> bool:
+        """Once every part was recorded that runs at all."""
+        kept = context.state.sites
+        return bool(kept) and all(self.predictor.is_ready(state) for state in kept.values())
+
+    def run(self, context: Context, inner: InnerCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Set the switch, run the host's code, collect what compiled blocks kept."""
+        switch = self.switch
+        switch.context = context
+        try:
+            if context.verdict is not None:
+                self._turn(context)
+            output = inner(*args, **kwargs)
+            if switch.is_on:
+                self._collect()
+                context.state.extra["shapes"] = {rest.inner.path: rest.shapes for rest in self.resting}
+            if switch.is_on and not switch.is_cached and self.tokens is not None:
+                self.tokens.finish_full(context)
+            return output
+        finally:
+            switch.turn(on=False)
+            switch.context = None
+            for site in self.sites:
+                site.fresh = site.prepared = None
+
+    def on_block(
+        self, context: Context, position: int, inner: InnerCall, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Blocks run; a token rule must know how long their streams are."""
+        if self.tokens is not None:
+            lengths = {"image": 0, "text": 0}
+            streams = self.engine.blocks[position].streams
+            for stream, value in zip(streams, self.engine.stream_inputs(position, args, kwargs), strict=True):
+                lengths["text" if stream.kind == "text" else "image"] += value.shape[1]
+            context.state.extra[f"lengths.{position}"] = (lengths["image"], lengths["text"])
+        return inner(*args, **kwargs)
+
+    def on_decided(self, context: Context, key: int) -> None:
+        """The gate has seen what it watches: the parts that follow go the way it said."""
+        self._turn(context)
+
+    def _turn(self, context: Context) -> None:
+        is_cached = context.verdicts[0].is_cached
+        self.switch.turn(on=True, cached=is_cached)
+        shapes = context.state.extra.get("shapes", {})  # branches may differ in length
+        for rest in self.resting:
+            rest.shapes = shapes.get(rest.inner.path, ())
+        if not is_cached:
+            return
+        known = context.state.sites
+        unknown = {site.part.path for site in self.sites if site.name not in known}
+        for rest in self.resting:
+            rest.must_run = bool(unknown) and not unknown.isdisjoint(rest.inner.feeds)
+        for site in self._traced:
+            site.prepared = self.predict(site) if site.name in known else None
+        ready = next((site.prepared for site in self._traced if site.prepared is not None), None)
+        if ready is not None:
+            like, rows = take_apart(ready)[0][0], context.batch if context.rows is None else len(context.rows)
+            for rest in self.resting:
+                if rest.inner.role == "zero_width":
+                    rest.blank = rest.blanks(like, rows)
+
+    def _collect(self) -> None:
+        """Record what compiled blocks left at their parts."""
+        for site in self.sites:
+            if site.fresh is None:
+                continue
+            if not site.is_traced:
+                site.is_traced = True
+                self._traced.append(site)
+            self.record(site, site.fresh)
+
+    def record(self, site: PartSite, output: Any) -> None:
+        """Take in the feature of a full step."""
+        context = self.switch.context
+        assert context is not None
+        tensors, layout = take_apart(output)
+        if layout != context.state.layouts.get(site.name):  # first time, or its structure changed: start anew
+            self.forget(site)
+            context.state.layouts[site.name] = layout
+        kept = context.state.sites
+        if site.name not in kept:
+            kept[site.name] = self.predictor.init(context.batch)
+        self.predictor.update(kept[site.name], tensors, context.time, context.rows)
+
+    def predict(self, site: PartSite) -> Any:
+        """The output of this cached step; a copy of its own where the host writes into it."""
+        context = self.switch.context
+        assert context is not None
+        state = context.state.sites[site.name]
+        tensors = self.predictor.predict(state, context.time, context.rows)
+        if site.is_traced:  # a snapshot handed out as it is would be a view, which a compiled block tells from others
+            tensors = [tensor.detach() for tensor in tensors]
+        return site.rebuild(own(tensors, state) if site.part.is_mutated else tensors)
+
+    def forget(self, site: PartSite) -> None:
+        """Start anew with this part, in the branch that runs."""
+        context = self.switch.context
+        if context is not None:
+            context.state.sites.pop(site.name, None)
+            context.state.layouts.pop(site.name, None)
+            context.state.tokens.pop(site.name, None)
+
+    def verify(self, context: Context, inner: InnerCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Compute the last block from its own input and compare its last part (or its output) with the prediction.
+
+        As in SpeCa's code: the fused part's feature where the last block is one fused part (FLUX), else the block's
+        output (DiT).
+        """
+        assert self.engine.gate is not None
+        watch = self.engine.gate.watch
+        assert isinstance(watch, Verification)
+        last = max(site.position for site in self.sites)
+        mine = [site for site in self.sites if site.position == last]
+        predicted = context.scratch["last_output"]
+        self.switch.is_cached, self.switch.is_watching = False, True
+        true = inner(*args, **kwargs)
+        kept = mine[-1].fresh
+        self.switch.is_cached, self.switch.is_watching = True, False
+        for site in mine:
+            site.fresh = None
+        if len(mine) == 1 and mine[0].part.kind == "fused" and kept is not None:
+            before, after = take_apart(self.predict(mine[0]))[0][0], take_apart(kept)[0][0]
+        else:
+            path = next(s.output for s in self.engine.blocks[last].streams if s.output is not None)
+            before, after = get_output(predicted, path), get_output(true, path)
+        return prediction_error(before, after, watch, per_row=self.engine.composition.decide != "batch")
+
+    def bypassed(self) -> list[str]:
+        """The parts and what rests with them."""
+        return [site.part.path for site in self.sites] + [rest.inner.path for rest in self.resting]

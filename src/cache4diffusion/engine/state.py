@@ -1,0 +1,120 @@
+"""What the engine remembers: of one run, per branch, and of the call in progress."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from cache4diffusion.gates import Step
+from cache4diffusion.run import Call
+
+
+@dataclass
+class Unit:
+    """What takes one decision (the batch, or one row): the states of its gate and guards."""
+
+    gate: Any
+    guards: list[Any]
+    feedback: float | None = None  # what a verification found at the step before
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was decided for one call.
+
+    Args:
+        cached: one flag per unit; a single one stands for the whole batch.
+        reason: why, in a few words.
+        scores: what the gate compared, per unit; None where it was not asked.
+    """
+
+    cached: tuple[bool, ...]
+    reason: str
+    scores: tuple[float | None, ...] = ()
+
+    @property
+    def is_full(self) -> bool:
+        """Everything is computed."""
+        return not any(self.cached)
+
+    @property
+    def is_cached(self) -> bool:
+        """Everything is predicted."""
+        return all(self.cached)
+
+    @property
+    def full_rows(self) -> list[int]:
+        """Rows that are computed (of a mixed verdict)."""
+        return [row for row, cached in enumerate(self.cached) if not cached]
+
+    @property
+    def cached_rows(self) -> list[int]:
+        """Rows that are predicted (of a mixed verdict)."""
+        return [row for row, cached in enumerate(self.cached) if cached]
+
+
+@dataclass
+class BranchState:
+    """All that is remembered of one CFG branch in one run. Born empty; dropped as a whole."""
+
+    signature: Any
+    units: dict[int, list[Unit]] = field(default_factory=dict)  # by decision (several only with one per block list)
+    references: dict[int, Tensor] = field(default_factory=dict)  # what the watch compares with
+    sites: dict[str, Any] = field(default_factory=dict)  # predictor states, by site name
+    layouts: dict[str, Any] = field(default_factory=dict)  # how the outputs there are made of tensors, likewise
+    tokens: dict[str, Any] = field(default_factory=dict)  # token-rule states, by site name
+    extra: dict[str, Any] = field(default_factory=dict)  # a driver's own
+    last_step: int | None = None  # at which the branch was called
+    unread_finite: Tensor | None = None  # finite check of the last cached output, not read yet
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every cached tensor held here."""
+        yield from self.references.values()
+        for state in self.sites.values():
+            yield from state.tensors()
+        for value in self.extra.values():
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, dict):
+                yield from (leaf for leaf in value.values() if isinstance(leaf, Tensor))
+
+    def forget_features(self) -> None:
+        """Clear what predictions are made from; the next step will be full."""
+        self.sites.clear()
+        self.layouts.clear()
+        self.tokens.clear()
+        self.references.clear()
+        self.extra.clear()
+
+
+def is_new_conditioning(call: Call) -> bool:
+    """Whether the conditioning of this branch was replaced since its last call: what is cached belongs to another."""
+    return call.how == "ordinal" and call.step > 0
+
+
+@dataclass
+class Context:
+    """One call of the denoiser (or the part of it that concerns some rows)."""
+
+    call: Call
+    step: Step
+    state: BranchState
+    batch: int  # rows of the whole call
+    kwargs: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the denoiser's call
+    rows: list[int] | None = None  # which of them this part concerns; None for all
+    verdicts: dict[int, Verdict] = field(default_factory=dict)
+    is_checked: bool = False  # whether a verification is due
+    scratch: dict[Any, Any] = field(default_factory=dict)  # of this call only
+
+    @property
+    def time(self) -> float:
+        """Coordinate of this step for predictors: its index."""
+        return float(self.step.index)
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """The decision, where there is only one."""
+        return self.verdicts.get(0)

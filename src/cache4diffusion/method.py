@@ -1,0 +1,273 @@
+"""A method is a named composition of four axes: site x gate x predictor x token rule."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from cache4diffusion.errors import CompositionError, SettingError, UnknownNameError, closest
+from cache4diffusion.gates import Front, Gate, Guard, Signal, Verification
+from cache4diffusion.gates.guards import ForceLast, Warmup
+from cache4diffusion.guidance import BranchRule
+from cache4diffusion.predictors import Predictor, Reuse
+from cache4diffusion.settings import check, check_names, describe
+from cache4diffusion.sites import Parts, Site, Span, UNetLevel
+from cache4diffusion.tokens import TokenRule
+
+Fidelity = Literal["code", "paper", "reconstructed", "ours"]
+Decide = Literal["batch", "any", "row"]
+
+_EXAMPLES = {
+    "site": "span(front=1)",
+    "gate": "interval(interval=3)",
+    "predictor": "taylor(order=1)",
+    "tokens": "top(recompute_ratio=0.1)",
+    "cfg": "fastercache(interval=5)",
+}
+
+
+@dataclass(frozen=True)
+class Composition:
+    """What the engine runs.
+
+    Args:
+        site: where features are recorded and replaced; None if only ``cfg`` is used.
+        gate: when.
+        predictor: with what.
+        guards: limits that overrule the gate, in this order.
+        tokens: which tokens are computed anyway on a cached step; None for none.
+        decide: ``"batch"`` one decision from all rows together; ``"any"`` full if one row alone would be; ``"row"``
+            each row for itself.
+        branches: ``"independent"`` each CFG branch decides for itself; ``"tied"`` the first branch of a step decides
+            and the others follow.
+        cfg: predicts one CFG branch from another, outside everything else.
+
+    Raises:
+        CompositionError: one of them is something else, or two of them cannot work together; the message says why.
+    """
+
+    site: Site | None
+    gate: Gate | None
+    predictor: Predictor = field(default_factory=Reuse)
+    guards: tuple[Guard, ...] = ()
+    tokens: TokenRule | None = None
+    decide: Decide = "batch"
+    branches: Literal["independent", "tied"] = "independent"
+    cfg: BranchRule | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, kind in (
+            ("site", self.site, Site),
+            ("gate", self.gate, Gate),
+            ("predictor", self.predictor, Predictor),
+            ("tokens", self.tokens, TokenRule),
+            ("cfg", self.cfg, BranchRule),
+        ):
+            if value is not None and not isinstance(value, kind):
+                raise CompositionError(
+                    f"{name}={value!r} is no {name}. Use a name such as {_EXAMPLES[name]!r}, or an object of that kind."
+                )
+        if (self.site is None) != (self.gate is None):
+            raise CompositionError("A site needs a gate and a gate needs a site.")
+        if self.site is None:
+            if self.cfg is None:
+                raise CompositionError("Nothing to do: give a site and a gate, or a CFG branch rule.")
+            return
+        assert self.gate is not None
+        watch, site = self.gate.watch, self.site
+        if isinstance(watch, Verification) and not isinstance(site, Parts):
+            raise CompositionError(
+                f"{type(self.gate).__name__} verifies a prediction by computing the last block from its own input; at "
+                f"{site.words} that block has no input on a cached step. Use site='parts'."
+            )
+        if isinstance(watch, (Signal, Front)) and isinstance(site, UNetLevel):
+            raise CompositionError(
+                f"{type(self.gate).__name__} watches the first blocks of a stack, and a U-Net has levels instead. "
+                "Use a gate that watches nothing, such as gate='interval'."
+            )
+        if isinstance(watch, Front) and isinstance(site, Span) and site.front < watch.blocks:
+            raise CompositionError(
+                f"{type(self.gate).__name__} watches the first {watch.blocks} block(s), but Span(front={site.front}) "
+                f"would cache them. Use Span(front={watch.blocks}) or more."
+            )
+        if isinstance(site, Span) and site.per_list and isinstance(watch, Signal):
+            raise CompositionError(
+                "The signal is that of the denoiser's first block; with Span(per_list=True) later lists have none. "
+                "Use per_list=False."
+            )
+        if self.decide == "row" and isinstance(watch, (Signal, Front)) and not isinstance(site, Span):
+            raise CompositionError(
+                f"decide='row' with {type(self.gate).__name__} is decided in the middle of a call, when "
+                f"{site.words} can no longer be split by rows. Use site='span', or decide='any'."
+            )
+        if self.tokens is not None and (self.decide == "row" or isinstance(watch, Verification)):
+            raise CompositionError(
+                "A token rule writes into the prediction that all rows share, so rows cannot decide for themselves and "
+                "a prediction cannot be verified. Use decide='batch' or 'any' with a gate such as 'interval'."
+            )
+        if self.tokens is not None and not isinstance(site, Parts):
+            raise CompositionError(
+                f"A token rule computes some tokens of a part; {site.words} has no parts. Use site='parts'."
+            )
+
+    @property
+    def needs_stack(self) -> str | None:
+        """What it needs a stack of blocks for that carries the latent through the denoiser; None if it does not.
+
+        U-Nets have none: their transformer blocks are nested in levels, and what runs between them is not a block.
+        """
+        watch = self.gate.watch if self.gate is not None else None
+        if isinstance(watch, Signal):
+            return f"{type(self.gate).__name__} watches the modulated input of its first block"
+        if isinstance(watch, Front):
+            return f"{type(self.gate).__name__} watches the residual of its first blocks"
+        if isinstance(watch, Verification):
+            return f"{type(self.gate).__name__} verifies a prediction in its last block"
+        if isinstance(self.site, Span):
+            return "the residual of a span of its blocks is cached"
+        if self.tokens is not None:
+            return f"{type(self.tokens).__name__} picks tokens by their place in it"
+        return None
+
+    @property
+    def needs_num_steps(self) -> bool:
+        """Whether the run's length must be known."""
+        rules: list[Any] = [*self.guards]
+        rules += [rule for rule in (self.gate, self.cfg, self.tokens) if rule is not None]
+        return any(rule.needs_num_steps for rule in rules)
+
+    @property
+    def is_off(self) -> bool:
+        """Whether its settings say that nothing is ever cached: every interval is 1, or every threshold 0."""
+        rules = [rule for rule in (self.gate, self.cfg) if rule is not None]
+        return all(getattr(rule, "interval", None) == 1 or getattr(rule, "threshold", None) == 0 for rule in rules)
+
+    def check_run(self, num_steps: int) -> None:
+        """Refuse settings that contradict the run's length.
+
+        Raises:
+            SettingError: the warm-up alone is as long as the run.
+        """
+        rules = [rule for rule in (self.gate, self.cfg) if getattr(rule, "interval", 0) != 1]  # 1 never caches
+        warmup = max(
+            [guard.steps for guard in self.guards if isinstance(guard, ForceLast)]
+            + [guard.steps for guard in self.guards if isinstance(guard, Warmup) and guard.interval == 1]
+            + [getattr(rule, "warmup", 0) for rule in rules],
+            default=0,
+        )
+        if warmup >= num_steps and num_steps > 1:
+            raise SettingError(
+                f"warmup={warmup} leaves nothing to cache in a run of {num_steps} steps: use less than {num_steps}."
+            )
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """One row of the registry.
+
+    Args:
+        name: slug, as in ``accelerate(pipe, name)``.
+        title: name in print.
+        arxiv: identifier of the paper, or None.
+        site: where, in a word.
+        gate: when, in a word.
+        predictor: with what, in a word.
+        tokens: which tokens anyway, in a word, or None.
+        fidelity: ``code`` (from official code), ``paper``, ``reconstructed`` (no readable formula) or ``ours``.
+        off: settings at which it never caches.
+        use: one line: when to use it.
+        citation: authors, title, venue.
+        needs_calibration: whether a calibration file is needed.
+        shares_branches: whether one CFG branch's prediction reads another's feature.
+    """
+
+    name: str
+    title: str
+    arxiv: str | None
+    site: str
+    gate: str
+    predictor: str
+    tokens: str | None
+    fidelity: Fidelity
+    off: dict[str, Any]
+    use: str
+    citation: str
+    needs_calibration: bool = False
+    shares_branches: bool = False
+
+
+METHODS: dict[str, type[Method]] = {}
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """Base of every method: frozen settings that compose the four axes.
+
+    A subclass declares its settings with `setting`, its `info`, and `compose`. Making it checks the settings.
+    """
+
+    info: ClassVar[MethodInfo]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "info" in cls.__dict__:
+            METHODS[cls.info.name] = cls
+
+    def __post_init__(self) -> None:
+        check(self)
+        self.compose()  # contradictory settings fail here, not on the first step
+
+    @abstractmethod
+    def compose(self) -> Composition:
+        """The composition these settings stand for."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Name and value of every setting."""
+        return {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+
+    @classmethod
+    def describe(cls) -> list[dict[str, Any]]:
+        """Name, default, range and meaning of every setting."""
+        return describe(cls)
+
+    @classmethod
+    def row(cls) -> dict[str, Any]:
+        """The registry row, as ``c4d methods --json`` prints it."""
+        info = cls.info
+        return {
+            "name": info.name,
+            "title": info.title,
+            "arxiv": info.arxiv,
+            "site": info.site,
+            "gate": info.gate,
+            "predictor": info.predictor,
+            "tokens": info.tokens,
+            "needs_calibration": info.needs_calibration,
+            "needs_num_steps": cls().compose().needs_num_steps,
+            "fidelity": info.fidelity,
+            "off": dict(info.off),
+            "use": info.use,
+        }
+
+    def is_off(self) -> bool:
+        """Whether these settings never cache (as far as the registry's `off` row says)."""
+        return all(getattr(self, name) == value for name, value in self.info.off.items())
+
+
+def method(name: str, **settings: Any) -> Method:
+    """Make a method by its slug.
+
+    Raises:
+        UnknownNameError: no method of that name; the nearest is named.
+        SettingError: a setting is unknown or out of range.
+    """
+    if name not in METHODS:
+        raise UnknownNameError(
+            f"There is no method {name!r}{closest(name, METHODS) or '.'} Known: {', '.join(sorted(METHODS))}."
+        )
+    cls = METHODS[name]
+    check_names(f"Method {name!r}", settings, [entry.name for entry in dataclasses.fields(cls)])
+    return cls(**settings)

@@ -1,0 +1,132 @@
+"""What was done, step by step, and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FULL, CACHED, PARTIAL, MIXED, HALF = "F", "c", "p", "m", "h"
+
+
+@dataclass
+class Record:
+    """One call of one denoiser.
+
+    `symbol` is ``F`` (full), ``c`` (cached), ``p`` (cached, with some tokens computed), ``m`` (some rows full, some
+    cached) or ``h`` (only one of two batched CFG branches ran).
+    """
+
+    denoiser: str
+    run: int
+    step: int
+    branch: str
+    symbol: str
+    reason: str
+    rows: tuple[bool, ...] | None = None  # per row: cached? None when the batch decided as one
+    scores: tuple[float | None, ...] = ()
+    wall_ms: float | None = None
+    is_verified: bool = False  # whether the prediction was checked by computing the last block
+
+
+@dataclass
+class Trace:
+    """The records of all runs since `accelerate`, oldest first, and the notes of what went wrong or was unusual."""
+
+    records: list[Record] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    syncs: int = 0  # scalar transfers from the device that decisions needed
+    limit: int = 100_000
+
+    def add(self, record: Record) -> None:
+        """Append a record; the oldest half is dropped when there are too many."""
+        if len(self.records) >= self.limit:
+            del self.records[: self.limit // 2]
+        self.records.append(record)
+
+    def note(self, text: str) -> None:
+        """Append a note once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def runs(self) -> list[int]:
+        """Identifiers of the runs that have records, oldest first."""
+        return list(dict.fromkeys(record.run for record in self.records))
+
+    def of(self, run: int | None = None, branch: str | None = None, denoiser: str | None = None) -> list[Record]:
+        """The records of one run (the newest by default), branch and denoiser."""
+        if run is None:
+            runs = self.runs()
+            if not runs:
+                return []
+            run = runs[-1]
+        return [
+            record
+            for record in self.records
+            if record.run == run
+            and (branch is None or record.branch == branch)
+            and (denoiser is None or record.denoiser == denoiser)
+        ]
+
+    def strip(self, run: int | None = None, branch: str | None = None, denoiser: str | None = None) -> str:
+        """Symbols of one run, step by step, e.g. ``FFFccccFcccc``.
+
+        With several branches and none named: the first branch of the run.
+        """
+        records = self.of(run, None, denoiser)
+        if branch is None and records:
+            branch = records[0].branch
+        return "".join(record.symbol for record in records if record.branch == branch)
+
+
+def unique_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages behind ``tensors``."""
+    storages: dict[int, int] = {}
+    for tensor in tensors:
+        if tensor.device.type == "meta":
+            continue
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+@dataclass
+class Ledger:
+    """Bytes of cached tensors: what is held now, and the most that was ever held."""
+
+    held: int = 0
+    peak: int = 0
+
+    def set(self, held: int) -> None:
+        """Note what is held now."""
+        self.held = held
+        self.peak = max(self.peak, held)
+
+
+class Timer:
+    """Wall time of calls. On an accelerator by events that are read later, so that timing never waits."""
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[Record, Any, Any]] = []
+
+    def events(self, device: torch.device) -> Any:
+        """A fresh recorded event on ``device``, or None on the CPU."""
+        if device.type == "cpu" or not torch.accelerator.is_available():
+            return None
+        event = torch.Event(device, enable_timing=True)
+        event.record()
+        return event
+
+    def add(self, record: Record, start: Any, end: Any) -> None:
+        """Fill in ``record.wall_ms`` from two events when `settle` is called."""
+        self._pending.append((record, start, end))
+
+    def settle(self) -> None:
+        """Read all pending events (waits for the device)."""
+        for record, start, end in self._pending:
+            end.synchronize()
+            record.wall_ms = start.elapsed_time(end)
+        self._pending.clear()
