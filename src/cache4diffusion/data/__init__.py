@@ -1,0 +1,32 @@
+"""Tables of published numbers. Where each comes from, and under which licence, is in ``PROVENANCE.md`` beside this."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from cache4diffusion.errors import UnknownNameError, closest
+
+
+@cache
+def table(name: str) -> dict[str, Any]:
+    """A table of this folder, by file name without ``.json``."""
+    return json.loads(files("cache4diffusion.data").joinpath(f"{name}.json").read_text(encoding="utf-8"))
+
+
+def teacache_coefficients(name: str) -> tuple[float, ...]:
+    """A published set of TeaCache coefficients, highest power first; ``"identity"`` is ``(1, 0)``.
+
+    Raises:
+        UnknownNameError: no such set.
+    """
+    if name == "identity":
+        return (1.0, 0.0)
+    sets = table("teacache")["sets"]
+    if name not in sets:
+        raise UnknownNameError(
+            f"TeaCache has no coefficients {name!r}{closest(name, sets) or '.'} Known: identity, {', '.join(sets)}."
+        )
+    return tuple(float(value) for value in sets[name]["coefficients"])
