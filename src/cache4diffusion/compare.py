@@ -1,0 +1,288 @@
+"""Methods side by side on a pipeline: `compare`, and the adapter that lets `measure.bench` run them."""
+
+from __future__ import annotations
+
+import ast
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cache4diffusion.accelerate import _choose, accelerate, compose, denoisers_of
+from cache4diffusion.anatomy import Anatomy
+from cache4diffusion.calls import Call, check_call, default_steps, first_step, quiet, sampler
+from cache4diffusion.cost import Summary, summarise
+from cache4diffusion.errors import SettingError
+from cache4diffusion.handle import Handle
+from cache4diffusion.method import Composition, Method
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from cache4diffusion.measure import Bench
+
+
+# The warning of a run in which nothing was cached. Where rows and findings say so, it need not be raised as well.
+NOTHING_CACHED = r"0 of \d+ steps were cached"
+
+
+def parse_method(text: str) -> tuple[str, dict[str, Any]]:
+    """Name and settings of ``"taylorseer(interval=5, order=1)"`` or ``"taylorseer"``; values are Python literals.
+
+    Raises:
+        SettingError: it cannot be read.
+    """
+    name, bracket, rest = text.strip().partition("(")
+    if not bracket:
+        return name.strip(), {}
+    try:
+        call = ast.parse(f"f({rest}", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args:
+            raise ValueError
+        return name.strip(), {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise SettingError(f"Cannot read the method {text!r}: write it like 'name(setting=value)'.") from error
+
+
+def split_methods(text: str) -> list[str]:
+    """The entries of ``"a,b(x=1,y=2),c"``: commas inside brackets separate settings, not methods."""
+    entries, depth, start = [], 0, 0
+    for position, letter in enumerate(text):
+        if letter == "(":
+            depth += 1
+        elif letter == ")":
+            depth -= 1
+        elif letter == "," and depth == 0:
+            entries.append(text[start:position].strip())
+            start = position + 1
+    entries.append(text[start:].strip())
+    return [entry for entry in entries if entry]
+
+
+@dataclass
+class MethodVariant:
+    """A method for `measure.bench`: attached around every run, and described by what its handle saw.
+
+    Args:
+        pipe: what it accelerates.
+        chosen: the method or composition.
+        axes: parts of its composition that are replaced.
+        label: tells two of one name apart; found from the settings if empty.
+        call: of the denoiser: attached before the clock starts, as for a user who samples more than once.
+    """
+
+    pipe: Any
+    chosen: Method | Composition
+    axes: dict[str, Any] = field(default_factory=dict)
+    label: str = ""
+    call: Call | None = None
+    anatomy: Anatomy | None = None  # of the denoiser, once seen
+
+    @property
+    def name(self) -> str:
+        """The method's slug."""
+        return self.chosen.info.name if isinstance(self.chosen, Method) else "composition"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All settings, JSON-ready."""
+        given = dict(self.chosen.settings) if isinstance(self.chosen, Method) else {}
+        return {name: _plain(value) for name, value in (given | self.axes).items()}
+
+    @property
+    def fidelity(self) -> str:
+        """How close to its source."""
+        return self.chosen.info.fidelity if isinstance(self.chosen, Method) and not self.axes else "ours"
+
+    @contextmanager
+    def attach(self) -> Iterator[Seen]:
+        """Accelerate for the time of one run."""
+        with warnings.catch_warnings(), accelerate(self.pipe, self.chosen, **self.axes) as handle:
+            warnings.filterwarnings("ignore", message=NOTHING_CACHED)  # it becomes a note of the row
+            if self.call is not None:
+                engine = handle._engines[0]
+                engine.prepare(*self.call, anatomy=self.anatomy)
+                self.anatomy = engine.anatomy
+            yield Seen(handle)
+
+
+class Seen:
+    """What a handle saw of the last run, under the names `measure.bench` reads. Counted when it is asked for."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+
+    @cached_property
+    def _summary(self) -> Summary:
+        return summarise(self._handle)
+
+    @property
+    def full_steps(self) -> float:
+        """Full steps; a mean where branches or rows differ."""
+        return self._summary.full_steps
+
+    @property
+    def total_steps(self) -> int:
+        """Steps."""
+        return self._summary.total_steps
+
+    @property
+    def strip(self) -> str:
+        """One letter per step."""
+        return self._summary.strip
+
+    @property
+    def cache_bytes(self) -> int:
+        """At their largest."""
+        return self._handle.memory["peak"]
+
+    @property
+    def predicted_flops_speedup(self) -> float | None:
+        """From the strip."""
+        return self._summary.predicted
+
+    @property
+    def syncs(self) -> int:
+        """Scalars that decisions waited for."""
+        return self._handle.trace.syncs
+
+    @property
+    def notes(self) -> list[str]:
+        """What was unusual."""
+        return [*self._handle.trace.notes, *self._summary.problems]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(entry) for entry in value]
+    return value if isinstance(value, (bool, int, float, str, list, dict)) or value is None else repr(value)
+
+
+def variants_of(pipe: Any, methods: Sequence[Any], call: Call | None = None) -> list[Any]:
+    """Make a variant of each entry: a name, ``"name(setting=value)"``, a method, a composition, or a variant already.
+
+    Raises:
+        UnknownNameError, SettingError, CompositionError: as `accelerate`; before anything runs.
+    """
+    found = denoisers_of(pipe)
+    variants: list[Any] = []
+    for entry in methods:
+        if hasattr(entry, "attach"):
+            variants.append(entry)
+            continue
+        name, settings = parse_method(entry) if isinstance(entry, str) else (entry, {})
+        chosen, axes = _choose(pipe, found, name, settings)
+        compose(chosen, axes)
+        variants.append(MethodVariant(pipe, chosen, axes, call=call))
+    return variants
+
+
+def compare(
+    pipe: Any,
+    prompts: Sequence[Any],
+    methods: Sequence[Any],
+    *,
+    seeds: int | Sequence[int] = 0,
+    steps: int | None = None,
+    batch: int = 4,
+    judge: Callable[[str, Image], bool] | None = None,
+    family: Callable[[str], str] | None = None,
+    report: str | Path | None = None,
+    results: str | Path | None = None,
+    name: str | None = None,
+    call: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Bench:
+    """Measure methods on your pipeline: quality against the uncached images of the same seeds, and what each costs.
+
+        bench = c4d.compare(pipe, prompts, ["taylorseer(interval=5)", c4d.methods.DBCache(threshold=0.12)],
+                            report="report.html", call={"guidance_scale": 3.5})
+        print(bench.results.row("dbcache").psnr)
+
+    Args:
+        pipe: a diffusers pipeline that makes images. Nothing is left attached to it.
+        prompts: one image each (class labels for class-to-image pipelines).
+        methods: names, names with settings, methods, compositions, or what has an ``attach()`` (`measure.Variant`).
+        seeds: one per prompt, or the first of consecutive ones.
+        steps: sampling steps; None: the pipeline's default.
+        batch: prompts per call of the pipeline.
+        judge: whether an image meets its prompt; adds accuracies.
+        family: of a prompt; adds accuracies per family.
+        report: write the HTML report there.
+        results: write the JSON results there.
+        name: of the pipeline in tables; None: its class.
+        call: further arguments of the pipeline's call, such as ``height``.
+        progress: a progress bar on stderr.
+        **options: of `measure.bench`: ``fewer_steps``, ``flops_captions``, ``warmup``, ``show``, ``level`` and
+            ``conditions``.
+
+    Returns:
+        `measure.Bench`: ``results``, and images for the report.
+
+    Raises:
+        UnknownNameError, SettingError, CompositionError, AnatomyError: a method is not known or cannot serve this
+            pipeline; found before anything is measured.
+        MeasureError: a run failed.
+    """
+    from cache4diffusion.measure import bench, write_report
+
+    prompts, call = list(prompts), dict(call or {})
+    if not prompts or not methods:
+        raise SettingError(f"compare() needs prompts and methods: {len(prompts)} and {len(methods)} were given.")
+    if steps is not None and steps < 1:
+        raise SettingError(f"compare(steps={steps}): use 1 step or more.")
+    check_call(pipe, call)
+    steps = steps or default_steps(pipe)
+    found = denoisers_of(pipe)
+    variants = variants_of(pipe, methods)
+    sample = sampler(pipe, call)
+    with quiet(pipe):
+        first_seed = seeds if isinstance(seeds, int) else seeds[0]
+        part = prompts[:batch]
+        first_seeds = [first_seed] * len(part)
+        calls = first_step(next(iter(found.values())), None, lambda: sample(part, first_seeds, steps))
+        for variant in variants:
+            if isinstance(variant, MethodVariant) and calls:
+                variant.call = calls[0]
+                with variant.attach():
+                    pass
+        measured = bench(
+            variants,
+            sample,
+            prompts,
+            seeds,
+            steps=steps,
+            batch=batch,
+            judge=judge,
+            family=family,
+            denoiser=list(found.values()),
+            conditions=_conditions(pipe, name, call, options.pop("conditions", {})),
+            progress=progress,
+            **options,
+        )
+    if results is not None:
+        measured.results.save(results)
+    if report is not None:
+        write_report(measured.results, measured.images, [str(caption) for caption in measured.captions], report)
+    return measured
+
+
+def _conditions(pipe: Any, name: str | None, call: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    scheduler = getattr(pipe, "scheduler", None)
+    guidance = next(
+        (call[key] for key in ("true_cfg_scale", "guidance_scale") if isinstance(call.get(key), (int, float))), None
+    )
+    found = {
+        "denoiser": name or type(pipe).__name__,
+        "scheduler": type(scheduler).__name__ if scheduler is not None else None,
+        "guidance": float(guidance) if guidance is not None else None,
+        "extra": {"call": {key: _plain(value) for key, value in call.items()}},
+    }
+    return found | dict(given)
+
+
+__all__ = ["MethodVariant", "compare", "parse_method", "split_methods", "variants_of"]

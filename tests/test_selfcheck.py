@@ -1,0 +1,212 @@
+"""selfcheck proves what holds, and names the site where it does not."""
+
+import json
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+import cache4diffusion as c4d
+from cache4diffusion.engine.blocks import BlockView
+from cache4diffusion.engine.level import LevelDriver
+from cache4diffusion.engine.parts import PartSite
+from cache4diffusion.engine.state import BranchState
+from cache4diffusion.errors import SettingError, UnknownNameError
+from cache4diffusion.predictors import History
+from cache4diffusion.selfcheck import INVARIANTS
+from cache4diffusion.wrap import owner_of
+from toys import MLP, dit, flux, flux_inputs, flux_pipeline
+
+STEPS = 6
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def denoiser():
+    return flux()
+
+
+def inputs(batch=2, text=16):
+    """Image and text of equal length: streams could be mistaken for each other without a wrong shape telling."""
+    return {**flux_inputs(batch, text=text), "timestep": torch.ones(batch)}
+
+
+def check(denoiser, methods, **more):
+    return c4d.selfcheck(denoiser, methods, inputs=inputs(), steps=STEPS, **more)
+
+
+def test_every_invariant_holds_for_every_method_that_fits(denoiser):
+    found = check(denoiser, None)
+    assert found.ok, str(found)
+    assert {finding.method for finding in found.findings} == set(c4d.METHODS)
+    for name in c4d.METHODS:
+        mine = {finding.invariant: finding for finding in found.findings if finding.method == name}
+        assert list(mine) == list(INVARIANTS)
+        unfit = {"deepcache": "no U-Net levels", "dbcache": "watches the first 8 blocks"}  # the toy has five
+        if name in unfit:
+            assert all(f.status == "not applicable" and unfit[name] in f.detail for f in mine.values())
+            continue
+        not_shown = {key for key, finding in mine.items() if finding.status == "not applicable"}
+        unguided = {"frozen_input", "nan_guard"} if name == "fastercache" else set()
+        assert not_shown == {"linear_feature"} | unguided, str(found)
+    assert owner_of(denoiser) is None
+    facts = json.loads(found.to_json())
+    assert facts["ok"]
+    assert facts["methods"]["fora"]["off_is_off"]["status"] == "passed"
+    assert "nothing failed" in str(found)
+
+
+def test_a_pipeline_is_checked_with_its_own_calls_and_guidance():
+    pipe = flux_pipeline()
+    g = torch.Generator().manual_seed(0)
+    call = {
+        "prompt_embeds": torch.randn(2, 5, 24, generator=g),
+        "pooled_prompt_embeds": torch.randn(2, 20, generator=g),
+        "negative_prompt_embeds": torch.randn(2, 5, 24, generator=g),
+        "negative_pooled_prompt_embeds": torch.randn(2, 20, generator=g),
+        "true_cfg_scale": 2.0,
+        "height": 16,
+        "width": 16,
+    }
+    found = c4d.selfcheck(pipe, ["fastercache", "taylorseer-lite"], call=call, steps=STEPS)
+    assert found.ok, str(found)
+    assert found.of("fastercache", "frozen_input").status == "passed"
+
+
+def swap_streams(monkeypatch, name):
+    given = PartSite.given
+    monkeypatch.setattr(PartSite, "given", lambda self: given(self)[::-1] if self.name == name else given(self))
+
+
+def test_a_part_whose_streams_are_swapped_is_named(denoiser, monkeypatch):
+    swap_streams(monkeypatch, "transformer_blocks.1.attn")
+    found = check(denoiser, "taylorseer")
+    assert not found
+    finding = found.of("taylorseer", "frozen_input")
+    assert finding.status == "failed"
+    assert finding.site == "transformer_blocks.1.attn"
+    assert "transformer_blocks.1.attn" in str(found)
+
+
+def test_a_part_whose_streams_are_swapped_is_named_when_lengths_differ(denoiser, monkeypatch):
+    swap_streams(monkeypatch, "transformer_blocks.0.attn")
+    found = c4d.selfcheck(denoiser, "fora", inputs=inputs(text=5), steps=STEPS)
+    finding = found.of("fora", "frozen_input")
+    assert (finding.status, finding.site) == ("failed", "transformer_blocks.0.attn")
+    assert "a cached step failed" in finding.detail
+
+
+def test_a_span_whose_streams_are_swapped_is_named(denoiser, monkeypatch):
+    rebuild = BlockView.rebuild
+    last = "single_transformer_blocks.2"
+    monkeypatch.setattr(BlockView, "rebuild", lambda self, v: rebuild(self, v[::-1] if self.path == last else v))
+    finding = check(denoiser, "fbcache").of("fbcache", "frozen_input")
+    assert finding.status == "failed"
+    assert finding.site == f"span.0 (transformer_blocks.1 .. {last})"
+
+
+def test_a_cache_that_never_caches_fails(denoiser, monkeypatch):
+    monkeypatch.setattr(History, "is_empty", property(lambda self: True))
+    finding = check(denoiser, "fora").of("fora", "frozen_input")
+    assert finding.status == "failed"
+    assert "nothing was cached" in finding.detail
+
+
+def test_bytes_nobody_accounts_for_fail(denoiser, monkeypatch):
+    def hidden(self):
+        return iter(())
+
+    monkeypatch.setattr(BranchState, "tensors", hidden)
+    finding = check(denoiser, "taylorseer-lite").of("taylorseer-lite", "ledger_equals_held")
+    assert finding.status == "failed"
+    assert "the ledger says 0 bytes" in finding.detail
+
+
+def test_tensors_without_memory_elsewhere_in_the_process_do_not_count(denoiser):
+    # torch.compile leaves such tensors alive.
+    without_memory = [FakeTensorMode().from_tensor(torch.ones(64)), torch._to_functional_tensor(torch.ones(64))]
+    with pytest.raises(RuntimeError, match="data pointer"):
+        without_memory[1].untyped_storage().data_ptr()
+    assert check(denoiser, "taylorseer-lite").ok
+
+
+def test_a_wrapper_left_behind_fails(denoiser, monkeypatch):
+    monkeypatch.setattr("cache4diffusion.wrap.ForwardWrapper.remove", lambda self: None)
+    finding = check(denoiser, "fora").of("fora", "remove_restores")
+    assert finding.status == "failed"
+
+
+def test_a_denoiser_without_blocks_is_served_by_what_needs_none():
+    call = {"x": torch.randn(3, 4), "timestep": torch.tensor([1.0])}
+    found = c4d.selfcheck(MLP(), ["taylorseer-lite", "fbcache"], inputs=call, steps=STEPS)
+    assert found.ok, str(found)
+    assert found.of("taylorseer-lite", "frozen_input").status == "passed"
+    assert found.of("fbcache", "frozen_input").status == "not applicable"
+
+
+def test_batched_guidance_on_a_dit():
+    torch.manual_seed(0)
+    half = torch.randn(1, 4, 8, 8)
+    call = {
+        "hidden_states": torch.cat([half, half]),
+        "timestep": torch.tensor([500, 500]),
+        "class_labels": torch.tensor([1, 10]),
+    }
+    found = c4d.selfcheck(dit(), ["fastercache", "fora"], inputs=call, steps=STEPS)
+    assert found.ok, str(found)
+    assert found.of("fastercache", "frozen_input").status == "passed"
+    assert found.of("fastercache", "nan_guard").status == "passed"
+
+
+def test_the_level_of_a_unet(monkeypatch):
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=12, attention_head_dim=4, norm_num_groups=4,
+    ).eval()  # fmt: skip
+    call = {
+        "sample": torch.randn(2, 4, 8, 8),
+        "timestep": torch.tensor(5),
+        "encoder_hidden_states": torch.randn(2, 3, 12),
+    }
+    found = c4d.selfcheck(unet, "deepcache", inputs=call, steps=STEPS)
+    assert found.ok, str(found)
+    assert found.of("deepcache", "frozen_input").status == "passed"
+
+    stand_in = LevelDriver._stand_in
+
+    def flipped(*args):
+        return pytree.tree_map(lambda leaf: leaf.flip(-1), stand_in(*args))
+
+    monkeypatch.setattr(LevelDriver, "_stand_in", flipped)
+    finding = c4d.selfcheck(unet, "deepcache", inputs=call, steps=STEPS).of("deepcache", "frozen_input")
+    assert finding.status == "failed"
+    assert finding.site
+
+
+def test_bf16(denoiser):
+    call = {k: v.bfloat16() if v.is_floating_point() and "ids" not in k else v for k, v in inputs().items()}
+    found = c4d.selfcheck(denoiser.bfloat16(), ["fbcache"], inputs=call, steps=STEPS)
+    assert found.ok, str(found)
+    assert "bfloat16" in found.of("fbcache", "kept_type").detail
+
+
+def test_bad_requests(denoiser):
+    with pytest.raises(SettingError, match="needs inputs"):
+        c4d.selfcheck(denoiser)
+    with pytest.raises(SettingError, match="4 or more"):
+        c4d.selfcheck(denoiser, inputs=inputs(), steps=2)
+    with pytest.raises(UnknownNameError, match="did you mean 'fora'"):
+        check(denoiser, "foro")
+    with c4d.accelerate(denoiser, "fora"), pytest.raises(SettingError, match="remove"):
+        check(denoiser, "fora")
