@@ -1,0 +1,40 @@
+"""Measuring honestly: quality and cost of cached runs beside uncached ones of the same seeds.
+
+The metrics need the extra ``measure``; they are imported where they are used, and say so when they are missing.
+"""
+
+from .bench import Bench, Variant, bench, generators
+from .cost import FlopCounter, PeakMemory, Timer, count_flops, flux_block_flops, synchronize
+from .errors import MeasureError, MissingExtraError
+from .metrics import as_images, as_pil, flip, paired_interval, psnr, ssim, wilson_interval
+from .report import write_report
+from .results import Conditions, Results, Row
+from .table import console_table, markdown_table
+
+__all__ = [
+    "Bench",
+    "Conditions",
+    "FlopCounter",
+    "MeasureError",
+    "MissingExtraError",
+    "PeakMemory",
+    "Results",
+    "Row",
+    "Timer",
+    "Variant",
+    "as_images",
+    "as_pil",
+    "bench",
+    "console_table",
+    "count_flops",
+    "flip",
+    "flux_block_flops",
+    "generators",
+    "markdown_table",
+    "paired_interval",
+    "psnr",
+    "ssim",
+    "synchronize",
+    "wilson_interval",
+    "write_report",
+]

@@ -1,0 +1,257 @@
+"""One self-contained HTML report of a benchmark: opens offline, needs nothing beside itself."""
+
+# ruff: noqa: RUF001 -- the multiplication sign and the dash are meant
+
+from __future__ import annotations
+
+import base64
+import gzip
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import table
+from .errors import MeasureError, require
+from .results import Results, Row
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+IMAGE_BUDGET = 4_000_000  # bytes of PNG in all: with base64 and plotly.js (2 MB packed) the page stays below 8 MB
+_SIZES = (512, 384, 256, 192, 128, 96, 64)  # longest side in pixels, the largest that fits the budget is taken
+
+FIDELITY = {
+    "code": "follows the official code",
+    "paper": "follows the paper's formulas; there is no official code to compare with",
+    "reconstructed": "no readable formula: our reading of the paper's idea, its results are not the paper's",
+    "ours": "our own method",
+    "baseline": "the pipeline itself, without a method",
+    "peer": "another library's implementation, run in the same harness",
+}
+
+
+def write_report(
+    results: Results,
+    images: Mapping[str, Sequence[Image]],
+    captions: Sequence[str],
+    path: str | Path,
+    *,
+    title: str | None = None,
+) -> Path:
+    """Write the report of ``results`` to ``path``, one HTML file of less than 8 MB.
+
+    Args:
+        results: what `bench` measured.
+        images: for each row's name, images of ``captions`` in their order; rows may be missing, also all of them. The
+            grid needs those of ``"uncached"``. They are embedded as PNG, shrunk as far as the size of the page asks.
+        captions: what the images show.
+        path: of the HTML file; folders are made.
+        title: of the page; from the denoiser's name if None.
+    Returns:
+        ``path``.
+    Raises:
+        MeasureError: ``images`` of unknown rows, or not one per caption.
+        MissingExtraError: jinja2 or plotly is not installed.
+    """
+    names = [row.name for row in results.rows]
+    for name, several in images.items():
+        if name not in names:
+            raise MeasureError(f"Images of {name!r}, but there is no such row; rows: {', '.join(names)}.")
+        if len(several) != len(captions):
+            raise MeasureError(f"{len(several)} images of {name!r} for {len(captions)} captions.")
+    jinja2 = require("jinja2")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {
+        "speedup": table.speedup,
+        "decibels": table.decibels,
+        "points": table.points,
+        "percent": table.percent,
+        "size": table.size,
+        "milliseconds": table.milliseconds,
+        "steps": table.steps,
+        "settings": table.settings,
+        "safe_json": _inside_script,
+    }
+    environment.globals |= {"whisker": _whisker(results), "shade": _shade(results)}
+    embedded = _embed(images, names)
+    library: str = require("plotly.offline").get_plotlyjs()
+    page = environment.get_template("report.html.j2").render(
+        title=title or f"Feature caching on {results.conditions.denoiser}",
+        results=results,
+        rows=results.rows,
+        headline=headline(results),
+        best=best_method(results),
+        fidelity=FIDELITY,
+        families=_families(results),
+        widest=max(row.total_steps for row in results.rows),
+        has=_has(results),
+        captions=list(captions),
+        data=_data(results, embedded, captions),
+        plotly=base64.b64encode(gzip.compress(library.encode(), mtime=0)).decode(),
+        json=results.to_json(),
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(page, encoding="utf-8")
+    draft.replace(path)
+    return path
+
+
+def best_method(results: Results, *, margin: float = 0.03, wins: float = 0.9) -> Row | None:
+    """The fastest method (by FLOPs) of which the numbers allow to say that it is as good as not caching.
+
+    That is: the interval of its accuracy difference lies above ``-margin`` (where accuracy was judged), and its PSNR is
+    above that of fewer steps of equal cost for at least ``wins`` of the captions. None if there is no such method.
+    """
+    fine = [
+        row
+        for row in results.methods
+        if (row.accuracy_difference_interval is None or row.accuracy_difference_interval[0] > -margin)
+        and (row.psnr_wins is None or row.psnr_wins >= wins)
+        and (row.accuracy_difference_interval is not None or row.psnr_wins is not None)
+        and row.flops_speedup > 1
+    ]
+    return max(fine, key=lambda row: row.flops_speedup, default=None)
+
+
+def headline(results: Results) -> str:
+    """One sentence with the main finding, and no more than the intervals allow."""
+    best = best_method(results)
+    if best is None:
+        if not results.methods:
+            return "Only baselines were measured."
+        return (
+            "No method here is shown to keep the quality: either the interval of its accuracy difference reaches below "
+            f"{table.MINUS}3 points, or fewer steps of equal cost come closer to the uncached images."
+        )
+    text = (
+        f"{best.name} (fidelity: {best.fidelity}) samples with {best.flops_speedup:.1f}× fewer FLOPs, "
+        f"{best.latency_speedup:.1f}× faster"
+    )
+    if best.accuracy_difference_interval is not None:
+        low, high = best.accuracy_difference_interval
+        text += (
+            f", and its accuracy differs by {table.points(best.accuracy_difference)} points "
+            f"({100 * results.conditions.level:g}\u00a0% interval {table.points(low)} to {table.points(high)})"
+        )
+    if best.psnr_wins is not None:
+        share = f"{100 * best.psnr_wins:.0f}\u00a0%"
+        text += f"; closer to the uncached image than fewer steps of equal cost on {share} of captions"
+    return text + "."
+
+
+def _inside_script(text: str) -> Any:
+    """JSON that cannot end the script element it stands in."""
+    return require("markupsafe").Markup(text.replace("<", "\\u003c"))
+
+
+def _shade(results: Results) -> Any:
+    """A function from an accuracy to 0..1, the lowest and the highest of the page."""
+    shares = [share for row in results.rows for share in (row.accuracy_by_family or {}).values()]
+    low, high = min(shares, default=0.0), max(shares, default=1.0)
+    return lambda share: 0 if share is None else round((share - low) / max(high - low, 0.05), 3)
+
+
+def _whisker(results: Results, width: int = 110) -> Any:
+    """A function that draws a row's accuracy interval as a small SVG; one scale for all rows, zero marked."""
+    markup = require("markupsafe").Markup
+    intervals = [row.accuracy_difference_interval for row in results.rows if row.accuracy_difference_interval]
+    low = min([-0.03, *(interval[0] for interval in intervals)])
+    high = max([0.01, *(interval[1] for interval in intervals)])
+
+    def x(value: float) -> float:
+        return round(width * (value - low) / (high - low), 1)
+
+    def draw(row: Row) -> Any:
+        interval = row.accuracy_difference_interval
+        if interval is None or row.accuracy_difference is None:
+            return ""
+        colour = "var(--bad)" if interval[1] < 0 else "var(--good)" if interval[0] > -0.03 else "var(--faint)"
+        return markup(
+            f'<svg class="interval" width="{width}" height="12" aria-hidden="true">'
+            f'<line x1="{x(0)}" x2="{x(0)}" y1="0" y2="12" stroke="var(--line)" stroke-width="1.5"/>'
+            f'<line x1="{x(interval[0])}" x2="{x(interval[1])}" y1="6" y2="6" stroke="{colour}" stroke-width="2"/>'
+            f'<circle cx="{x(row.accuracy_difference)}" cy="6" r="3.5" fill="{colour}"/></svg>'
+        )
+
+    return draw
+
+
+def _has(results: Results) -> dict[str, bool]:
+    fields = (
+        "accuracy",
+        "latency_ms",
+        "predicted_flops_speedup",
+        "pipeline_flops_speedup",
+        "psnr_wins",
+        "error_per_step",
+        "accuracy_by_family",
+    )
+    return {name: any(getattr(row, name) is not None for row in results.rows) for name in fields}
+
+
+def _families(results: Results) -> list[str]:
+    return list(dict.fromkeys(name for row in results.rows for name in row.accuracy_by_family or {}))
+
+
+def _data(results: Results, embedded: dict[str, list[str]], captions: Sequence[str]) -> dict[str, Any]:
+    """What the page's script draws from."""
+    rows = [
+        {
+            "name": row.name,
+            "kind": row.kind,
+            "fidelity": row.fidelity,
+            "flops": row.flops_speedup,
+            "latency": row.latency_speedup,
+            "psnr": None if math.isinf(row.psnr) else row.psnr,
+            "ssim": row.ssim,
+            "accuracy": row.accuracy,
+            "interval": row.accuracy_interval,
+            "settings": table.settings(row),
+            "steps": table.steps(row),
+            "error": row.error_per_step,
+        }
+        for row in results.rows
+    ]
+    best = best_method(results)
+    return {"rows": rows, "images": embedded, "captions": list(captions), "best": best.name if best else None}
+
+
+def _embed(images: Mapping[str, Sequence[Image]], order: list[str]) -> dict[str, list[str]]:
+    """Data URIs in the order of the rows, at the largest of a few sizes that fits the budget."""
+    encoded: dict[str, list[bytes]] = {}
+    longest = max((max(image.size) for several in images.values() for image in several), default=0)
+    sizes = [size for size in _SIZES if size < longest]
+    for size in [longest, *sizes]:
+        if size > _SIZES[0]:
+            continue
+        encoded = {name: [_png(image, size) for image in images[name]] for name in order if name in images}
+        if sum(len(png) for several in encoded.values() for png in several) <= IMAGE_BUDGET:
+            break
+    else:
+        raise MeasureError(
+            f"{sum(map(len, images.values()))} images are too many for one page; give fewer captions or rows."
+        )
+    return {
+        name: ["data:image/png;base64," + base64.b64encode(png).decode() for png in several]
+        for name, several in encoded.items()
+    }
+
+
+def _png(image: Image, longest: int) -> bytes:
+    image = image.convert("RGB")
+    if max(image.size) > longest:
+        scale = longest / max(image.size)
+        image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
