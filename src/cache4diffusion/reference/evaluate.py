@@ -1,0 +1,213 @@
+"""Measure what a reference pipeline can do: the share of held-out captions whose image the checker accepts.
+
+python -m cache4diffusion.reference.evaluate scenes-flux --captions 480 --json accuracy.json
+python -m cache4diffusion.reference.evaluate scenes-flux --checker 2000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, FluxPipeline
+from rich.console import Console
+from rich.progress import track
+
+from cache4diffusion.reference.checker import check, contradict
+from cache4diffusion.reference.folder import SAMPLING, load
+from cache4diffusion.reference.scenes import FAMILIES, draw_scene, held_out_scenes, render
+
+
+def generate(
+    pipe: FluxPipeline,
+    captions: list[str],
+    seed: int = 0,
+    batch: int = 16,
+    progress: bool = False,
+    **sampling: Any,
+) -> Iterable[np.ndarray]:
+    """Yield one image, uint8 ``[128, 128, 3]``, per caption.
+
+    The noise of caption ``i`` depends on ``seed + i`` alone, not on the batch it falls into.
+
+    Args:
+        pipe: a reference pipeline.
+        captions: any number of captions.
+        seed: of the first caption's noise.
+        batch: captions per call of the pipeline.
+        progress: show a progress bar on stderr.
+        sampling: replaces entries of `SAMPLING`.
+    """
+    starts = range(0, len(captions), batch)
+    if progress:
+        starts = track(starts, "sampling", console=Console(stderr=True))
+    for start in starts:
+        part = captions[start : start + batch]
+        # Drawn one by one: the noise of a row must not depend on the rows before it.
+        noise = torch.cat([_noise(pipe, seed + start + i) for i in range(len(part))])
+        with torch.inference_mode():
+            arguments: Any = SAMPLING | sampling | {"latents": noise, "output_type": "np", "return_dict": False}
+            (images,) = pipe(part, **arguments)
+        yield from np.rint(255 * np.asarray(images)).astype(np.uint8)
+
+
+def _noise(pipe: FluxPipeline, seed: int) -> torch.Tensor:
+    config, side = pipe.transformer.config, SAMPLING["height"] // (2 * pipe.vae_scale_factor)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    noise = torch.randn(1, side * side, config["in_channels"], generator=generator)
+    return noise.to(pipe.transformer.device, pipe.transformer.dtype)
+
+
+def interval(successes: int, n: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson), both in 0..1; ``n`` is 1 or more."""
+    z, p = 1.959964, successes / n
+    middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (middle - spread) / (1 + z * z / n)), min(1.0, (middle + spread) / (1 + z * z / n))
+
+
+def accuracy(
+    pipe: FluxPipeline, n: int = 480, seed: int = 0, batch: int = 16, progress: bool = False, **sampling: Any
+) -> dict[str, Any]:
+    """Share of held-out captions met, over all and per family, with 95 % intervals and the demands missed.
+
+    Args:
+        pipe: a reference pipeline.
+        n: number of captions; a multiple of six gives every family the same number.
+        seed: of the captions and of the noise.
+        batch: captions per call of the pipeline.
+        progress: show a progress bar on stderr.
+        sampling: replaces entries of `SAMPLING`.
+
+    Returns:
+        JSON-ready facts: ``conditions``, ``accuracy``, ``interval``, ``families`` (each with ``accuracy``,
+        ``interval``, ``captions`` and ``missed``, a count per demand) and ``failures``.
+    """
+    scenes = held_out_scenes(n, seed)
+    start = time.monotonic()
+    images = generate(pipe, [scene.caption for scene in scenes], 100_000 * seed, batch, progress, **sampling)
+    verdicts = [check(image, scene.caption) for image, scene in zip(images, scenes, strict=True)]
+    seconds = time.monotonic() - start
+    families = {}
+    for family in FAMILIES:
+        own = [verdict for verdict, scene in zip(verdicts, scenes, strict=True) if scene.family == family]
+        if not own:
+            continue
+        met = sum(verdict.ok for verdict in own)
+        missed: dict[str, int] = {}
+        for verdict in own:
+            for demand, is_met in verdict.met.items():
+                missed[demand] = missed.get(demand, 0) + (not is_met)
+        families[family] = {
+            "accuracy": met / len(own),
+            "interval": interval(met, len(own)),
+            "captions": len(own),
+            "missed": missed,
+        }
+    met = sum(verdict.ok for verdict in verdicts)
+    return {
+        "conditions": {
+            "captions": n,
+            "seed": seed,
+            "batch": batch,
+            **(SAMPLING | sampling),
+            "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
+            "device": str(pipe.transformer.device),
+            "torch": torch.__version__,
+        },
+        "accuracy": met / n,
+        "interval": interval(met, n),
+        "seconds": round(seconds, 1),
+        "families": families,
+        "failures": [scene.caption for scene, verdict in zip(scenes, verdicts, strict=True) if not verdict.ok],
+    }
+
+
+def round_trip(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
+    """Encode and decode uint8 images ``[B, 128, 128, 3]``; the latent is the posterior's mean."""
+    with torch.inference_mode():
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(vae.dtype) / 127.5 - 1
+        decode: Any = vae.decode  # typed for FloatTensor, which no tensor is
+        decoded = decode(vae.encode(pixels, return_dict=False)[0].mean, return_dict=False)[0].clamp(-1, 1)
+    return ((decoded.float() + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def checker_rates(vae: AutoencoderKL, n: int = 2000, seed: int = 0, progress: bool = False) -> dict[str, Any]:
+    """How far the checker and the autoencoder can be trusted, per family, on ``n`` scenes each.
+
+    Returns:
+        per family: ``true`` (renders accepted), ``changed`` (renders accepted for a caption with one demand changed),
+        ``round_trip`` (accepted after the autoencoder) and ``psnr`` of the round trip in dB.
+    """
+    rates = {}
+    for family in FAMILIES:
+        counts: dict[str, float] = {"true": 0, "changed": 0, "round_trip": 0}
+        error = 0.0
+        starts: Iterable[int] = range(0, n, 16)
+        if progress:
+            starts = track(starts, family, console=Console(stderr=True))
+        for start in starts:
+            rngs = [random.Random(f"{family} {seed} {i}") for i in range(start, min(start + 16, n))]
+            scenes = [draw_scene(rng, family, held_out=rng.random() < 0.5) for rng in rngs]
+            images = np.stack([render(scene) for scene in scenes])
+            decoded = round_trip(vae, images)
+            error += float(((decoded.astype(np.float32) - images) ** 2).mean()) * len(scenes)
+            for rng, scene, image, copy in zip(rngs, scenes, images, decoded, strict=True):
+                counts["true"] += check(image, scene.caption).ok
+                counts["changed"] += check(image, contradict(scene.caption, rng)).ok
+                counts["round_trip"] += check(copy, scene.caption).ok
+        psnr = 10 * math.log10(255**2 / max(error / n, 1e-9))
+        rates[family] = {key: value / n for key, value in counts.items()} | {"psnr": round(psnr, 2)}
+    return rates
+
+
+def format_table(result: dict[str, Any]) -> str:
+    """The result of `accuracy` as text, a line per family."""
+    lines = [f"{'family':<14} {'captions':>8} {'accuracy':>8}   95 % interval    missed"]
+    rows = [*result["families"].items(), ("all", result | {"captions": result["conditions"]["captions"], "missed": {}})]
+    for family, row in rows:
+        low, high = row["interval"]
+        missed = ", ".join(f"{demand} {n}" for demand, n in row["missed"].items() if n)
+        share, span = f"{100 * row['accuracy']:>7.1f}%", f"{100 * low:5.1f} .. {100 * high:5.1f}"
+        lines.append(f"{family:<14} {row['captions']:>8} {share}   {span}    {missed}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="scenes-flux", help="name of a reference model, or a folder")
+    parser.add_argument("--captions", type=int, default=480)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=SAMPLING["num_inference_steps"])
+    parser.add_argument("--guidance", type=float, default=SAMPLING["true_cfg_scale"])
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--checker", type=int, metavar="N", help="instead: rates of checker and autoencoder, N per family"
+    )
+    parser.add_argument("--json", type=Path, help="write the facts here, too")
+    args = parser.parse_args(argv)
+    pipe = load(args.model, getattr(torch, args.dtype)).to(args.device)
+    sampling: dict[str, Any] = {"num_inference_steps": args.steps, "true_cfg_scale": args.guidance}
+    if args.checker:
+        result = checker_rates(pipe.vae, args.checker, args.seed, progress=sys.stderr.isatty())
+        print(json.dumps(result, indent=2))
+    else:
+        result = accuracy(pipe, args.captions, args.seed, args.batch, progress=sys.stderr.isatty(), **sampling)
+        print(format_table(result))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Reference pipelines on disk: load the ones that ship, write new ones from training checkpoints.
+
+A folder is what ``FluxPipeline.from_pretrained(folder)`` reads, offline and without code of this library. A stock
+pipeline assumes FLUX's sizes, so calls must say the reference model's own: `SAMPLING`.
+
+    pipe = load("scenes-flux")
+    image = pipe("a red circle left of a blue star on a gray background", **SAMPLING).images[0]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FluxPipeline
+
+from cache4diffusion.errors import FileFormatError, UnknownNameError, closest
+from cache4diffusion.reference.networks import TEXT_LENGTH, build_scheduler, build_tokenizer
+from cache4diffusion.reference.scenes import IMAGE_SIZE
+
+WEIGHTS = Path(__file__).parent / "weights"
+"""Where the pipelines that ship with the package lie."""
+
+SAMPLING: dict[str, Any] = {
+    "height": IMAGE_SIZE,
+    "width": IMAGE_SIZE,
+    "num_inference_steps": 50,
+    "max_sequence_length": TEXT_LENGTH,
+    "negative_prompt": "",
+    "true_cfg_scale": 3.0,
+}
+"""Arguments of a call that fit ``scenes-flux``. With ``true_cfg_scale=1`` guidance is off and a step costs half."""
+
+MAX_FOLDER_BYTES = 40_000_000
+
+_PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+
+
+def available() -> list[str]:
+    """Names of the reference pipelines that ship with this installation."""
+    return sorted(folder.parent.name for folder in WEIGHTS.glob("*/model_index.json"))
+
+
+def folder_of(name: str = "scenes-flux") -> Path:
+    """The folder of a reference pipeline, for ``from_pretrained``.
+
+    Raises:
+        UnknownNameError: no such pipeline ships with this installation.
+    """
+    folder = WEIGHTS / name
+    if name not in available():
+        raise UnknownNameError(
+            f"no reference model {name!r} in {WEIGHTS}{closest(name, available())}. "
+            f"Available: {', '.join(available()) or 'none'}."
+        )
+    return folder
+
+
+def load(name: str | Path = "scenes-flux", dtype: torch.dtype = torch.float32) -> FluxPipeline:
+    """A reference pipeline on the CPU, ready to call with `SAMPLING`.
+
+    Args:
+        name: one of `available`, or the path of a folder made by `save_folder`.
+        dtype: of all weights. The files hold bfloat16; float32 computes faster on most CPUs.
+
+    Raises:
+        UnknownNameError: no such pipeline, and no such folder.
+        FileFormatError: the folder lacks a part, or a file in it cannot be read.
+    """
+    folder = Path(name) if isinstance(name, Path) or Path(name).is_dir() else folder_of(name)
+    if not folder.is_dir():
+        raise UnknownNameError(f"there is no folder {folder}. Reference models: {', '.join(available()) or 'none'}.")
+    missing = [part for part in ("model_index.json", *_PARTS) if not (folder / part).exists()]
+    if missing:
+        raise FileFormatError(
+            f"{folder} is no reference pipeline: it lacks {', '.join(missing)}. Build or install it anew."
+        )
+    try:
+        with warnings.catch_warnings(), _without_progress_bars():
+            # The newer name of this argument is unknown to the oldest diffusers we support.
+            warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+            pipe = FluxPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    except Exception as error:
+        raise FileFormatError(f"{folder} cannot be loaded ({error}). Build or install it anew.") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def save_folder(path: Path | str, vae: AutoencoderKL, model: Any, card: str | None = None) -> Path:
+    """Write a pipeline in bfloat16.
+
+    Args:
+        path: folder to write; what it holds of an earlier pipeline is replaced.
+        vae: the trained autoencoder, its scaling and shift set.
+        model: a trained `FlowModel`: its ``transformer``, ``text_encoder`` and ``text_encoder_2``.
+        card: text of ``README.md``.
+
+    Raises:
+        ValueError: the folder would be larger than `MAX_FOLDER_BYTES`.
+    """
+    path = Path(path)
+    vae, model = copy.deepcopy(vae), copy.deepcopy(model)
+    for parameter in [*vae.parameters(), *model.parameters()]:
+        parameter.data = parameter.data.to(torch.bfloat16)
+    make: Any = FluxPipeline  # typed for CLIPTokenizer; any tokenizer of transformers serves
+    pipe = make(
+        scheduler=build_scheduler(),
+        vae=vae,
+        text_encoder=model.text_encoder,
+        tokenizer=build_tokenizer(with_start=True),
+        text_encoder_2=model.text_encoder_2,
+        tokenizer_2=build_tokenizer(with_start=False),
+        transformer=model.transformer,
+    )
+    with _without_progress_bars():
+        pipe.save_pretrained(path, safe_serialization=True)
+    _make_portable(path)
+    if card is not None:
+        (path / "README.md").write_text(card, encoding="utf-8")
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    if size > MAX_FOLDER_BYTES:
+        raise ValueError(f"{path} holds {size} bytes; a reference pipeline may have {MAX_FOLDER_BYTES}.")
+    return path
+
+
+def _make_portable(path: Path) -> None:
+    # transformers 5 writes its new name of the tokenizer class, which 4.x does not know; both read the old one.
+    parts = {"tokenizer": "tokenizer_config.json", "tokenizer_2": "tokenizer_config.json"}
+    for part, file in parts.items():
+        _edit(path / part / file, tokenizer_class="PreTrainedTokenizerFast")
+    # Asked for no dtype, transformers 5 takes the file's and diffusers float32: the pipeline would mix the two.
+    for part in ("text_encoder", "text_encoder_2"):
+        _edit(path / part / "config.json", dtype="float32")
+    _edit(path / "model_index.json", **{part: ["transformers", "PreTrainedTokenizerFast"] for part in parts})
+    for file in path.rglob("*.safetensors"):
+        file.chmod(0o644)  # written readable by their owner only
+
+
+def _edit(file: Path, **changes: Any) -> None:
+    content = json.loads(file.read_text())
+    content.pop("_name_or_path", None)
+    file.write_text(json.dumps(content | changes, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    loggings = [diffusers.utils.logging, transformers.utils.logging]
+    shown = [logging for logging in loggings if logging.is_progress_bar_enabled()]
+    for logging in shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logging in shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""Training of the reference models: python -m cache4diffusion.reference.training.vae, then .flow."""

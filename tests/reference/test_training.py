@@ -1,0 +1,207 @@
+"""Training: the update rules, processes that share the work, checkpoints, and a smoke test of both scripts."""
+
+import json
+import multiprocessing
+import os
+import time
+from itertools import islice
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cache4diffusion.reference.networks import build_text_encoder_2, build_tokenizer, build_vae
+from cache4diffusion.reference.scenes import training_scenes
+from cache4diffusion.reference.training import flow
+from cache4diffusion.reference.training.optim import adam_step, muon_step, orthogonalise
+from cache4diffusion.reference.training.parallel import Trainer, TrainSettings
+from cache4diffusion.reference.training.vae import VaeLoss
+
+
+@pytest.mark.parametrize("shape", [(16, 48), (48, 16), (24, 24)])
+def test_orthogonalised_matrices_have_singular_values_near_1(shape):
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)).float())
+    assert values.min() > 0.3
+    assert values.max() < 1.3
+
+
+def test_adam_is_torchs_adam():
+    torch.manual_seed(0)
+    start, grads = torch.randn(7), torch.randn(5, 7)
+    theirs = nn.Parameter(start.clone())
+    optimizer = torch.optim.Adam([theirs], lr=0.01, betas=(0.9, 0.98))
+    ours, mean, square = start.clone(), torch.zeros(7), torch.zeros(7)
+    for i, grad in enumerate(grads):
+        theirs.grad = grad.clone()
+        optimizer.step()
+        adam_step(ours, grad, mean, square, lr=0.01, count=i + 1)
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_muon_moves_a_matrix_by_a_step_of_adams_size():
+    torch.manual_seed(0)
+    matrix = torch.zeros(32, 64)
+    muon_step(matrix, torch.randn(32, 64), torch.zeros(32, 64), lr=0.01)
+    assert 0.001 < matrix.square().mean().sqrt() < 0.004  # 0.2 * lr, as Adam's typical step
+
+
+def toy_loss(model, generator, update, index):
+    x = torch.randn(8, 6, generator=generator)
+    loss = (model(x) - x.flip(1)).square().mean()
+    return loss, {"double": 2 * loss.item()}
+
+
+def train_toy(folder, **settings) -> Trainer:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 6))
+    defaults = {"minutes": 1.0, "updates": 40, "workers": 1, "microbatches": 4, "log_every": 10, "warmup": 5}
+    trainer = Trainer(model, toy_loss, TrainSettings(folder, **(defaults | settings)), lambda name, p: True)
+    trainer.run()
+    return trainer
+
+
+def test_training_lowers_the_loss_and_keeps_its_curve(tmp_path):
+    trainer = train_toy(tmp_path, updates=200, lr=0.02)
+    curve = json.loads((tmp_path / "history.json").read_text())["curve"]
+    assert [entry["update"] for entry in curve] == list(range(10, 201, 10))
+    assert curve[-1]["loss"] < 0.3 * curve[0]["loss"]
+    assert curve[-1]["double"] == pytest.approx(2 * curve[-1]["loss"], rel=1e-3)
+    assert trainer.history["updates"] == 200
+
+
+def test_two_processes_do_what_one_does(tmp_path):
+    one = train_toy(tmp_path / "one", workers=1)
+    two = train_toy(tmp_path / "two", workers=2)
+    for a, b in zip(one.parameters, two.parameters, strict=True):
+        assert torch.allclose(a, b, atol=0.02)  # Muon works in bfloat16, and sums differ in their order
+    assert one.history["curve"][-1]["loss"] == pytest.approx(two.history["curve"][-1]["loss"], rel=0.02)
+
+
+def test_resuming_continues_from_weights_and_optimizer(tmp_path):
+    first = train_toy(tmp_path)
+    resumed = train_toy(tmp_path, updates=0)
+    for name in ("parameters", "first", "second", "ema"):
+        for a, b in zip(getattr(first, name), getattr(resumed, name), strict=True):
+            assert torch.equal(a, b)
+    assert resumed.history["updates"] == resumed.optimizer_updates == 40
+
+
+def test_averaged_weights_alone_are_enough_to_resume(tmp_path):
+    first = train_toy(tmp_path)
+    (tmp_path / "state.safetensors").unlink()
+    resumed = train_toy(tmp_path, updates=1, lr=0.0)
+    assert resumed.history["updates"] == 41
+    assert resumed.optimizer_updates == 1
+    for a, b in zip(first.ema, resumed.parameters, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_diverged_loss_stops_the_training(tmp_path):
+    model = nn.Linear(2, 2)
+    settings = TrainSettings(tmp_path, minutes=1, updates=3, workers=1, microbatches=1)
+    trainer = Trainer(model, lambda m, g, u, i: (m(torch.full((1, 2), torch.inf)).sum(), {}), settings, lambda *_: True)
+    with pytest.raises(FloatingPointError, match="resume from the last checkpoint"):
+        trainer.run()
+    assert not (tmp_path / "ema.safetensors").exists()
+
+
+def dying_loss(model, generator, update, index):
+    if update == 3 and multiprocessing.parent_process() is not None:
+        os._exit(1)
+    time.sleep(0.02)  # so that the other process gets its share
+    return toy_loss(model, generator, update, index)
+
+
+def test_the_death_of_a_process_is_reported_and_not_waited_for(tmp_path):
+    trainer = Trainer(nn.Linear(6, 6), dying_loss, TrainSettings(tmp_path, minutes=5, workers=2), lambda *_: True)
+    with pytest.raises(RuntimeError, match="a training process died; resume from the last checkpoint"):
+        trainer.run()
+
+
+def test_settings_out_of_range_are_errors(tmp_path):
+    with pytest.raises(ValueError, match="workers=0, microbatches=8: both must be 1 or more"):
+        train_toy(tmp_path, workers=0, microbatches=8)
+    with pytest.raises(ValueError, match="resume='none': choose 'auto' or 'ema'"):
+        train_toy(tmp_path, resume="none")
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3}, {"attn_mask": torch.randn(5, 5)}])
+def test_plain_attention_is_attention(options):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 5, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    options = {key: value.double() if isinstance(value, torch.Tensor) else value for key, value in options.items()}
+    expected = F.scaled_dot_product_attention(q, k, v, **options)
+    expected_grads = torch.autograd.grad(expected.square().sum(), (q, k, v))
+    fused = F.scaled_dot_product_attention
+    with flow.plain_attention():
+        found = F.scaled_dot_product_attention(q, k, v, **options)
+        grads = torch.autograd.grad(found.square().sum(), (q, k, v))
+    assert F.scaled_dot_product_attention is fused
+    assert torch.allclose(found, expected)
+    assert all(torch.allclose(a, b) for a, b in zip(grads, expected_grads, strict=True))
+
+
+def test_the_pool_numbers_words_as_the_tokenizers_do():
+    pool = flow.LatentPool(build_vae(), 0, batch=2, microbatches=1, size=4)
+    tokenizers = [build_tokenizer(with_start=True), build_tokenizer(with_start=False)]
+    for scene in islice(training_scenes(0), 300):
+        assert pool._ids(scene.caption) == [
+            flow.LatentPool._tokenise(t, [scene.caption])[0].tolist() for t in tokenizers
+        ]
+
+
+def test_the_pool_repeats_scenes_after_it_filled_up():
+    pool = flow.LatentPool(build_vae(), 10, batch=4, microbatches=2, size=16, reuse=4)
+    pool.filling = 1
+    seen = [pool.draw(torch.Generator().manual_seed(i), 11 + i // 2, i % 2) for i in range(6)]
+    made = {tuple(row.flatten().tolist()) for latents, _ in seen[:2] for row in latents}
+    assert len(made) == 8
+    later = [tuple(row.flatten().tolist()) for latents, _ in seen[2:] for row in latents[1:]]
+    assert any(row in made for row in later)
+    assert pool.draw(torch.Generator().manual_seed(9), 30, 1)[0].shape == (4, 64, 32)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_flow_training_runs_and_resumes_on_a_tiny_network(tmp_path):
+    def train(updates):
+        model = flow.FlowModel(0, num_layers=1, num_single_layers=1, num_attention_heads=1)
+        settings = TrainSettings(tmp_path, minutes=1, updates=updates, workers=1, microbatches=2, log_every=1)
+        trainer = Trainer(model, lambda *_: None, settings, flow.is_matrix)
+        trainer.loss = flow.FlowLoss(flow.LatentPool(build_vae(), trainer.history["updates"], 2, 2, size=64))
+        with flow.plain_attention():
+            return trainer.run()
+
+    assert train(2)["updates"] == 2
+    history = train(1)
+    assert history["updates"] == 3
+    assert len(history["curve"]) == 3
+
+
+def test_text_tokens_know_their_neighbours_from_the_start():
+    tokenizer, encoder = build_tokenizer(with_start=False), build_text_encoder_2()
+
+    def encode(caption):
+        ids = tokenizer([caption], padding="max_length", max_length=16, return_tensors="pt").input_ids
+        return encoder(ids)[0][0].detach()
+
+    one, other = encode("a red circle and a blue star"), encode("a blue circle and a red star")
+    change = (one - other).norm(dim=-1) / one.norm(dim=-1)
+    assert change[2] > 0.1  # circle
+    assert change[6] > 0.1  # star
+
+
+def test_only_the_transformers_matrices_follow_muon():
+    model = flow.FlowModel(0, num_layers=1, num_single_layers=1, num_attention_heads=1)
+    names = [name for name, p in model.named_parameters() if p.ndim >= 2 and flow.is_matrix(name, p)]
+    assert len(names) == 12 + 5  # of the double-stream and of the single-stream block
+    assert all(name.startswith("transformer.") for name in names)
+    assert {flow.lr_scale(name) for name, _ in model.named_parameters()} == {0.25, 1.0}
+
+
+def test_vae_training_lowers_its_loss(tmp_path):
+    settings = TrainSettings(tmp_path, minutes=1, updates=8, workers=1, microbatches=1, log_every=1, warmup=1)
+    vae = build_vae(block_out_channels=[8, 8, 8, 8])
+    history = Trainer(vae, VaeLoss(1), settings, lambda name, p: ".conv" in name).run()
+    assert history["curve"][-1]["edges"] < 0.8 * history["curve"][0]["edges"]  # the total depends more on the scene
