@@ -1,0 +1,264 @@
+"""The command line: contracts of its JSON, examples that parse, errors in one line."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import cache4diffusion as c4d
+from cache4diffusion.cli.app import DEMO_METHODS, app
+from cache4diffusion.cli.models import family_of
+from cache4diffusion.cli.show import strip_of
+from cache4diffusion.compare import parse_method, split_methods
+from cache4diffusion.errors import SettingError
+from cache4diffusion.reference.scenes import held_out_scenes
+
+COMMANDS = get_command(app).commands
+METHODS = sorted(c4d.METHODS)
+
+
+def run(*words, code=0):
+    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result
+
+
+def facts(*words):
+    return json.loads(run(*words, "--json").stdout)
+
+
+# --- help -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_help_has_one_line_of_purpose_and_an_example_that_parses(name):
+    text = run(name, "--help").stdout
+    example = re.search(r"Example: c4d (.+?)\n\s*\n", text, re.DOTALL)
+    assert example, text
+    words = shlex.split(" ".join(example[1].split()))
+    assert words[0] == name
+    COMMANDS[name].make_context(name, words[1:])  # raises if an option is unknown
+
+
+def test_no_command_is_a_stub_and_every_command_speaks_json():
+    assert sorted(COMMANDS) == ["bench", "cite", "demo", "generate", "methods", "report", "selfcheck", "show"]
+    for name in COMMANDS:
+        assert "--json" in run(name, "--help").stdout
+
+
+# --- registry ---------------------------------------------------------------------------------------------------------
+
+
+def test_methods_json_is_the_registry():
+    rows = facts("methods")
+    assert [row["name"] for row in rows] == METHODS
+    wanted = {
+        "name", "title", "arxiv", "site", "gate", "predictor", "tokens", "needs_calibration", "needs_num_steps",
+        "fidelity", "off",
+    }  # fmt: skip
+    for row in rows:
+        assert wanted <= set(row)
+        assert row["fidelity"] in ("code", "paper", "reconstructed", "ours")
+        assert isinstance(row["off"], dict)
+        assert row["off"]
+        assert isinstance(row["needs_num_steps"], bool)
+    table = run("methods").stdout
+    assert all(name in table for name in METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_show_has_every_setting_and_the_strip(name):
+    shown = facts("show", name)
+    settings = [entry["name"] for entry in c4d.METHODS[name].describe()]
+    assert [entry["name"] for entry in shown["settings"]] == settings
+    text = run("show", name).stdout
+    for setting in settings:
+        assert f"\n  {setting} " in text
+    assert (shown["strip"] or "decided while sampling") in text
+    assert shown["strip"] is None or len(shown["strip"]) == 20
+
+
+def test_strips_of_static_methods():
+    assert strip_of(c4d.method("fora", interval=3), 9) == "FccFccFcc"
+    assert strip_of(c4d.method("taylorseer", interval=5, warmup=3), 12) == "FFFccccFcccc"
+    assert strip_of(c4d.method("toca", interval=3, warmup=1), 6) == "FppFpp"
+    assert strip_of(c4d.method("dbcache"), 9) is None
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_cite_names_authors_and_source(name):
+    cited = facts("cite", name)
+    assert " et al." in cited["citation"] or "," in cited["citation"]
+    assert cited["citation"] in run("cite", name).stdout
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["show", "taylorser"], "did you mean 'taylorseer'?"),
+        (["cite", "fb-cache"], "did you mean 'fbcache'?"),
+        (["bench", "--methods", "toka", "--model", "scenes-flux"], "did you mean 'toca'?"),
+        (["bench", "--methods", "fora(interval", "--model", "scenes-flux"], "write it like 'name(setting=value)'"),
+        (["selfcheck", "--model", "scene-flux"], "did you mean 'scenes-flux'?"),
+        (["generate", "--prompt", "x", "--model", "./nowhere"], "There is no folder ./nowhere"),
+        (["generate", "--prompt", "x", "--set", "interval=3"], "--set needs a method"),
+        (["report", "nowhere.json"], "Cannot read results from nowhere.json"),
+        (["demo", "--methods", "magcach"], "There is no method 'magcach'"),
+    ],
+)
+def test_errors_of_ours_are_one_line_and_exit_code_2(words, said):
+    result = run(*words, code=2)
+    assert result.stdout == ""
+    assert said in result.stderr
+    assert result.stderr.startswith("c4d: ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--method", "fora", "--set", "interval=0"], "interval must be 1 or more"),
+        (["--method", "fora", "--set", "fresh_threshold=3"], "here it is called 'interval'"),
+        (["--method", "fora", "--set", "interval"], "write it like name=value"),
+        (["--method", "fora", "--arg", "heigth=64"], "did you mean 'height'?"),
+        (["--method", "deepcache"], "has no U-Net levels"),
+    ],
+)
+def test_wrong_settings_fail_before_anything_is_written(words, said, scenes, tmp_path):
+    out = tmp_path / "image.png"
+    result = run("generate", "--model", scenes, "--prompt", "a red circle", "--steps", 4, "--out", out, *words, code=2)
+    assert said in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_folder_and_a_broken_results_file_say_so(tmp_path):
+    assert "no model_index.json" in run("generate", "-p", "x", "--model", tmp_path, code=2).stderr
+    (tmp_path / "model_index.json").write_text("{}")
+    assert "cannot be loaded" in run("generate", "-p", "x", "--model", tmp_path, code=2).stderr
+    (tmp_path / "results.json").write_text("{}")
+    assert "is no results file" in run("report", tmp_path / "results.json", code=2).stderr
+
+
+# --- settings on the command line -------------------------------------------------------------------------------------
+
+
+def test_methods_are_split_at_commas_outside_brackets():
+    text = "taylorseer(interval=5,order=1), dbcache,fora(interval=3)"
+    assert split_methods(text) == ["taylorseer(interval=5,order=1)", "dbcache", "fora(interval=3)"]
+    assert parse_method("a(b=1, c='x', d=(True, False))") == ("a", {"b": 1, "c": "x", "d": (True, False)})
+    for wrong in ("a(1)", "a(b=1", "a(b=)", "a(b=c)"):
+        with pytest.raises(SettingError, match="write it like"):
+            parse_method(wrong)
+
+
+def test_families_are_those_the_scenes_were_drawn_from():
+    for scene in held_out_scenes(60):
+        assert family_of(scene.caption) == scene.family
+
+
+def test_the_demo_compares_methods_that_exist():
+    for entry in DEMO_METHODS:
+        name, settings = parse_method(entry)
+        c4d.method(name, **settings)
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def test_generate_writes_its_settings_into_the_png(scenes, tmp_path):
+    out = tmp_path / "images" / "red.png"
+    words = ["generate", "--model", scenes, "--prompt", "a red circle on a gray background", "--steps", 6, "--out", out]
+    printed = facts(*words, "--method", "taylorseer(order=0)", "--set", "interval=2", "--set", "warmup=1", "--seed", 3)
+    assert printed["strip"] == "FcFcFc"
+    with Image.open(out) as image:
+        assert image.size == (128, 128)
+        kept = json.loads(image.text["cache4diffusion"])
+    assert kept == {key: value for key, value in printed.items() if key not in ("path", "report")}
+    assert (kept["method"], kept["seed"], kept["steps"]) == ("taylorseer", 3, 6)
+    assert kept["settings"]["interval"] == 2
+    assert any(line.startswith("speed-up") for line in printed["report"])
+    plain = run(*words)
+    assert plain.stdout.strip() == str(out)
+
+
+def test_bench_json_has_the_agreed_rows(scenes, tmp_path):
+    words = ["bench", "--model", scenes, "--methods", "fora(interval=2),fbcache(threshold=9)", "--captions", 6]
+    found = facts(*words, "--steps", 6, "--batch", 4, "--out", tmp_path)
+    names = [row["method"] for row in found["rows"]]
+    assert names == ["uncached", "fewer-steps-3", "fewer-steps-1", "fora", "fbcache"] or names[0] == "uncached"
+    assert names[-2:] == ["fora", "fbcache"]
+    assert all(re.fullmatch(r"fewer-steps-\d+", name) for name in names[1:-2])
+    keys = {
+        "method", "settings", "full_steps", "total_steps", "flops_speedup", "latency_speedup", "psnr", "ssim", "flip",
+        "accuracy", "cache_bytes", "peak_bytes", "strip", "fidelity", "pipeline_flops_speedup",
+    }  # fmt: skip
+    for row in found["rows"]:
+        assert keys <= set(row)
+        assert 0 <= row["accuracy"] <= 1
+        assert isinstance(row["cache_bytes"], int)
+        assert isinstance(row["peak_bytes"], int)
+        assert len(row["accuracy_by_family"]) == 6
+    fora = found["rows"][-2]
+    assert (fora["strip"], fora["full_steps"], fora["settings"]["interval"]) == ("FcFcFc", 3, 2)
+    assert fora["flops_speedup"] == pytest.approx(fora["predicted_flops_speedup"], rel=0.02)
+    assert fora["pipeline_flops_speedup"] < fora["flops_speedup"]
+    assert "denoiser" in found["conditions"]["flops_scope"]
+    assert json.loads((tmp_path / "results.json").read_text()) == found
+
+    page = (tmp_path / "report.html").read_text()
+    again = facts("report", tmp_path / "results.json", "--out", tmp_path / "again.html")
+    assert again["images"]
+    assert (tmp_path / "again.html").read_text() == page
+
+
+def test_bench_on_prompts_of_a_users_own_folder(scenes, tmp_path):
+    folder = shutil.copytree(scenes, tmp_path / "own", ignore=shutil.ignore_patterns("facts.json"))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red panda\n\nreading a book\n")
+    words = ["bench", "--model", folder, "--prompts", prompts, "--steps", 4, "--batch", 2]
+    words += ["--arg", "height=64", "--arg", "width=64", "--arg", "max_sequence_length=16"]
+    result = run(*words, "--methods", "taylorseer-lite", "--set", "interval=2", "--set", "warmup=1")
+    assert "taylorseer-lite" in result.stdout
+    assert "accuracy" not in result.stdout  # no checker reads these prompts
+    prompts.write_text("\n")
+    assert "write one per line" in run(*words, "--methods", "fora", code=2).stderr
+
+
+def test_demo_writes_report_and_results(scenes, tmp_path):
+    result = run(
+        "demo", "--model", scenes, "--captions", 2, "--steps", 6, "--methods", "fora", "--out", tmp_path / "out"
+    )
+    assert str(tmp_path / "out" / "report.html") in result.stdout
+    assert (tmp_path / "out" / "results.json").exists()
+
+
+def test_selfcheck_says_what_was_proved(scenes):
+    found = facts("selfcheck", "--model", scenes, "--methods", "taylorseer-lite,deepcache", "--steps", 4)
+    assert found["ok"]
+    assert len(found["invariants"]) == 9
+    lite, deep = found["methods"]["taylorseer-lite"], found["methods"]["deepcache"]
+    assert lite["off_is_off"]["status"] == lite["frozen_input"]["status"] == "passed"
+    assert lite["linear_feature"]["status"] == "not applicable"
+    assert all("U-Net levels" in finding["detail"] for finding in deep.values())
+
+
+def test_the_package_runs_as_a_module_and_stays_light():
+    script = (
+        "import sys, cache4diffusion.cli.app\n"
+        "heavy = {'skimage', 'plotly', 'transformers', 'diffusers', 'torchmetrics', 'jinja2'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "sys.argv = ['c4d', 'cite', 'fora']\n"
+        "import runpy; runpy.run_module('cache4diffusion', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=True)
+    assert "FORA" in done.stdout
