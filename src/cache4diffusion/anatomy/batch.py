@@ -1,0 +1,96 @@
+"""Which axis of which tensor carries the batch: seen by running once more with one row more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from cache4diffusion.anatomy.facts import Axes
+from cache4diffusion.anatomy.observing import Stage
+from cache4diffusion.anatomy.tape import Call, Recording
+from cache4diffusion.anatomy.tree import LeafPath
+
+
+def batch_axes(
+    stage: Stage,
+    recording: Recording,
+    latent: LeafPath,
+    likely: Iterable[LeafPath],
+    wanted: Iterable[str],
+) -> tuple[Mapping[str, Axes], list[str]]:
+    """Return ``{module path: axes}`` for the denoiser (``""``) and for ``wanted``, and notes.
+
+    Args:
+        stage: where to run.
+        recording: what one forward with the given batch showed.
+        latent: the argument whose first axis is the batch.
+        likely: arguments that carry the batch if their first axis has its length; the others are tried, too.
+        wanted: module paths.
+    """
+    if len(latent) > 1:
+        return {}, ["batch axes were not established (the latent is not one tensor)"]
+    root = recording.root
+    batch = recording.shape(root.arguments[latent])[0]
+    first_axis = [path for path, serial in root.arguments.items() if recording.shape(serial)[:1] == (batch,)]
+    sure = [path for path in first_axis if path in {latent, *likely}]
+    notes: list[str] = []
+    reason = ""
+    for grown in dict.fromkeys((tuple(first_axis), tuple(sure), (latent,))):
+        try:
+            other = stage.record(
+                lambda path, tensor, grown=grown: _one_more(tensor) if path in grown else tensor, calls_only=True
+            )
+        except Exception as error:  # any host code may refuse any shape
+            reason = reason or f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            continue
+        if [call.path for call in other.calls] != [call.path for call in recording.calls]:
+            reason = reason or "another number of rows takes another way through the denoiser"
+            continue
+        notes.extend(
+            f"argument {path}: first axis is {batch} long but is not the batch"
+            for path in first_axis
+            if path not in grown
+        )
+        return _compare(recording, other, batch, {"", *wanted}), notes
+    return {}, [f"batch axes were not established ({reason})"]
+
+
+def _one_more(tensor: Tensor) -> Tensor:
+    return torch.cat([tensor, tensor[:1]])
+
+
+def _compare(one: Recording, other: Recording, batch: int, wanted: set[str]) -> dict[str, Axes]:
+    found: dict[str, Axes] = {}
+    for a, b in zip(one.calls, other.calls, strict=True):
+        if a.path in wanted and a.path not in found:
+            sides = (_axes(one, other, get(a), get(b), batch) for get in (_arguments, _outputs))
+            found[a.path] = Axes(*sides)
+    return found
+
+
+def _arguments(call: Call) -> dict[LeafPath, int]:
+    return call.arguments
+
+
+def _outputs(call: Call) -> dict[LeafPath, int]:
+    return call.outputs
+
+
+def _axes(
+    one: Recording, other: Recording, a: dict[LeafPath, int], b: dict[LeafPath, int], batch: int
+) -> dict[LeafPath, int | None]:
+    axes: dict[LeafPath, int | None] = {}
+    for path, serial in a.items():
+        if path not in b:
+            continue
+        before, after = one.shape(serial), other.shape(b[path])
+        if len(before) != len(after):
+            continue
+        changed = [axis for axis in range(len(before)) if before[axis] != after[axis]]
+        if not changed:
+            axes[path] = None
+        elif len(changed) == 1 and (before[changed[0]], after[changed[0]]) == (batch, batch + 1):
+            axes[path] = changed[0]
+    return axes

@@ -1,0 +1,248 @@
+"""What the anatomy of a denoiser consists of: plain frozen facts, no modules and no tensors.
+
+A *stack* is a list of blocks that run one after another; a *stream* is a sequence of tokens that runs through them
+(image, text, or both joined); a *part* is a residual sub-layer of a block, cached before its gate is applied; an
+*inner* module runs only to feed parts and may rest while they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from cache4diffusion.anatomy.tree import LeafPath, Mark, map_leaves
+
+StreamKind = Literal["image", "text", "joint", "unknown"]
+PartKind = Literal["attn", "cross_attn", "ffn", "fused", "other"]
+InnerRole = Literal["nan_token", "zero_width"]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A sequence of tokens that enters a block as an argument and leaves it as an output.
+
+    Args:
+        argument: where it enters.
+        output: where it leaves; None if the block is the last to use it (the text of SD3's last block).
+        kind: what the tokens stand for, by where they came from.
+        feeds_output: whether what leaves here can still reach the denoiser's output.
+    """
+
+    argument: LeafPath
+    output: LeafPath | None
+    kind: StreamKind
+    feeds_output: bool
+
+
+@dataclass(frozen=True)
+class Inner:
+    """A module of a block that need not run while every part in ``feeds`` is bypassed.
+
+    Args:
+        path: module path from the denoiser.
+        role: what may stand for each of its output leaves. ``nan_token``: ``x.new_full((B, 1, D), nan)``, which
+            broadcasts through scale and shift. ``zero_width``: ``x.new_empty((B, N, 0))``, which vanishes in the
+            concatenation in front of a fused projection. Which leaves there are is seen when it runs.
+        kind: ``attn``, ``norm``, or ``tokenwise`` (a projection or an activation).
+        feeds: paths of all the parts that read it. It may rest only if all of them do.
+    """
+
+    path: str
+    role: InnerRole
+    kind: Literal["attn", "tokenwise", "norm"]
+    feeds: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A residual sub-layer: ``f`` in ``x + gate * f(norm(x))``.
+
+    Args:
+        path: module path from the denoiser.
+        kind: ``attn`` (queries and keys both from the streams), ``cross_attn`` (keys from elsewhere), ``ffn``,
+            ``fused`` (a projection that an attention inside the block feeds) or ``other``.
+        outputs: the leaves of its output that are added to a stream, with that stream's kind (``joint``: to several).
+        segments: for each of ``outputs``, the streams (by index in ``Block.streams``) whose tokens it holds, in the
+            order in which they follow one another: ``(0, 1)`` for FLUX's single blocks, text then image.
+        is_tokenwise: whether this module maps every token by itself, so that it may run on some of them.
+        inputs: its arguments that depend on the block's streams.
+        inner: modules of the block that run only to feed parts, this one among them.
+        is_mutated: whether the block changes its output in place: hand out copies.
+        calls: how often it runs per block call.
+    """
+
+    path: str
+    kind: PartKind
+    outputs: tuple[tuple[LeafPath, StreamKind], ...]
+    is_tokenwise: bool
+    inputs: tuple[LeafPath, ...]
+    segments: tuple[tuple[int, ...], ...] = ()
+    inner: tuple[Inner, ...] = ()
+    is_mutated: bool = False
+    calls: int = 1
+
+
+@dataclass(frozen=True)
+class StreamRef(Mark):
+    """Stands in an output template for a block's stream, by its index in ``Block.streams``."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class OtherLeaf(Mark):
+    """Stands in an output template for a leaf that is no stream; ``is_tensor`` False: a number, a string, ..."""
+
+    is_tensor: bool
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of a stack, as it was called.
+
+    Args:
+        path: module path from the denoiser.
+        streams: what runs through it.
+        parts: its residual sub-layers in the order in which they run.
+        output_template: the block's output with a `StreamRef` or `OtherLeaf` for each leaf; None stays None.
+        mutates: stream arguments that the block changes in place.
+        inputs: its other tensor arguments (timestep embedding, rotary tables, conditioning, ...).
+        calls: how often it runs per denoiser call.
+    """
+
+    path: str
+    streams: tuple[Stream, ...]
+    parts: tuple[Part, ...]
+    output_template: Any
+    mutates: tuple[LeafPath, ...] = ()
+    inputs: tuple[LeafPath, ...] = ()
+    calls: int = 1
+
+    @property
+    def can_rebuild(self) -> bool:
+        """Whether the output consists of streams and None alone, so that it can be made without running the block."""
+        found = []
+        map_leaves(lambda _, leaf: found.append(leaf), self.output_template)
+        return all(leaf is None or isinstance(leaf, StreamRef) for leaf in found)
+
+    def rebuild(self, values: Sequence[Any]) -> Any:
+        """Return the block's output around ``values``, one per stream. Leaves that are no stream become None."""
+        return map_leaves(
+            lambda _, leaf: values[leaf.index] if isinstance(leaf, StreamRef) else None, self.output_template
+        )
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Blocks that run one after another. ``is_main``: on the way of the image stream through the whole denoiser."""
+
+    path: str
+    blocks: tuple[Block, ...]
+    is_main: bool
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Consecutive sub-modules of a U-Net level that belong to one skip tensor.
+
+    Args:
+        modules: paths of the direct sub-modules (an item of a list counts as direct), in the order in which they run.
+        skip: number of the skip tensor that a down layer produces or an up layer consumes; 0 is the outermost.
+        leaf: where that tensor sits in the down block's output, or in the up block's arguments; the up block's own
+            ``argument`` if the denoiser joins the two before it calls the block.
+    """
+
+    modules: tuple[str, ...]
+    skip: int
+    leaf: LeafPath
+
+
+@dataclass(frozen=True)
+class Level:
+    """One down or up block of a U-Net.
+
+    Args:
+        path: module path from the denoiser.
+        argument, output: where the main feature map enters and leaves.
+        layers: in the order in which they run.
+        tail: the sub-modules after the last layer: the downsampler (which then also produces ``tail_skip``, found at
+            ``tail_leaf`` of the output) or the upsampler.
+        output_template: the block's output with None for each tensor, to build real containers.
+    """
+
+    path: str
+    argument: LeafPath
+    output: LeafPath
+    layers: tuple[Layer, ...]
+    tail: tuple[str, ...] = ()
+    tail_skip: int | None = None
+    tail_leaf: LeafPath | None = None
+    output_template: Any = None
+
+
+@dataclass(frozen=True)
+class UNet:
+    """Down blocks, the block in the middle if there is one, and up blocks that consume the skips in reverse.
+
+    ``head`` is the module in front of the first down block whose output is skip 0 (None if no up layer uses it).
+    """
+
+    head: str | None
+    down: tuple[Level, ...]
+    mid: str | None
+    up: tuple[Level, ...]
+    skips: int
+
+
+@dataclass(frozen=True)
+class Signal:
+    """The first part of the first main block and the argument that brings it the modulated, normalised stream."""
+
+    path: str
+    argument: LeafPath
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Batch axes of one module's arguments and outputs. None: carries no batch. A leaf not listed: not established.
+
+    With a batch of one, an argument of length one that all samples share cannot be told from one that carries the
+    batch: check its length before taking rows of it.
+    """
+
+    arguments: Mapping[LeafPath, int | None] = field(default_factory=dict)
+    outputs: Mapping[LeafPath, int | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """How a denoiser is built, as seen in one forward.
+
+    Args:
+        denoiser: class name.
+        stacks: every list of token blocks, also the small and the nested ones.
+        main: those that carry the image stream, in order.
+        seams: for each pair of consecutive main stacks, whether the streams pass from one to the next unchanged in
+            shape (one span may then cover both).
+        unet: the levels, if it is a U-Net.
+        timestep, latent: where they are among the denoiser's arguments; None if not established.
+        conditioning: the other tensor arguments that vary with the prompt.
+        outputs: where tensors are in the denoiser's output.
+        batch_axes: by module path (``""`` is the denoiser): which axis carries the batch.
+        signal: what a gate like TeaCache's watches.
+        notes: what was assumed, and what could not be established.
+    """
+
+    denoiser: str
+    stacks: tuple[Stack, ...] = ()
+    main: tuple[Stack, ...] = ()
+    seams: tuple[bool, ...] = ()
+    unet: UNet | None = None
+    timestep: LeafPath | None = None
+    latent: LeafPath | None = None
+    conditioning: tuple[LeafPath, ...] = ()
+    outputs: tuple[LeafPath, ...] = ()
+    batch_axes: Mapping[str, Axes] = field(default_factory=dict)
+    signal: Signal | None = None
+    notes: tuple[str, ...] = ()

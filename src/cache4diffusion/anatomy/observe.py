@@ -1,0 +1,108 @@
+"""`observe`: the anatomy of a denoiser from one forward."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from torch import nn
+
+from cache4diffusion.anatomy.arguments import Arguments
+from cache4diffusion.anatomy.batch import batch_axes
+from cache4diffusion.anatomy.facts import Anatomy, Signal
+from cache4diffusion.anatomy.observing import Stage
+from cache4diffusion.anatomy.parts import BlockReader
+from cache4diffusion.anatomy.rehearse import rehearse
+from cache4diffusion.anatomy.stacks import StackFinder, StackView
+from cache4diffusion.anatomy.tape import Recording
+from cache4diffusion.anatomy.undisturbed import unwrapped
+from cache4diffusion.anatomy.unet import UNetFinder
+from cache4diffusion.errors import AnatomyError
+
+
+def observe(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, may_compute: bool = True) -> Anatomy:
+    """Find out how ``denoiser`` is built by watching it process the arguments of a real call.
+
+    The forward runs under fake tensors: nothing is computed, no memory is taken, and no hook, wrapper, compiled region,
+    buffer or random state is touched. Classes that read their data (`item()`, `if mask.any()`) cannot run so; they
+    are watched in a real forward instead.
+
+    Args:
+        denoiser: the network; also what ``torch.compile(denoiser)`` returns.
+        args, kwargs: as in a real call. They are not changed.
+        may_compute: whether a real forward may be run where fake tensors are refused.
+    Raises:
+        AnatomyError: nothing could be observed. What could not be established otherwise is in ``notes``.
+    """
+    denoiser = unwrapped(denoiser)
+    stage, recording, notes = _record(denoiser, args, kwargs, may_compute)
+    roles = Arguments(denoiser, recording)
+    conditioning = frozenset(recording.root.arguments[path] for path in roles.conditioning)
+    finder = StackFinder(denoiser, recording, roles.latents, conditioning)
+    views = finder.find()
+    levels = UNetFinder(denoiser, recording)
+    unet = levels.find()
+    sides = None if unet is None else {level.path.rpartition(".")[0] for level in (*unet.down, *unet.up)}
+    main = finder.main([view for view in views if sides is None or view.path in sides])
+    seams = tuple(finder.is_kept(a, b) for a, b in itertools.pairwise(main))
+    rehearsed, failures = rehearse(stage, recording, [finder.fact(view) for view in views])
+    notes += failures
+    stacks = {stack.path: stack for stack in rehearsed}
+    axes: Any = {}
+    if roles.latent is not None:
+        wanted = [path for s in stacks.values() for b in s.blocks for path in (b.path, *(p.path for p in b.parts))]
+        if unet is not None:
+            wanted += [level.path for level in (*unet.down, *unet.up)] + [p for p in (unet.head, unet.mid) if p]
+        axes, more = batch_axes(stage, recording, roles.latent, [*roles.conditioning, *_some(roles.timestep)], wanted)
+        notes += more
+    return Anatomy(
+        denoiser=type(denoiser).__name__,
+        stacks=tuple(stacks.values()),
+        main=tuple(stacks[view.path] for view in main),
+        seams=seams,
+        unet=unet,
+        timestep=roles.timestep,
+        latent=roles.latent,
+        conditioning=roles.conditioning,
+        outputs=tuple(recording.root.outputs),
+        batch_axes=axes,
+        signal=_signal(main, recording),
+        notes=tuple(dict.fromkeys([*notes, *roles.notes, *finder.notes, *levels.notes])),
+    )
+
+
+def _some(path: Any) -> list[Any]:
+    return [] if path is None else [path]
+
+
+def _record(
+    denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], may_compute: bool
+) -> tuple[Stage, Recording, list[str]]:
+    reasons = []
+    for mode in ("fake", "fake_state", *(["real"] if may_compute else [])):
+        stage = Stage(denoiser, tuple(args), dict(kwargs), mode)
+        try:
+            recording = stage.record()
+        except Exception as error:  # the host's own code may raise anything
+            reasons.append(f"{mode}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            continue
+        notes = [f"observed in a real forward, fake tensors were refused ({reasons[0]})"] if mode == "real" else []
+        return stage, recording, notes
+    raise AnatomyError(
+        f"{type(denoiser).__name__} could not be observed: {'; '.join(reasons)}. "
+        "Check that the arguments are those of a call that works."
+    )
+
+
+def _signal(main: list[StackView], recording: Recording) -> Signal | None:
+    """The first module of the first main block that works on the stream, in the order in which they run."""
+    if not main:
+        return None
+    reader = BlockReader(recording, main[0].blocks[0])
+    parts = {part.path for part in main[0].parts[0]}
+    for call in reader.inner_calls:
+        holds_part = any(other.path in parts for other in recording.inside(call))
+        inputs = reader.input_leaves(call)
+        if inputs and reader.is_working(call) and not holds_part:
+            return Signal(call.path, inputs[0])
+    return None

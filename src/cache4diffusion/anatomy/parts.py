@@ -1,0 +1,181 @@
+"""The parts of one block, what kind each is, and the inner modules that only feed them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from cache4diffusion.anatomy.blocks import BlockView, written
+from cache4diffusion.anatomy.facts import Part, PartKind, StreamKind
+from cache4diffusion.anatomy.flow import ancestors, dependents, value_inputs
+from cache4diffusion.anatomy.tape import Call, Recording
+from cache4diffusion.anatomy.tree import LeafPath
+from cache4diffusion.anatomy.vocabulary import (
+    CONVOLUTIONS,
+    HEAVY,
+    JOINS,
+    MATRIX,
+    PASSES,
+    PRODUCTS,
+    SUMS,
+    WRITES,
+    Pieces,
+    is_attention,
+)
+
+# Any operation between a part's output and the sum it ends in, other than these, belongs to the part itself.
+_AFTER_PART = PASSES | PRODUCTS | SUMS | JOINS | WRITES | {"addcmul"}
+
+
+@dataclass
+class PartView:
+    """A part while it is being established."""
+
+    path: str
+    calls: list[Call] = field(default_factory=list)
+    outputs: dict[LeafPath, dict[int, int]] = field(default_factory=dict)
+    """For each leaf: the stream arguments it is added to, and from which of its tokens on."""
+
+
+class BlockReader:
+    """Reads the parts of one block from the tape."""
+
+    def __init__(self, recording: Recording, block: BlockView) -> None:
+        self.recording, self.block, self.call = recording, block, block.call
+        self.inner_calls = recording.inside(block.call)
+        self.depends = block.stream_dependents(recording)
+        self.notes: list[str] = []
+        # For each tensor, the outermost call that returns it (a call comes before those inside it).
+        self._returned: dict[int, tuple[Call, LeafPath]] = {}
+        for call in self.inner_calls:
+            for path, serial in call.outputs.items():
+                if serial not in call.arguments.values():
+                    self._returned.setdefault(serial, (call, path))
+
+    def part_views(self) -> list[PartView]:
+        """The parts in the order in which they run."""
+        found: dict[str, PartView] = {}
+        for item in self.block.sums:
+            for serial in item.added:
+                if serial in self.depends:
+                    before = len(found)
+                    hits = self._parts_behind(serial, set(), 0)
+                    for call, leaf, start in hits:
+                        view = found.setdefault(call.path, PartView(call.path))
+                        if call not in view.calls:
+                            view.calls.append(call)
+                        for order, target in enumerate(item.reaches):
+                            view.outputs.setdefault(leaf, {}).setdefault(target, start + order)
+                    if not hits and len(found) == before:
+                        self.notes.append(
+                            f"{self.call.path}: something that is no module's output is added to a stream"
+                        )
+        return sorted(found.values(), key=lambda view: view.calls[0].index)
+
+    def _parts_behind(self, serial: int, seen: set[int], start: int) -> list[tuple[Call, LeafPath, int]]:
+        """The outermost working modules whose outputs (from token ``start`` on), scaled or summed, make this tensor."""
+        if serial in seen or serial not in self.depends:
+            return []
+        seen.add(serial)
+        returned = self._returned.get(serial)
+        if returned is not None:
+            call, leaf = returned
+            if self.is_working(call):
+                return [(call, leaf, start)]
+            behind = [s for s in call.arguments.values() if s in self.depends]  # a norm or a scale: step through
+            return [hit for s in dict.fromkeys(behind) for hit in self._parts_behind(s, seen, start)]
+        number = self.recording.producer[serial]
+        if number < self.call.first:
+            return []
+        op = self.recording.ops[number]
+        if op.name not in _AFTER_PART and (op.name in HEAVY or is_attention(op.name)):
+            return []
+        if isinstance(op.detail, Pieces) and op.detail[0] == 1:
+            start += op.detail[1][op.outputs.index(serial)][0]
+        return [hit for s in value_inputs(op) for hit in self._parts_behind(s, seen, start)]
+
+    def is_working(self, call: Call) -> bool:
+        """Whether the module does to a stream what is worth saving (and not only norms, scales or activates it)."""
+        return any(
+            (op.name in HEAVY or is_attention(op.name)) and any(serial in self.depends for serial in value_inputs(op))
+            for op in self.recording.ops[call.first : call.last]
+        )
+
+    def kind(self, call: Call) -> PartKind:
+        """``attn``, ``cross_attn``, ``ffn`` or ``other``, by what runs inside."""
+        crosses, linears = False, 0
+        for op in self.recording.ops[call.first : call.last]:
+            if is_attention(op.name) or op.name in MATRIX:
+                left, right = self._query_and_key(op.name, op.inputs, op.detail)
+                streams = (left in self.depends, right in self.depends)
+                if all(streams):
+                    return "attn"
+                crosses = crosses or (any(streams) and self._is_input(right if streams[0] else left))
+            if op.name in HEAVY and any(serial in self.depends for serial in op.inputs):
+                linears += 1
+        if crosses:
+            return "cross_attn"
+        return "ffn" if linears >= 2 else "other"
+
+    def _query_and_key(self, name: str, inputs: tuple[int, ...], detail: object) -> tuple[int, int]:
+        if isinstance(detail, tuple) and len(detail) == 2 and is_attention(name):
+            return detail
+        operands = inputs[-2:] if name in ("baddbmm", "addbmm") else inputs[:2]
+        return (operands[0], operands[-1]) if len(operands) > 1 else (-1, -1)
+
+    def _is_input(self, serial: int) -> bool:
+        """Whether the tensor depends on an argument of the denoiser (a weight does not)."""
+        inputs = set(self.recording.root.arguments.values())
+        return serial >= 0 and not inputs.isdisjoint(ancestors(self.recording, [serial]))
+
+    def is_tokenwise(self, call: Call) -> bool:
+        """Whether nothing inside lets one token see another: all work happens along the last axis."""
+        depends = dependents(
+            self.recording, (s for s in call.arguments.values() if s in self.depends), call.first, call.last
+        )
+        for op in self.recording.ops[call.first : call.last]:
+            read = [serial for serial in value_inputs(op) if serial in depends]
+            if not read or not op.outputs:
+                continue
+            before, after = self.recording.shape(read[0]), self.recording.shape(op.outputs[0])
+            if is_attention(op.name) or op.name in CONVOLUTIONS or op.name == "opaque":
+                return False
+            if op.name in MATRIX and (len(read) > 1 or op.inputs[0] not in depends):
+                return False
+            if len(before) < 2 or before[:-1] != after[:-1]:
+                return False
+        return True
+
+    def input_leaves(self, call: Call) -> tuple[LeafPath, ...]:
+        """The arguments that depend on the block's streams."""
+        return tuple(path for path, serial in call.arguments.items() if serial in self.depends)
+
+    def part(self, view: PartView) -> Part:
+        """The finished fact, without its inner modules."""
+        call = view.calls[0]
+        leaves = sorted(view.outputs, key=str)
+        targets = [tuple(sorted(view.outputs[leaf], key=view.outputs[leaf].__getitem__)) for leaf in leaves]
+        kinds: list[StreamKind] = [self.block.kind_of(several) for several in targets]
+        streams = {thread.root: index for index, thread in enumerate(self.block.threads)}
+        is_mutated = any(written(self.recording, set(c.outputs.values()), c.last, self.call.last) for c in view.calls)
+        calls = sum(other.path == view.path for other in self.inner_calls)
+        return Part(
+            path=view.path,
+            kind=self.kind(call),
+            outputs=tuple(zip(leaves, kinds, strict=True)),
+            segments=tuple(tuple(streams[t] for t in several if t in streams) for several in targets),
+            is_tokenwise=self.is_tokenwise(call),
+            inputs=self.input_leaves(call),
+            is_mutated=is_mutated,
+            calls=calls,
+        )
+
+
+def with_inner(parts: list[Part], inner: list) -> tuple[Part, ...]:
+    """Give every part the inner modules that feed it; a part that an attention feeds is fused."""
+    finished = []
+    for part in parts:
+        mine = tuple(item for item in inner if part.path in item.feeds)
+        fused = part.kind in ("other", "ffn") and any(item.kind == "attn" for item in mine)
+        finished.append(dataclasses.replace(part, inner=mine, kind="fused" if fused else part.kind))
+    return tuple(finished)

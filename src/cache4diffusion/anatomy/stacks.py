@@ -1,0 +1,246 @@
+"""The lists of blocks of a denoiser, how they are linked, and which of them carry the image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from cache4diffusion.anatomy.blocks import BlockView, Thread, one_kind
+from cache4diffusion.anatomy.facts import Block, Part, Stack, StreamKind
+from cache4diffusion.anatomy.flow import Trunk, Window, ancestors, joined, looked_at
+from cache4diffusion.anatomy.inner import inner_modules
+from cache4diffusion.anatomy.parts import BlockReader, with_inner
+from cache4diffusion.anatomy.tape import Recording
+from cache4diffusion.anatomy.undisturbed import unwrapped
+from cache4diffusion.anatomy.vocabulary import JOINS, PASSES, SUMS, WRITES
+
+_KINDS: tuple[StreamKind, ...] = ("image", "text", "joint", "unknown")
+
+
+def _left_by(block: BlockView) -> dict[int, StreamKind]:
+    """The streams that a block returned, with their kinds."""
+    return {thread.leaves: thread.kind for thread in block.threads if thread.leaves is not None}
+
+
+@dataclass
+class StackView:
+    """A list of blocks while it is being established."""
+
+    path: str
+    blocks: list[BlockView]
+    parts: list[list[Part]] = field(default_factory=list)
+    is_nested: bool = False
+    is_main: bool = False
+
+    def shape(self, recording: Recording) -> tuple[int, ...]:
+        """Shape of the first stream of the first block."""
+        return recording.shape(self.blocks[0].threads[0].enters)
+
+
+class StackFinder:
+    """Finds the stacks of a recorded forward.
+
+    Args:
+        denoiser: the module that was recorded.
+        recording: its tape.
+        latents: serials of the latent argument (several if it is a list); none if not established.
+        conditioning: serials of the conditioning arguments.
+    """
+
+    def __init__(
+        self, denoiser: nn.Module, recording: Recording, latents: frozenset[int], conditioning: frozenset[int]
+    ) -> None:
+        self.denoiser, self.recording = denoiser, recording
+        self.latents, self.conditioning = latents, conditioning
+        self.notes: list[str] = []
+        self.live = ancestors(recording, recording.root.outputs.values())
+        self._calls = recording.by_path()
+        self._groups: dict[tuple[int, Window], list[frozenset[str]]] = {}
+        self._left: dict[int, StreamKind] = {}
+
+    def find(self) -> list[StackView]:
+        """Every list of token blocks with at least one part, in the order in which they run."""
+        stacks: list[StackView] = []
+        lists: list[str] = []
+        for path, module in self.denoiser.named_modules():
+            if not isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
+                continue
+            if any(path.startswith(f"{block.call.path}.") for stack in stacks for block in stack.blocks):
+                continue  # inside a block
+            stack = self._stack(path, module)
+            if stack is not None:
+                stack.is_nested = any(path.startswith(f"{other}.") for other in lists)
+                stacks.append(stack)
+            lists.append(path)
+        stacks.sort(key=lambda stack: stack.blocks[0].call.index)
+        self._link(stacks)
+        return [stack for stack in stacks if self._read_parts(stack)]
+
+    def _stack(self, path: str, module: nn.Module) -> StackView | None:
+        blocks = []
+        for name, child in module.named_children():
+            calls = self._calls.get(f"{path}.{name}", [])
+            if not calls:
+                continue
+            if not any(True for _ in unwrapped(child).children()):
+                return None
+            view = BlockView(calls[0], len(calls))
+            view.look(self.recording)
+            if not any(len(self.recording.shape(thread.enters)) == 3 for thread in view.threads):
+                return None
+            blocks.append(view)
+        blocks.sort(key=lambda block: block.call.index)
+        return StackView(path, blocks) if blocks else None
+
+    # Links between blocks, and what the streams stand for ----
+
+    def _link(self, stacks: list[StackView]) -> None:
+        left: dict[int, StreamKind] = {}  # what the last blocks of earlier stacks returned
+        for stack in stacks:
+            before: BlockView | None = None
+            for block in stack.blocks:
+                self._groups, self._left = {}, left if before is None else _left_by(before)
+                for thread in block.threads:
+                    thread.kind = self._kind(thread.enters)
+                    thread.feeds_output = thread.leaves in self.live
+                if before is not None:
+                    self._add_ending_streams(before, block)
+                before = block
+            self._settle(stack)
+            left = {**left, **_left_by(stack.blocks[-1])}
+
+    def _add_ending_streams(self, before: BlockView, block: BlockView) -> None:
+        """Streams of the block before that enter here and do not leave (the text of a last block)."""
+        known = {thread.enters for thread in block.threads}
+        kinds = {thread.kind for thread in block.threads}
+        for earlier in before.threads:
+            serial = block.call.arguments.get(earlier.argument)
+            if serial is None or serial in known or earlier.leaves is None or earlier.kind in kinds:
+                continue
+            if Trunk(self.recording, frozenset({earlier.leaves}), first=before.call.first).reach(serial):
+                block.threads.append(Thread(earlier.argument, serial, serial, None, None, earlier.kind))
+
+    def _kind(self, serial: int) -> StreamKind:
+        """What a stream stands for: what earlier blocks left, and for the rest by the denoiser's arguments."""
+        kinds: list[StreamKind] = []
+        for labels in self._token_groups(serial):
+            told: list[StreamKind] = [kind for kind in _KINDS if f"={kind}" in labels]
+            made: list[StreamKind] = [kind for kind in _KINDS if kind in labels]
+            kinds += told or made[:1]
+        return one_kind(kinds) if self.latents else "unknown"
+
+    def _token_groups(self, serial: int, window: Window = None) -> list[frozenset[str]]:
+        """What is behind the tokens of a tensor, for each group of tokens put in a row.
+
+        ``=image`` (or another kind): tokens that an earlier block left. ``image``, ``text``: the latent, or
+        conditioning, is among what they were made from.
+        """
+        key = (serial, window)
+        if key not in self._groups:
+            self._groups[key] = list(dict.fromkeys(self._read_groups(serial, window)))
+        return self._groups[key]
+
+    def _read_groups(self, serial: int, window: Window) -> list[frozenset[str]]:
+        recording, number = self.recording, self.recording.producer[serial]
+        if serial in self._left:
+            return [frozenset({f"={self._left[serial]}"})]
+        op = recording.ops[number] if number >= 0 else None
+        if op is not None and op.inputs:
+            if op.name in JOINS and op.detail != len(recording.shape(serial)) - 1 and not self._is_map(serial):
+                return [o for operand, w in joined(recording, op, window) for o in self._token_groups(operand, w)]
+            if op.name in WRITES:
+                return [o for operand in (op.inputs[0], op.inputs[-1]) for o in self._token_groups(operand)]
+            if op.name in PASSES:
+                return self._token_groups(op.inputs[0], looked_at(recording, op, serial, window))
+            if op.name in SUMS:
+                groups = [self._token_groups(operand, window) for operand in op.inputs]
+                longest = max(groups, key=len)
+                others = [origin for group in groups if group is not longest for origin in group]
+                return [origin.union(*others) for origin in longest]
+        origin = ancestors(recording, [serial])
+        made_of: tuple[tuple[StreamKind, frozenset[int]], ...] = (("image", self.latents), ("text", self.conditioning))
+        labels = frozenset(kind for kind, sources in made_of if not sources.isdisjoint(origin))
+        return [labels] if labels else []
+
+    def _is_map(self, serial: int) -> bool:
+        return len(self.recording.shape(serial)) > 3
+
+    def _settle(self, stack: StackView) -> None:
+        """Where a block has several streams that the latent is in, the image is the one that reaches the end."""
+        last = stack.blocks[-1]
+        for block in stack.blocks:
+            mixed = [thread for thread in block.threads if thread.kind in ("image", "joint", "unknown")]
+            if len(mixed) < 2:
+                continue
+            ending = {t.argument for t in last.threads if t.leaves is not None and t.leaves in self.live}
+            for thread in mixed:
+                thread.kind = "unknown" if len(ending) != 1 else "image" if thread.argument in ending else "text"
+
+    # Parts ----
+
+    def _read_parts(self, stack: StackView) -> bool:
+        for block in stack.blocks:
+            reader = BlockReader(self.recording, block)
+            parts = [reader.part(view) for view in reader.part_views()]
+            stack.parts.append(list(with_inner(parts, inner_modules(reader, parts))))
+            self.notes.extend(dict.fromkeys(reader.notes))
+            if not parts:
+                self.notes.append(f"{block.call.path}: no part was found, only its whole output can be cached")
+            for path in block.restarts:
+                self.notes.append(f"{block.call.path}: its residual stream starts behind {path}")
+            if block.calls > 1:
+                self.notes.append(f"{block.call.path}: runs {block.calls} times per forward; the first was analysed")
+        return any(stack.parts)
+
+    def main(self, stacks: list[StackView]) -> list[StackView]:
+        """The stacks that carry the image through the denoiser, in order; marks them."""
+        able = [s for s in stacks if not s.is_nested and self._carries_image(s)]
+        if able and self.conditioning:
+            # A refiner that prepares the latent alone, before it meets any conditioning, is not the main road.
+            meets = [self._meets_conditioning(stack) for stack in able]
+            if any(meets):
+                able = able[meets.index(True) :]
+        for stack in able:
+            stack.is_main = True
+        return able
+
+    def _carries_image(self, stack: StackView) -> bool:
+        last = stack.blocks[-1]
+        return any(t.kind in ("image", "joint") and t.leaves in self.live for t in last.threads)
+
+    def _meets_conditioning(self, stack: StackView) -> bool:
+        leaving = [t.leaves for t in stack.blocks[-1].threads if t.kind in ("image", "joint") and t.leaves is not None]
+        return not self.conditioning.isdisjoint(ancestors(self.recording, leaving))
+
+    def is_kept(self, before: StackView, after: StackView) -> bool:
+        """Whether every stream passes from one stack to the next with its shape, so that one span may cover both."""
+        left = {t.leaves: t for t in before.blocks[-1].threads if t.leaves is not None}
+        entering = {t.enters: t for t in after.blocks[0].threads}
+        trunk = Trunk(self.recording, frozenset(left), first=before.blocks[-1].call.first)
+        matched = set()
+        for serial in entering:
+            reached = trunk.reach(serial)
+            if len(reached) != 1 or self.recording.shape(reached[0]) != self.recording.shape(serial):
+                return False
+            matched.add(reached[0])
+        return len(matched) == len(entering) == len(left)
+
+    def fact(self, stack: StackView) -> Stack:
+        """The finished fact."""
+        blocks = []
+        for block, parts in zip(stack.blocks, stack.parts, strict=True):
+            streams = tuple(thread.finished() for thread in block.threads)
+            entering = {stream.argument for stream in streams}
+            blocks.append(
+                Block(
+                    path=block.call.path,
+                    streams=streams,
+                    parts=tuple(parts),
+                    output_template=block.output_template(),
+                    mutates=block.mutated(self.recording),
+                    inputs=tuple(path for path in block.call.arguments if path not in entering),
+                    calls=block.calls,
+                )
+            )
+        return Stack(stack.path, tuple(blocks), stack.is_main)

@@ -1,0 +1,206 @@
+"""Observation leaves no trace, and says what it could not see."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import time
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import anatomy_zoo as zoo
+from anatomy_help import (
+    EVERY,
+    inner_of,
+    observed,
+    one_of_each,
+    parts_of,
+    run,
+    tensors,
+)
+from cache4diffusion import anatomy
+from cache4diffusion.errors import AnatomyError
+from cache4diffusion.shadow import Shadow
+
+# Observation leaves no trace ----
+
+
+def attributes(module: nn.Module) -> list:
+    return [
+        (path, sorted(m.__dict__), [id(v) for v in m.__dict__.values()], [id(p) for p in m._parameters.values()])
+        for path, m in module.named_modules()
+    ]
+
+
+@one_of_each
+def test_nothing_is_left_behind(name):
+    module, args, kwargs = EVERY[name]()
+    before, expected = attributes(module), run(module, args, kwargs)
+    random_state = torch.get_rng_state()
+    given = [id(tensor) for tensor in tensors([args, kwargs])]
+    anatomy.observe(module, args, kwargs)
+    assert attributes(module) == before
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert [id(tensor) for tensor in tensors([args, kwargs])] == given
+    assert torch.equal(run(module, args, kwargs), expected)
+    gc.collect()
+    assert not [item for item in gc.get_objects() if type(item).__name__ == "FakeTensor"]
+
+
+def test_the_arguments_are_not_kept():
+    module, args, kwargs = zoo.flux()
+    references = [weakref.ref(tensor) for tensor in tensors(kwargs)]
+    found = anatomy.observe(module, args, kwargs)
+    kwargs.clear()
+    gc.collect()
+    assert found.main
+    assert not any(reference() is not None for reference in references)
+
+
+def test_a_real_first_call_and_one_after_observation_agree_where_the_model_memoises():
+    """Rotary tables of QwenImage are memoised: a fake one must not be found by the next real call."""
+    expected = run(*zoo.qwen())
+    module, args, kwargs = zoo.qwen()
+    anatomy.observe(module, args, kwargs)
+    assert torch.equal(run(module, args, kwargs), expected)
+
+
+def test_hooks_wrappers_and_compiled_calls_are_not_run():
+    module, args, kwargs = zoo.flux()
+    expected = anatomy.observe(module, args, kwargs)
+    calls = []
+    block = module.transformer_blocks[0]
+    block.register_forward_hook(lambda *_: calls.append("hook"))
+    for each in module.single_transformer_blocks:
+        each.compile(backend=lambda *_: calls.append("compiled"))
+    plain = block.forward
+
+    def wrapper(*args, **kwargs):
+        calls.append("wrapper")
+        return plain(*args, **kwargs)
+
+    shadow = Shadow(block, "forward", wrapper)
+    before = attributes(module)
+    assert anatomy.observe(module, args, kwargs) == expected
+    assert calls == []
+    assert attributes(module) == before
+    shadow.remove()
+
+
+def test_a_compiled_denoiser_is_seen_as_itself():
+    module, args, kwargs = zoo.dit()
+    expected = anatomy.observe(module, args, kwargs)
+    assert anatomy.observe(torch.compile(module, backend="eager"), args, kwargs) == expected
+    assert anatomy.describe(torch.compile(module, backend="eager")) == anatomy.describe(module)
+
+
+def test_observation_is_quick():
+    module, args, kwargs = zoo.flux()
+    anatomy.observe(module, args, kwargs)
+    start = time.process_time()
+    anatomy.observe(module, args, kwargs)
+    assert time.process_time() - start < 1
+
+
+def test_a_copy_made_after_observation_is_plain():
+    module, args, kwargs = zoo.dit()
+    anatomy.observe(module, args, kwargs)
+    assert torch.equal(run(copy.deepcopy(module), args, kwargs), run(module, args, kwargs))
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad])
+def test_the_mode_of_the_caller_does_not_matter(mode):
+    with mode():
+        module, args, kwargs = zoo.dit()
+        found = anatomy.observe(module, args, kwargs)
+    assert found == observed("dit")
+
+
+# Denoisers that are hard to observe ----
+
+
+class Reads(zoo.PlainBlock):
+    """Reads its data, so that no fake tensor will do."""
+
+    def forward(self, x, c):
+        return super().forward(x, c) if c.abs().max() > 0 else x
+
+
+def test_a_denoiser_that_reads_its_data_is_watched_in_a_real_forward():
+    module, args, kwargs = zoo.plain(block=Reads)
+    found = anatomy.observe(module, args, kwargs)
+    assert parts_of(found.main[0].blocks[0]) == {"mixer": "attn", "mapper": "ffn"}
+    assert found.batch_axes[""].arguments[(0,)] == 0
+    assert any("real forward" in note for note in found.notes)
+    with pytest.raises(AnatomyError, match="PlainDiT could not be observed"):
+        anatomy.observe(module, args, kwargs, may_compute=False)
+
+
+def test_a_call_that_cannot_work_is_an_error_that_says_why():
+    module, _, _ = zoo.plain()
+    with pytest.raises(AnatomyError, match=r"PlainDiT could not be observed.*missing 1 required.*a call that works"):
+        anatomy.observe(module, (torch.randn(2, 4, 8, 8), torch.ones(2)), {})
+
+
+class InPlace(zoo.PlainBlock):
+    """Adds to its input in place, and scales what its parts return in place."""
+
+    def forward(self, x, c):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=1)
+        mixed = self.mixer(zoo.modulate(self.first(x), shift1, scale1))
+        mixed *= gate1.unsqueeze(1)
+        x += mixed
+        x[:, 1:] += (gate2.unsqueeze(1) * self.mapper(zoo.modulate(self.second(x), shift2, scale2)))[:, 1:]
+        return x
+
+
+def test_writing_in_place_is_followed_and_reported():
+    block = anatomy.observe(*zoo.plain(block=InPlace)).main[0].blocks[1]
+    assert parts_of(block) == {"mixer": "attn", "mapper": "ffn"}
+    assert block.mutates == ((0,),)
+    assert [part.is_mutated for part in block.parts] == [True, False]
+
+
+class PostNorm(zoo.PlainBlock):
+    """Normalises what a part returns: the norm belongs to neither the part nor what may be skipped."""
+
+    def forward(self, x, c):
+        x = x + self.first(self.mixer(x))
+        return x + self.second(self.mapper(x))
+
+
+def test_post_norms_are_stepped_through():
+    block = anatomy.observe(*zoo.plain(block=PostNorm)).main[0].blocks[0]
+    assert parts_of(block) == {"mixer": "attn", "mapper": "ffn"}
+    assert inner_of(block) == {}
+
+
+class Strict(zoo.PlainBlock):
+    """Insists on the shape of what its norm returns: no placeholder will do there."""
+
+    def forward(self, x, c):
+        x = x + self.mixer(self.first(x).view(x.shape))
+        return x + self.mapper(self.second(x))
+
+
+def test_a_placeholder_that_breaks_its_block_is_not_offered():
+    found = anatomy.observe(*zoo.plain(block=Strict))
+    assert all(inner_of(block) == {} for block in found.main[0].blocks)
+    assert any("nan_token" in note for note in found.notes)
+
+
+class Opaque(zoo.PlainBlock):
+    """Has no residual stream at all."""
+
+    def forward(self, x, c):
+        return self.mapper(self.mixer(x))
+
+
+def test_what_has_no_residual_stream_has_no_stack():
+    found = anatomy.observe(*zoo.plain(block=Opaque))
+    assert found.stacks == ()
+    assert found.latent == (0,)
+    assert found.batch_axes[""].outputs == {(): 0}
