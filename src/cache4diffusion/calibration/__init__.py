@@ -1,0 +1,1 @@
+"""Calibrations: what a method needs to know of a denoiser before sampling."""

@@ -1,0 +1,280 @@
+"""Compiled blocks: two graphs per block class and state at any depth, no fallback to eager, equal results."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+
+import cache4diffusion as c4d
+from cache4diffusion.engine.compiling import _codes
+from cache4diffusion.errors import CompositionError, RunError
+
+STEPS = 10
+METHODS = {
+    "taylorseer": {"interval": 3},
+    "fora": {"interval": 3},
+    "speca": {"threshold": 5.0},
+    "dbcache": {"threshold": 0.5, "front": 2, "warmup": 2},
+    "fbcache": {"threshold": 0.5, "warmup": 2},
+    "teacache": {"threshold": 0.5},
+    "taylorseer-lite": {"interval": 3},
+}
+QUICK = [("taylorseer", "before"), ("taylorseer", "after"), ("dbcache", "before"), ("speca", "after")]
+ALL = [
+    pytest.param(name, order, marks=() if (name, order) in QUICK else pytest.mark.slow)
+    for name in METHODS
+    for order in ("before", "after")
+]
+ON_PARTS = ("taylorseer", "fora", "speca")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    logging.getLogger("torch.__trace").setLevel(logging.CRITICAL)  # pytest would format all of Dynamo's own trace
+    yield
+    torch._dynamo.reset()
+
+
+def flux(blocks: int) -> FluxTransformer2DModel:
+    torch.manual_seed(0)
+    denoiser = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=blocks // 2,
+        num_single_layers=blocks - blocks // 2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+        guidance_embeds=False,
+        axes_dims_rope=(4, 2, 2),
+    )
+    return denoiser.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def sample(denoiser, side: int = 4) -> list[torch.Tensor]:
+    """Every output of a short run."""
+    generator = torch.Generator().manual_seed(side)
+    latent = torch.randn(1, side * side, 4, generator=generator)
+    places = torch.arange(side * side)
+    given = {
+        "encoder_hidden_states": torch.randn(1, 4, 8, generator=generator),
+        "pooled_projections": torch.randn(1, 8, generator=generator),
+        "img_ids": torch.stack([places * 0, places // side, places % side], 1).float(),
+        "txt_ids": torch.zeros(4, 3),
+    }
+    outputs = []
+    for step in range(STEPS):
+        time = torch.full((1,), 1 - step / STEPS)
+        outputs.append(denoiser(hidden_states=latent, timestep=time, return_dict=False, **given)[0])
+        latent = latent - outputs[-1] / STEPS
+    return outputs
+
+
+class Counting:
+    """A backend that runs graphs as they are; remembers each graph's block class, and how many graphs were run."""
+
+    def __init__(self) -> None:
+        self.graphs: list[str] = []
+        self.runs = 0
+
+    def __call__(self, graph, inputs):
+        is_double = any("context" in node.name for node in graph.graph.nodes)
+        self.graphs.append("double" if is_double else "single")
+
+        def run(*args):
+            self.runs += 1
+            return graph.forward(*args)
+
+        return run
+
+
+def accelerated(denoiser, name: str, order: str, counting: Counting):
+    if order == "before":
+        denoiser.compile_repeated_blocks(backend=counting, fullgraph=True)
+    handle = c4d.accelerate(denoiser, name, **METHODS[name])
+    if order == "after":
+        denoiser.compile_repeated_blocks(backend=counting, fullgraph=True)
+    return handle
+
+
+def eager_run(name: str, blocks: int, side: int = 4) -> tuple[list[torch.Tensor], str]:
+    denoiser = flux(blocks)
+    with c4d.accelerate(denoiser, name, **METHODS[name]) as handle, handle.run(num_steps=STEPS):
+        return sample(denoiser, side), handle.stats["strip"]
+
+
+def assert_equal(outputs, expected) -> None:
+    for step, (output, wanted) in enumerate(zip(outputs, expected, strict=True)):
+        torch.testing.assert_close(output, wanted, rtol=1e-5, atol=1e-6, msg=lambda text, s=step: f"step {s}: {text}")
+
+
+@pytest.mark.parametrize(("name", "order"), ALL)
+def test_compiled_blocks_equal_eager_ones_with_two_graphs_per_class_and_state(name, order):
+    counts = []
+    for blocks in (4, 16):
+        torch._dynamo.reset()
+        expected, strip = eager_run(name, blocks)
+        denoiser, counting = flux(blocks), Counting()
+        with accelerated(denoiser, name, order, counting) as handle:
+            for _ in range(2):
+                with handle.run(num_steps=STEPS):
+                    assert_equal(sample(denoiser), expected)
+                assert handle.stats["strip"] == strip
+                assert "c" in strip
+                counts.append(tuple(counting.graphs))
+            states = 2 if name in ON_PARTS else 1
+            assert counting.graphs.count("double") <= 2 * states
+            assert counting.graphs.count("single") <= 2 * states
+        assert not torch._dynamo.utils.counters["graph_break"]
+    assert len(set(counts)) == 1, "the same graphs at 4 and at 16 blocks, and none more in a second run"
+
+
+@pytest.mark.parametrize("name", ["taylorseer", "fbcache"])
+def test_every_block_that_runs_runs_compiled(name):
+    denoiser, counting = flux(4), Counting()
+    with accelerated(denoiser, name, "after", counting) as handle:
+        with handle.run(num_steps=STEPS):
+            sample(denoiser)
+        counting.runs = 0
+        strip = handle.stats["strip"]
+        with handle.run(num_steps=STEPS):
+            sample(denoiser)
+        cached = 4 if name in ON_PARTS else 1  # parts are bypassed inside their blocks; fbcache runs the first block
+        assert counting.runs == strip.count("F") * 4 + strip.count("c") * cached
+
+
+@pytest.mark.parametrize("name", ["speca", pytest.param("dbcache", marks=pytest.mark.slow)])
+def test_another_resolution_adds_as_many_graphs_as_the_host_alone_needs(name):
+    plain, alone = flux(4), Counting()
+    plain.compile_repeated_blocks(backend=alone, fullgraph=True)
+    for side in (4, 6):
+        sample(plain, side)
+    torch._dynamo.reset()
+    denoiser, counting = flux(4), Counting()
+    with accelerated(denoiser, name, "before", counting) as handle:
+        for side in (4, 6):
+            expected, strip = eager_run(name, 4, side)
+            with handle.run(num_steps=STEPS):
+                assert_equal(sample(denoiser, side), expected)
+            assert handle.stats["strip"] == strip
+    states = 2 if name in ON_PARTS else 1
+    for kind in ("double", "single"):
+        assert counting.graphs.count(kind) <= states * alone.graphs.count(kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["taylorseer", "speca"])
+# Predictions hang on modules, and Dynamo takes sizes of what hangs on modules as fixed unless told otherwise.
+@torch._dynamo.config.patch(force_nn_module_property_static_shapes=False)
+def test_compiled_for_many_resolutions(name):
+    denoiser, counting = flux(4), Counting()
+    denoiser.compile_repeated_blocks(backend=counting, fullgraph=True, dynamic=True)
+    with c4d.accelerate(denoiser, name, **METHODS[name]) as handle:
+        for side in (4, 6, 5, 7):
+            expected, _ = eager_run(name, 4, side)
+            with handle.run(num_steps=STEPS):
+                assert_equal(sample(denoiser, side), expected)  # past the recompile limit, fullgraph would raise
+
+
+def test_removing_leaves_the_blocks_compiled():
+    denoiser, counting = flux(4), Counting()
+    with torch.no_grad():
+        plain = sample(flux(4))
+    with accelerated(denoiser, "fbcache", "after", counting) as handle, handle.run(num_steps=STEPS):
+        sample(denoiser)
+    counting.runs = 0
+    assert_equal(sample(denoiser), plain)
+    assert counting.runs == 4 * STEPS
+
+
+@pytest.mark.parametrize("how", ["method before", "wrapper before", "method after", "wrapper after"])
+def test_a_whole_denoiser_site_works_with_the_denoiser_compiled_as_a_whole(how):
+    expected, strip = eager_run("taylorseer-lite", 4)
+    denoiser, counting = flux(4), Counting()
+    called = denoiser
+    if how == "method before":
+        denoiser.compile(backend=counting, fullgraph=True)
+    if how == "wrapper before":
+        called = torch.compile(denoiser, backend=counting, fullgraph=True)
+    with c4d.accelerate(called, "taylorseer-lite", **METHODS["taylorseer-lite"]) as handle:
+        if how == "method after":
+            denoiser.compile(backend=counting, fullgraph=True)
+        if how == "wrapper after":  # no fullgraph: torch wants a graph in every call, and a cached step has none
+            called = torch.compile(denoiser, backend=counting)
+        with handle.run(num_steps=STEPS):
+            assert_equal(sample(called), expected)
+        assert handle.stats["strip"] == strip
+        assert len(counting.graphs) == 1
+        assert counting.runs == strip.count("F")
+
+
+@pytest.mark.parametrize("name", ["taylorseer", "fbcache"])
+def test_a_denoiser_compiled_as_a_whole_that_hides_the_sites_is_refused(name):
+    denoiser = flux(4)
+    with pytest.raises(CompositionError, match="compile_repeated_blocks"):
+        c4d.accelerate(torch.compile(denoiser, backend=Counting()), name)
+    with c4d.accelerate(denoiser, name):
+        with pytest.raises(CompositionError, match=r"would be compiled as a whole.*compile_repeated_blocks"):
+            denoiser.compile(backend=Counting())
+        with pytest.raises(RunError, match="compile_repeated_blocks"):
+            sample(torch.compile(denoiser, backend=Counting()))
+    denoiser.compile(backend=Counting())  # the handle is gone, and so is its objection
+    with pytest.raises(CompositionError, match="compile_repeated_blocks"):
+        c4d.accelerate(denoiser, name)
+
+
+def test_sites_that_are_never_reached_are_noticed_at_the_first_full_step():
+    denoiser = flux(4)
+    with c4d.accelerate(denoiser, "fbcache", **METHODS["fbcache"]) as handle:
+        with handle.run(num_steps=STEPS):
+            sample(denoiser)
+        for wrapper in handle._engines[0]._block_wrappers:  # as if something ran around them
+            wrapper.is_alive = False
+        with pytest.raises(RunError, match="no site was called"), handle.run(num_steps=STEPS):
+            sample(denoiser)
+
+
+@pytest.mark.parametrize("order", ["before", "after", "after a run"])
+def test_token_rules_refuse_compiled_blocks(order):
+    denoiser = flux(4)
+    if order == "before":
+        denoiser.compile_repeated_blocks(backend=Counting())
+        with pytest.raises(CompositionError, match="must not be compiled"):
+            c4d.accelerate(denoiser, "toca")
+        return
+    with c4d.accelerate(denoiser, "toca") as handle:
+        if order == "after a run":
+            with handle.run(num_steps=STEPS):
+                sample(denoiser)
+            with pytest.raises(CompositionError, match="must not be compiled"):
+                denoiser.compile_repeated_blocks(backend=Counting())
+        else:  # the blocks are not known yet: noticed at the first call
+            denoiser.compile_repeated_blocks(backend=Counting())
+            with pytest.raises(CompositionError, match="must not be compiled"):
+                sample(denoiser)
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor():
+    expected, _ = eager_run("taylorseer", 4)
+    denoiser = flux(4)
+    denoiser.compile_repeated_blocks(fullgraph=True)
+    with c4d.accelerate(denoiser, "taylorseer", **METHODS["taylorseer"]) as handle, handle.run(num_steps=STEPS):
+        for output, wanted in zip(sample(denoiser), expected, strict=True):
+            torch.testing.assert_close(output, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_classes_that_hold_themselves_are_looked_into_once():
+    class Circle:
+        def method(self):
+            return None
+
+    Circle.again = Circle
+    assert len(list(_codes(Circle, set()))) == 1

@@ -1,0 +1,366 @@
+"""Tiny random denoisers and pipelines that behave like the real ones, the loops around them, and what is watched in
+tests: which modules ran, and what an object's ``__dict__`` held."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from contextlib import contextmanager
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+from torch import nn
+
+import cache4diffusion as c4d
+
+# Methods that transformers can run, at settings that cache within a dozen steps.
+ACTIVE = {
+    "dbcache": {"threshold": 0.5, "front": 1, "back": 1, "warmup": 2},
+    "fastercache": {"interval": 3, "warmup": 2},
+    "fbcache": {"threshold": 0.5},
+    "fora": {"interval": 3},
+    "speca": {"threshold": 0.5},
+    "taylorseer": {"interval": 4},
+    "taylorseer-lite": {"interval": 4},
+    "teacache": {"threshold": 0.3},
+    "toca": {"interval": 3, "recompute_ratio": 0.3, "schedule": "constant"},
+}
+# What a method that is off needs besides its registry row to fit so small a denoiser.
+FITTING = {"dbcache": {"front": 1, "warmup": 2}, "fastercache": {"warmup": 2}}
+TRANSFORMER_METHODS = sorted(set(c4d.METHODS) - {"deepcache"})
+# Those that run the same code as another of them: fbcache is a dbcache, taylorseer is fora with a history.
+TWINS = {"dbcache", "fora"}
+methods = pytest.mark.parametrize("name", TRANSFORMER_METHODS)
+distinct_methods = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in TWINS else ()) for name in TRANSFORMER_METHODS]
+)
+
+
+def off(name):
+    return {**FITTING.get(name, {}), **c4d.METHODS[name].info.off}
+
+
+def randomise(module: nn.Module, std: float = 0.1) -> nn.Module:
+    """Make biases, gates and norms visible: fresh denoisers start with branches that add nothing."""
+    for parameter in module.parameters():
+        if parameter.ndim == 1 or not parameter.any():
+            nn.init.normal_(parameter, std=std)
+    return module.eval()
+
+
+def seeded(make):
+    def build(*args, seed=0, **kwargs):
+        state = torch.get_rng_state()
+        torch.manual_seed(seed)
+        try:
+            return make(*args, **kwargs)
+        finally:
+            torch.set_rng_state(state)
+
+    return build
+
+
+@seeded
+def flux(guidance=False, ip_adapter=False, channels=8) -> FluxTransformer2DModel:
+    denoiser = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=channels,
+        num_layers=2,
+        num_single_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=20,
+        guidance_embeds=guidance,
+        axes_dims_rope=(4, 6, 6),
+    )
+    if ip_adapter:
+        for block in denoiser.transformer_blocks:
+            block.attn.set_processor(FluxIPAdapterAttnProcessor(32, 24, num_tokens=(4,)))
+        denoiser.encoder_hid_proj = MultiIPAdapterImageProjection(
+            [ImageProjection(image_embed_dim=12, cross_attention_dim=24, num_image_text_embeds=4)]
+        )
+    return randomise(denoiser)
+
+
+@seeded
+def dit() -> DiTTransformer2DModel:
+    return randomise(
+        DiTTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=4,
+            num_layers=3,
+            sample_size=8,
+            patch_size=2,
+            num_embeds_ada_norm=10,
+        )
+    )
+
+
+class Blocks(nn.Module):
+    """A denoiser nobody registered: an embedding, blocks with one residual part each, a projection."""
+
+    class Block(nn.Module):
+        def __init__(self, dim):
+            super().__init__()
+            self.norm = nn.LayerNorm(dim)
+            self.ff = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+
+        def forward(self, x, gate):
+            return x + gate * self.ff(self.norm(x))
+
+    def __init__(self, dim=8, count=3):
+        super().__init__()
+        self.embed = nn.Linear(4, dim)
+        self.blocks = nn.ModuleList(self.Block(dim) for _ in range(count))
+        self.out = nn.Linear(dim, 4)
+
+    def forward(self, x, timestep, context):
+        hidden, gate = self.embed(x) + context, torch.cos(timestep)[:, None, None]
+        for block in self.blocks:
+            hidden = block(hidden, gate)
+        return self.out(hidden)
+
+
+class MLP(nn.Module):
+    """A denoiser without blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(5, 16), nn.GELU(), nn.Linear(16, 4))
+
+    def forward(self, x, timestep):
+        return self.net(torch.cat([x, timestep.expand(x.shape[0], 1)], 1))
+
+
+def position_ids(height, width):
+    ids = torch.zeros(height, width, 3)
+    ids[..., 1] = torch.arange(height)[:, None]
+    ids[..., 2] = torch.arange(width)[None]
+    return ids.view(-1, 3)
+
+
+def flux_inputs(batch=1, seed=0, side=4, dtype=torch.float32, text=5, **extra):
+    g = torch.Generator().manual_seed(seed)
+    inputs = {
+        "hidden_states": torch.randn(batch, side * side, 8, generator=g).to(dtype),
+        "encoder_hidden_states": torch.randn(batch, text, 24, generator=g).to(dtype),
+        "pooled_projections": torch.randn(batch, 20, generator=g).to(dtype),
+        "img_ids": position_ids(side, side),
+        "txt_ids": torch.zeros(text, 3),
+    }
+    return {**inputs, **extra}
+
+
+def controlnet_inputs(batch=1, side=4, single=True, dtype=torch.float32):
+    """Residuals whose value differs from block to block."""
+
+    def samples(count, base):
+        return [torch.full((batch, side * side, 32), base + 0.1 * i, dtype=dtype) for i in range(count)]
+
+    extra = {"controlnet_block_samples": samples(2, 0.05)}
+    return {**extra, "controlnet_single_block_samples": samples(3, 0.3)} if single else extra
+
+
+def ip_adapter_inputs(batch=1):
+    g = torch.Generator().manual_seed(9)
+    return {"joint_attention_kwargs": {"ip_adapter_image_embeds": [torch.randn(batch, 1, 12, generator=g)]}}
+
+
+def fresh(inputs):
+    """The arguments of one call: denoisers may take entries out of dictionaries."""
+    return {k: dict(v) if isinstance(v, dict) else v for k, v in inputs.items()}
+
+
+def sample_of(output):
+    return output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+
+
+def timesteps(num_steps):
+    return [1 - i / num_steps for i in range(num_steps)]
+
+
+@torch.no_grad()
+def flux_loop(denoiser, inputs, num_steps=10, frozen=False, fail_at=None, error=RuntimeError, **options):
+    """A bare Euler loop; returns the denoiser's output at every step. ``frozen``: the same input at every step."""
+    x, outputs = inputs["hidden_states"], []
+    dtype = x.dtype
+    for i, t in enumerate(timesteps(num_steps)):
+        if i == fail_at:
+            raise error("stopped")
+        time = torch.full((x.shape[0],), 0.5 if frozen else t, dtype=dtype)
+        output = denoiser(**fresh({**inputs, "hidden_states": x, "timestep": time}), **options)
+        outputs.append(sample_of(output))
+        if not frozen:
+            x = x - outputs[-1] / num_steps
+    return outputs
+
+
+@torch.no_grad()
+def branch_loop(denoiser, branches, num_steps=10, scale=3.0, until=None):
+    """Sequential guidance: one call per branch and step; after step ``until`` only the first branch is called."""
+    x, outputs = branches[0]["hidden_states"], []
+    for i, t in enumerate(timesteps(num_steps)):
+        called = branches if until is None or i < until else branches[:1]
+        found = []
+        for inputs in called:
+            time = torch.full((x.shape[0],), t)
+            found.append(sample_of(denoiser(**fresh({**inputs, "hidden_states": x, "timestep": time}))))
+        first, mean = found[0], sum(found) / len(found)
+        outputs.append(mean + scale * (first - mean))
+        x = x - outputs[-1] / num_steps
+    return outputs
+
+
+@torch.no_grad()
+def dit_loop(denoiser, batch=1, num_steps=10, seed=0, scale=2.0, frozen=False):
+    """Class-conditional guidance with both branches in one call, as DiTPipeline does it."""
+    x = torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+    labels = torch.cat([torch.arange(batch) % 10, torch.full((batch,), 10)])
+    outputs = []
+    for i in range(num_steps):
+        both = torch.cat([x, x])
+        t = torch.full((2 * batch,), 500 if frozen else 999 - 90 * i)
+        output = denoiser(both, timestep=t, class_labels=labels).sample
+        outputs.append(output)
+        cond, uncond = output.chunk(2)
+        if not frozen:
+            x = x - 0.1 * (uncond + scale * (cond - uncond))
+    return outputs
+
+
+@seeded
+def flux_pipeline(transformer=None) -> FluxPipeline:
+    """A stock pipeline without text encoders: prompts come as embeddings, images leave as latents."""
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=2, norm_num_groups=4, layers_per_block=1, sample_size=16,
+    )  # fmt: skip
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae.eval(),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=flux() if transformer is None else transformer,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def prompt(seed=1, batch=1, negative=None):
+    """Embeddings that stand for a prompt (and for a negative one: then with true classifier-free guidance)."""
+
+    def embed(seed, head):
+        g = torch.Generator().manual_seed(seed)
+        return {
+            f"{head}prompt_embeds": torch.randn(batch, 5, 24, generator=g),
+            f"{head}pooled_prompt_embeds": torch.randn(batch, 20, generator=g),
+        }
+
+    found = embed(seed, "")
+    if negative is not None:
+        found.update(embed(negative, "negative_"), true_cfg_scale=3.0)
+    return found
+
+
+def generate(pipe, num_steps=8, seed=0, side=16, batch=1, **arguments):
+    """Latents of one image; the same seed gives the same."""
+    conditioning = {} if "prompt_embeds" in arguments else prompt(batch=batch)
+    return pipe(
+        **conditioning,
+        **arguments,
+        height=side,
+        width=side,
+        num_inference_steps=num_steps,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="latent",
+        guidance_scale=1.0,
+    ).images
+
+
+class Counter:
+    """How often each module's own ``forward`` ran (not: was called, for a call may be bypassed).
+
+    Made before `accelerate`, so that it sits inside of every wrapper.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.counts: dict[str, int] = {}
+        for name, child in module.named_modules():
+            child.forward = self._counted(name, child.forward)
+
+    def _counted(self, name, forward):
+        @functools.wraps(forward)
+        def counted(*args, **kwargs):
+            self.counts[name] = self.counts.get(name, 0) + 1
+            return forward(*args, **kwargs)
+
+        return counted
+
+    def during(self, call):
+        """Names of the modules that ran during ``call()``, and its result."""
+        self.counts.clear()
+        result = call()
+        return {name for name, count in self.counts.items() if count}, result
+
+
+class Dicts:
+    """A snapshot of what every module of a denoiser (or any object) has in its ``__dict__``, by identity."""
+
+    def __init__(self, *objects) -> None:
+        self.objects = [m for o in objects for m in (o.modules() if isinstance(o, nn.Module) else [o])]
+        self.before = [self._look(o) for o in self.objects]
+
+    @staticmethod
+    def _look(owner):
+        found = {}
+        for key, value in vars(owner).items():
+            found[key] = (id(value), tuple(value) if isinstance(value, dict) else None)
+        return found
+
+    def changed(self) -> list[str]:
+        """Attributes that are not what they were."""
+        return [
+            f"{type(o).__name__}.{key}"
+            for o, before in zip(self.objects, self.before, strict=True)
+            for key in sorted(set(before) ^ set(vars(o)) | {k for k, v in self._look(o).items() if before.get(k) != v})
+        ]
+
+
+@contextmanager
+def accelerated(denoiser, name, settings=None, num_steps=None, **options):
+    """Accelerate within a block, one explicit run in it if the number of steps is given."""
+    handle = c4d.accelerate(denoiser, name, **(ACTIVE[name] if settings is None else settings), **options)
+    try:
+        if num_steps is None:
+            yield handle
+        else:
+            with handle.run(num_steps=num_steps):
+                yield handle
+    finally:
+        handle.remove()
+
+
+def on_a_fresh_copy(denoiser, name, loop, num_steps=None, **settings):
+    """What ``loop(denoiser)`` gives on a copy that was never accelerated before: the truth for all tests of state."""
+    with accelerated(copy.deepcopy(denoiser), name, {**ACTIVE[name], **settings}, num_steps) as handle:
+        return loop(handle._engines[0].denoiser)
+
+
+def fail(error):
+    """Raise, where a statement must be an expression."""
+    raise error("stopped")
