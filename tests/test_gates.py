@@ -32,7 +32,7 @@ from cache4diffusion.gates import (
 )
 from cache4diffusion.gates.quadratic import Quadratic, quadratic_steps
 from cache4diffusion.method import Composition
-from cache4diffusion.methods import DBCache, Fora, TaylorSeer, TaylorSeerLite, TeaCache, ToCa
+from cache4diffusion.methods import DBCache, FBCache, Fora, TaylorSeer, TaylorSeerLite, TeaCache, ToCa
 from cache4diffusion.sites import Parts, Span
 
 
@@ -201,6 +201,36 @@ def test_a_threshold_of_0_never_skips(rescale):
     assert strip(gate, 8, lambda i: 0.1) == "FFFFFFFF"
 
 
+def test_at_threshold_0_a_negative_polynomial_still_skips_in_the_official_variant():
+    """The card: with the raw polynomial "never skips at 0" can fail. Mochi's is negative at 0.2, CogVideoX's at 0."""
+    negative = {"threshold": 0.0, "coefficients": "mochi"}
+    shown = Replay(TeaCache(**negative, variant="official").compose(), 6).strip(scores=lambda i: 0.2)
+    assert shown == "F----F"
+    assert Replay(TeaCache(**negative).compose(), 6).strip(scores=lambda i: 0.2) == "FFFFFF"
+    assert strip(AccumulatedChange(0.0), 6, lambda i: 0.1) == "FFFFFF", "the identity is never negative"
+
+
+def test_a_cached_step_that_was_not_compared_keeps_the_sum():
+    """A static mask, or a branch that another one leads, caches without asking for the score."""
+    mask = Mask((True, False, False, False, False), policy="static")
+    gate = AccumulatedChange(1.0)
+    asked = Mask((True,))
+    assert strip(gate, 5, lambda i: 0.4, (asked,)) == "FccFc"
+    state = gate.begin(None)
+    for index, (score, total) in enumerate([(0.4, 0.4), (None, 0.4), (0.3, 0.7)]):
+        gate.commit(state, Step(index, None), True, score)
+        assert state.total == pytest.approx(total)
+    assert strip(gate, 5, lambda i: 9.0, (mask,)) == "Fcccc"
+
+
+def test_teacaches_forced_steps_follow_the_mode():
+    """Default: the first and the last. HiDream: the first tenth. Wan with use_ret_steps: the first five."""
+    modes = {(1, 1): "F" + "-" * 28 + "F", (3, 0): "FFF" + "-" * 27, (5, 0): "FFFFF" + "-" * 25}
+    for (warmup, cooldown), expected in modes.items():
+        composition = TeaCache(threshold=100, warmup=warmup, cooldown=cooldown).compose()
+        assert Replay(composition, 30).strip(scores=lambda i: 0.0) == expected
+
+
 def test_a_negative_polynomial_lowers_the_sum_only_where_asked_to():
     coefficients = (1.0, -0.5)  # P(0.1) = -0.4, P(0.9) = 0.4
     changes = [0.9, 0.1, 0.9, 0.9, 0.9, 0.9]
@@ -312,8 +342,19 @@ def test_equality_with_the_threshold_is_full():
     assert strip(ProbeThreshold(0.25), 2, lambda i: 0.2499) == "Fc"
 
 
-def test_a_threshold_of_1_or_more_caches_whatever_the_score():
+def test_a_threshold_of_1_or_more_caches_whatever_the_score_in_dbcache_only():
+    """ParaAttention's FBCache has no such rule."""
     assert dbcache(8, lambda i: 7.0**i, threshold=1.0) == "FF------"
+    first_block = Replay(FBCache(threshold=1.0, warmup=2).compose(), 8)
+    assert first_block.strip(lambda i: 7.0**i) == "FFFFFFFF"
+    assert Replay(FBCache(threshold=math.inf, warmup=2).compose(), 8).strip(lambda i: 7.0**i) == "FF------"
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 4])
+def test_the_first_steps_of_a_warm_up_are_full(warmup):
+    for method in (DBCache(front=1, warmup=warmup), FBCache(warmup=warmup)):
+        shown = Replay(method.compose(), 9).strip(lambda i: 1.0)
+        assert shown == "F" * max(warmup, 1) + "-" * (9 - max(warmup, 1))
 
 
 def test_a_threshold_of_0_never_caches():

@@ -137,6 +137,15 @@ def test_the_order_grows_by_one_at_each_full_step_after_the_warm_up():
     assert orders == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_the_order_stops_growing_at_its_setting(order):
+    state, orders = Taylor(order, first_difference_step=2).init(None), []
+    for step in (0, 1, 2, 7, 12, 17):
+        Taylor(order, 2).update(state, [torch.zeros(1)], float(step))
+        orders.append(sum(weight != 0 for weight in Taylor(order, 2).slot_weights(state, step + 1.0)) - 1)
+    assert orders == [0, 0, *(min(order, j) for j in (1, 2, 3, 4))]
+
+
 @pytest.mark.parametrize("predictor", [Taylor(3, 2), Newton(3), Reuse()])
 def test_slot_weights_are_the_weights_in_the_order_of_the_ring(predictor):
     state = predictor.init(None)

@@ -181,6 +181,9 @@ class MethodInfo:
         citation: authors, title, venue.
         needs_calibration: whether a calibration file is needed.
         shares_branches: whether one CFG branch's prediction reads another's feature.
+        published: settings of the paper or its released code, by what they are for. A set names what differs from our
+            defaults or is worth saying; it is shown as *not re-measured* unless ``remeasured`` names it.
+        remeasured: the published sets whose effect was measured again here, on real weights.
     """
 
     name: str
@@ -196,6 +199,8 @@ class MethodInfo:
     citation: str
     needs_calibration: bool = False
     shares_branches: bool = False
+    published: dict[str, dict[str, Any]] = field(default_factory=dict)
+    remeasured: tuple[str, ...] = ()
 
 
 METHODS: dict[str, type[Method]] = {}
@@ -214,6 +219,11 @@ class Method(ABC):
         super().__init_subclass__(**kwargs)
         if "info" in cls.__dict__:
             METHODS[cls.info.name] = cls
+
+    def __new__(cls, *args: Any, **settings: Any) -> Method:
+        """Refuse unknown settings in words; Python's own TypeError would not name the nearest one."""
+        check_names(f"Method {cls.info.name!r}", settings, [entry.name for entry in dataclasses.fields(cls)])
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         check(self)
@@ -268,6 +278,4 @@ def method(name: str, **settings: Any) -> Method:
         raise UnknownNameError(
             f"There is no method {name!r}{closest(name, METHODS) or '.'} Known: {', '.join(sorted(METHODS))}."
         )
-    cls = METHODS[name]
-    check_names(f"Method {name!r}", settings, [entry.name for entry in dataclasses.fields(cls)])
-    return cls(**settings)
+    return METHODS[name](**settings)

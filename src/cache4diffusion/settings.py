@@ -59,27 +59,44 @@ def setting(
     return field(default=default, metadata={"doc": doc, "range": Range(ge, le, gt)})
 
 
-# What other libraries call our settings; only used to name ours in an error.
+# What papers' codes and other libraries call our settings; only used to name ours in an error.
 PEER_NAMES = {
+    # TeaCache
     "rel_l1_thresh": "threshold",
+    # ParaAttention, cache-dit, diffusers
     "residual_diff_threshold": "threshold",
     "fn_compute_blocks": "front",
     "bn_compute_blocks": "back",
     "max_warmup_steps": "warmup",
+    "warmup_steps": "warmup",
     "max_cached_steps": "max_cached",
     "max_continuous_cached_steps": "max_run",
-    "fresh_threshold": "interval",
+    "max_accumulated_residual_diff_threshold": "max_accumulated",
+    "steps_computation_mask": "mask",
+    "steps_computation_policy": "mask_policy",
+    "taylorseer_order": "order",
     "cache_interval": "interval",
+    "disable_cache_before_step": "warmup",
+    "skip_range": "interval",
+    "unconditional_batch_skip_range": "interval",
+    # TaylorSeer, SpeCa, ToCa
+    "fresh_threshold": "interval",
     "first_enhance": "warmup",
     "max_order": "order",
-    "fresh_ratio": "recompute_ratio",
-    "cache_branch_id": "layer",
-    "skip_range": "interval",
     "base_threshold": "threshold",
     "decay_rate": "decay",
     "min_taylor_steps": "min_run",
     "max_taylor_steps": "max_run",
-    "disable_cache_before_step": "warmup",
+    "error_metric": "metric",
+    "fresh_ratio": "recompute_ratio",
+    "fresh_ratio_schedule": "schedule",
+    "soft_fresh_weight": "age_weight",
+    "cache_type": "score",
+    # DeepCache
+    "cache_branch_id": "block and layer",  # 3 block + layer
+    "cache_block_id": "block",
+    "cache_layer_id": "layer",
+    "pow": "power",
 }
 
 
@@ -93,8 +110,9 @@ def check_names(owner: str, given: typing.Iterable[str], accepted: typing.Iterab
     for name in given:
         if name in accepted:
             continue
-        ours = PEER_NAMES.get(name.lower())
-        hint = f"; here it is called {ours!r}." if ours in accepted else closest(name, accepted)
+        ours = PEER_NAMES.get(name.lower(), name).split(" and ")
+        is_known = all(word in accepted for word in ours)
+        hint = f"; here it is called {' and '.join(map(repr, ours))}." if is_known else closest(name, accepted)
         listed = ", ".join(accepted) or "none"
         raise SettingError(f"{owner} has no setting {name!r}{hint or '.'} Its settings: {listed}.")
 

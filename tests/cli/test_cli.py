@@ -1,5 +1,6 @@
 """The command line: contracts of its JSON, examples that parse, errors in one line."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -83,6 +84,33 @@ def test_show_has_every_setting_and_the_strip(name):
         assert f"\n  {setting} " in text
     assert (shown["strip"] or "decided while sampling") in text
     assert shown["strip"] is None or len(shown["strip"]) == 20
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_show_says_what_of_the_published_settings_was_not_remeasured(name):
+    info, text, shown = c4d.METHODS[name].info, run("show", name).stdout, facts("show", name)
+    not_remeasured = [what for what in info.published if what not in info.remeasured]
+    assert ("Published settings, not re-measured on real weights" in text) == bool(not_remeasured)
+    assert {row["name"]: row["settings"] for row in shown["published"]} == info.published
+    assert [row["name"] for row in shown["published"] if not row["remeasured"]] == not_remeasured
+    for what, settings in info.published.items():
+        assert re.search(rf"^  {re.escape(what)} +{re.escape(next(iter(settings)))}=", text, re.MULTILINE)
+    quotes = "Code:" in text.split("Settings\n")[1]
+    assert (not info.remeasured and quotes) == ("are published ones, not re-measured on real weights" in text)
+
+
+def test_show_tells_remeasured_sets_from_others(monkeypatch):
+    info = c4d.METHODS["taylorseer"].info
+    changed = dataclasses.replace(info, remeasured=("FLUX.1-dev",))
+    monkeypatch.setattr(c4d.METHODS["taylorseer"], "info", changed)
+    here, others = (
+        run("show", "taylorseer")
+        .stdout.split("Published settings, re-measured here\n")[1]
+        .split("Published settings, not re-measured on real weights\n")
+    )
+    assert "FLUX.1-dev" in here
+    assert "HunyuanVideo" in others
+    assert "HunyuanVideo" not in here
 
 
 def test_strips_of_static_methods():

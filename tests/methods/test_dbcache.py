@@ -1,5 +1,8 @@
 """FBCache and DBCache against slow references written from their cards: the same decisions, the same outputs."""
 
+import copy
+
+import diffusers
 import pytest
 import torch
 from slow_references import DiTBlocks, FluxBlocks, SlowDBCache
@@ -53,6 +56,31 @@ def test_fbcache_on_dit_is_the_slow_reference(class_model):
     expected = sample(reference, inputs, STEPS)
     reached, trace, _ = accelerated(class_model, inputs, STEPS, "fbcache", threshold=0.17)
     check(reached, trace, expected, reference)
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_with_an_endless_threshold_all_but_the_warm_up_add_the_same_residual(model, warmup):
+    inputs, reference = flux_inputs(1), SlowDBCache(FluxBlocks(model), float("inf"), warmup=warmup)
+    expected = sample(reference, inputs, 6)
+    reached, trace, _ = accelerated(model, inputs, 6, "fbcache", threshold=float("inf"), warmup=warmup)
+    assert trace.strip() == reference.strip == "F" * max(warmup, 1) + "c" * (6 - max(warmup, 1))
+    assert max(differences(reached, expected)) <= 1e-5
+
+
+def test_fbcache_is_diffusers_first_block_cache(model):
+    """Their hook on the same denoiser: the same decisions (but for equality) and the same outputs."""
+    inputs, theirs, runs, strip = flux_inputs(1), copy.deepcopy(model), [], ""
+    second = theirs.transformer_blocks[1].attn
+    hook = second.register_forward_hook(lambda *_: runs.append(1))
+    theirs.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.3))
+    with theirs.cache_context("cond"):
+        expected = sample(theirs, inputs, STEPS, before=lambda _: runs.append(0))
+    hook.remove()
+    strip = "".join("F" if pair == "01" else "c" for pair in "".join(map(str, runs)).replace("0", " 0").split())
+    reached, trace, _ = accelerated(model, inputs, STEPS, "fbcache", threshold=0.3)
+    assert trace.strip() == strip
+    assert set(strip) == {"F", "c"}
+    assert max(differences(reached, expected)) <= 1e-5
 
 
 @pytest.mark.parametrize("case", ["flux", "dit"])

@@ -159,3 +159,15 @@ def test_dit_parts_are_predicted_before_their_gate():
         assert max(differences(reached, plain)) <= 1e-6
     reached, _, _ = accelerated(model, inputs, 10, "fora", interval=3)
     assert differences(reached, plain) == [0.0] * 10, "reuse of a constant is bit-equal"
+
+
+def test_lite_of_order_0_is_reuse_of_the_output_bit_for_bit(model):
+    reached, trace, _ = accelerated(model, flux_inputs(1), 9, "taylorseer-lite", interval=3, order=0)
+    assert trace.strip() == "FFFccFccF"
+    for cached, full in [(3, 2), (4, 2), (6, 5), (7, 5)]:
+        assert torch.equal(reached[cached], reached[full])
+
+
+def test_lite_on_the_distilled_models_8_steps_is_full_at_the_cards(model):
+    _, trace, _ = accelerated(model, flux_inputs(1), 8, "taylorseer-lite", interval=5)
+    assert [i for i, symbol in enumerate(trace.strip()) if symbol == "F"] == [0, 1, 2, 7]

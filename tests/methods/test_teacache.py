@@ -138,3 +138,19 @@ def test_decisions_are_a_replay_of_the_recorded_scores(model):
         total = 0.0 if is_full else total
         shown += "F" if is_full else "c"
     assert shown == trace.strip()
+
+
+def test_branches_with_equal_signals_decide_alike(model):
+    inputs = flux_inputs(1)
+    x = inputs["hidden_states"]
+    with c4d.accelerate(model, "teacache", threshold=0.2) as handle, handle.run(num_steps=STEPS), torch.no_grad():
+        for i in range(STEPS):
+            t = torch.tensor([1 - i / STEPS])
+            twin = {**inputs, "encoder_hidden_states": inputs["encoder_hidden_states"] + 1}
+            for name, given in (("cond", inputs), ("uncond", twin)):
+                with handle._tracker.branch(name):  # block 0's modulated image tokens know nothing of the text
+                    (out,) = model(**{**given, "hidden_states": x}, timestep=t)
+            x = x - out / STEPS
+    first, second = handle.stats["strips"].values()
+    assert first == second
+    assert set(first) == {"F", "c"}

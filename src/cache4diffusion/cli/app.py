@@ -92,15 +92,17 @@ def show(
     """
     import inspect
 
-    from cache4diffusion.cli.show import strip_of
+    from cache4diffusion.cli.show import NOT_REMEASURED, published_of, quotes_published, strip_of
     from cache4diffusion.method import method as make
 
     chosen = make(method)
     info, text = chosen.info, inspect.getdoc(type(chosen)) or ""
     strip = strip_of(chosen, 20)
+    published = published_of(info)
     if as_json:
         settings = [{**entry, "default": _plain(entry["default"])} for entry in chosen.describe()]
-        _print_json({**chosen.row(), "doc": text, "settings": settings, "strip": strip, "citation": info.citation})
+        facts = {"doc": text, "settings": settings, "published": published}
+        _print_json({**chosen.row(), **facts, "strip": strip, "citation": info.citation})
         return
     out = [f"{info.title}  ({info.name})", "", info.use, "", text, "", "Settings"]
     width = max(len(entry["name"]) for entry in chosen.describe())
@@ -108,7 +110,14 @@ def show(
         f"  {entry['name']:<{width}}  {entry['default']!r}  [{entry['accepts']}]  {entry['doc']}"
         for entry in chosen.describe()
     ]
-    off = ", ".join(f"{name}={value!r}" for name, value in info.off.items())
+    for is_remeasured, words in ((True, "re-measured here"), (False, NOT_REMEASURED)):
+        rows = [row for row in published if row["remeasured"] is is_remeasured]
+        width = max((len(row["name"]) for row in rows), default=0)
+        out += ["", f"Published settings, {words}"] if rows else []
+        out += [f"  {row['name']:<{width}}  {_assignments(row['settings'])}" for row in rows]
+    if not info.remeasured and quotes_published(chosen.describe()):
+        out += ["", f"Values behind 'Code:' and 'Paper:' are published ones, {NOT_REMEASURED}."]
+    off = _assignments(info.off)
     out += ["", f"20 steps   {strip or 'decided while sampling, by ' + info.gate}", f"Off        {off}"]
     out += [f"Fidelity   {info.fidelity}", f"Source     {_source(info)}"]
     typer.echo("\n".join(out))
@@ -374,7 +383,11 @@ def _method_with(method: str | None, settings: list[str] | None) -> tuple[str | 
 
 
 def _text(name: str | None, settings: dict[str, Any]) -> str:
-    return f"{name}({', '.join(f'{key}={value!r}' for key, value in settings.items())})"
+    return f"{name}({_assignments(settings)})"
+
+
+def _assignments(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in settings.items())
 
 
 def _values(pairs: list[str] | None, option: str) -> dict[str, Any]:

@@ -1,11 +1,27 @@
-"""A method's strip before any sampling."""
+"""What is known of a method before any sampling: its published settings and its strip."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 from cache4diffusion.gates import Step
-from cache4diffusion.method import Method
+from cache4diffusion.method import Method, MethodInfo
+
+NOT_REMEASURED = "not re-measured on real weights"
+
+
+def published_of(info: MethodInfo) -> list[dict[str, Any]]:
+    """The published settings of a method, and whether their effect was measured again."""
+    return [
+        {"name": name, "settings": dict(settings), "remeasured": name in info.remeasured}
+        for name, settings in info.published.items()
+    ]
+
+
+def quotes_published(settings: list[dict[str, Any]]) -> bool:
+    """Whether the line of a setting quotes a paper or its code."""
+    return any(source in entry["doc"] for entry in settings for source in ("Code:", "Paper:"))
 
 
 def strip_of(method: Method, steps: int) -> str | None:

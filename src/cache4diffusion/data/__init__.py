@@ -30,3 +30,12 @@ def teacache_coefficients(name: str) -> tuple[float, ...]:
             f"TeaCache has no coefficients {name!r}{closest(name, sets) or '.'} Known: identity, {', '.join(sets)}."
         )
     return tuple(float(value) for value in sets[name]["coefficients"])
+
+
+def teacache_thresholds() -> list[tuple[str, float, str]]:
+    """Every published threshold: the set it belongs to, its value, and the speed-up it is published with, in words."""
+    return [
+        (name, float(threshold), note or f"threshold {threshold}")
+        for name, entry in table("teacache")["sets"].items()
+        for threshold, note in entry["thresholds"].items()
+    ]

@@ -25,7 +25,7 @@ class AccumulatedChange:
     With a constant score ``u`` the run of cached steps has length ``ceil(threshold / P(u)) - 1``.
 
     Args:
-        threshold: 0 or more; 0 never caches.
+        threshold: 0 or more; 0 never caches, but for ``rescale="none"`` and a ``P`` that is negative.
         coefficients: of ``P``, highest power first (``numpy.poly1d`` order).
         rescale: what to do where a fitted ``P`` is negative (outside its fitted range several published ones are):
             ``"clamp0"`` counts such a change as 0, ``"abs"`` as ``|P|``, ``"none"`` lets it lower the sum as the
@@ -72,10 +72,13 @@ class AccumulatedChange:
 
     def propose(self, state: AccumulatedState, step: Step, score: float | None) -> bool:
         """Cached while the sum, this step included, stays below the threshold."""
-        if score is None or self.threshold == 0:
+        if score is None:
             return False
         return state.total + self.polynomial(score) < self.threshold
 
     def commit(self, state: AccumulatedState, step: Step, cached: bool, score: float | None) -> None:
-        """A full step empties the sum, also a forced one; a cached one keeps it."""
-        state.total = state.total + self.polynomial(score) if cached and score is not None else 0.0
+        """A full step empties the sum, also a forced one; a cached one adds to it what was seen, if anything was."""
+        if not cached:
+            state.total = 0.0
+        elif score is not None:
+            state.total += self.polynomial(score)

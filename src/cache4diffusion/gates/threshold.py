@@ -16,8 +16,9 @@ class ProbeThreshold:
     ``score = mean|r - r_ref| / mean|r_ref|``; cached iff ``score < threshold`` (strictly: 0 never caches).
 
     Args:
-        threshold: 0 or more; 1 or more caches whatever the score, as cache-dit does.
+        threshold: 0 or more.
         blocks: how many first blocks are computed on every step and watched, 1 or more.
+        is_open_at_one: whether a threshold of 1 or more caches whatever the score, as in cache-dit.
 
     Raises:
         SettingError: a value is out of range.
@@ -25,6 +26,7 @@ class ProbeThreshold:
 
     threshold: float = 0.08
     blocks: int = 1
+    is_open_at_one: bool = False
 
     def __post_init__(self) -> None:
         if not self.threshold >= 0:
@@ -50,7 +52,7 @@ class ProbeThreshold:
         """Compare with the threshold."""
         if score is None or self.threshold == 0:
             return False
-        return self.threshold >= 1 or score < self.threshold
+        return score < self.threshold or (self.is_open_at_one and self.threshold >= 1)
 
     def commit(self, state: Any, step: Step, cached: bool, score: float | None) -> None:
         """Nothing to remember."""

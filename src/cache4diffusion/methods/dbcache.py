@@ -25,10 +25,11 @@ class DBCache(Method):
 
     Cost: one residual per stream and the probe's. A cached step runs ``front + back`` blocks. One host sync per
     decision.
-    Published settings: front 8, back 0, threshold 0.08, warm-up 8 (tables write ``F8B0_W8_R0.08``).
     Differences from the code: one decision over all block lists of a denoiser (FLUX has two); ``variant="official"``
     gates each list by its own first blocks. Scores are float32 sums; the code takes means in the model's dtype. With a
-    threshold of 1 or more the code logs no score, so ``max_accumulated`` has nothing to sum there; here it has.
+    threshold of 1 or more, which caches whatever the score, the code logs no score, so ``max_accumulated`` has nothing
+    to sum there; here it has. Runs are counted as in release 1.5.3 (older ones drift). Left out: comparing hidden
+    states instead of residuals, a subset of channels, or only tokens that changed enough.
     """
 
     threshold: float = setting(0.08, "largest relative change that is still cached; 0 is off. Code: 0.08", ge=0)
@@ -59,6 +60,20 @@ class DBCache(Method):
         off={"threshold": 0.0},
         use="Adaptive and robust: the quality dial is one threshold, the memory a few tensors.",
         citation="DefTruth et al., cache-dit: A PyTorch-native inference engine with hybrid cache acceleration, 2025",
+        published={
+            "default, F8B0_W8_R0.08": {"threshold": 0.08, "front": 8, "back": 0, "warmup": 8},
+            "FLUX.1-dev, F8B0_W4MC0_R0.08": {"threshold": 0.08, "front": 8, "back": 0, "warmup": 4},
+            "FLUX.1-dev, F8B0_W4MC3_R0.12": {"threshold": 0.12, "front": 8, "back": 0, "warmup": 4, "max_run": 3},
+            "FLUX.1-dev, F4B0_W4MC3_R0.12": {"threshold": 0.12, "front": 4, "back": 0, "warmup": 4, "max_run": 3},
+            "FLUX.1-dev, F4B0_W4MC4_R0.12": {"threshold": 0.12, "front": 4, "back": 0, "warmup": 4, "max_run": 4},
+            "Qwen-Image-Lightning, 4 steps, F16B16_W2MC1_R0.8": {
+                "threshold": 0.8,
+                "front": 16,
+                "back": 16,
+                "warmup": 2,
+                "max_run": 1,
+            },
+        },
     )
 
     def compose(self) -> Composition:
@@ -77,7 +92,7 @@ class DBCache(Method):
             guards.append(MaxAccumulated(self.max_accumulated))
         return Composition(
             site=Span(self.front, self.back, per_list=self.variant == "official"),
-            gate=ProbeThreshold(self.threshold, blocks=self.front),
+            gate=ProbeThreshold(self.threshold, blocks=self.front, is_open_at_one=True),
             predictor=Reuse(),
             guards=tuple(guards),
             decide=self.decide,

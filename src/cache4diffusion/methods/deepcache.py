@@ -20,22 +20,24 @@ from cache4diffusion.sites import UNetLevel
 class DeepCache(Method):
     """On cached steps only the levels shallower than one up-layer run, fed by the cached feature that enters it.
 
-    The level is counted from the output: ``block=0, layer=0`` (the plug-in's ``cache_branch_id=0``) keeps ``conv_in``,
-    the last up-layer and the output; larger numbers keep more. With ``schedule="quadratic"`` full steps are denser
-    around the step ``center`` (see `Quadratic`).
+    The level is counted from the output: ``block=0, layer=0`` keeps ``conv_in``, the last up-layer and the output;
+    larger numbers keep more. The plug-in's ``cache_branch_id`` is ``3 block + layer``. With ``schedule="quadratic"``
+    full steps are denser around the step ``center`` (see `Quadratic`).
 
     Cost: one feature map. What the host adds to skip connections (ControlNet) is added on cached steps as well.
-    Published settings: interval 5, block 0, layer 0; demo of Stable Diffusion: quadratic, center 15, power 1.4.
     Differences from the code: fresh ControlNet residuals reach the shallow levels on cached steps; steps are counted
-    by the run, not by looking the timestep up; nothing survives from one run to the next.
+    by the run, not by looking the timestep up; nothing survives from one run to the next. The default is the demo's
+    interval in the plug-in's uniform schedule (the demo's is quadratic; the plug-in's own interval is 1, off).
     """
 
     interval: int = setting(5, "distance of two full steps; 1 never caches. Code: 5 (demo), 3 (plug-in example)", ge=1)
     block: int = setting(0, "up-block at which the deep part is cut off, from the output. Code: 0", ge=0)
     layer: int = setting(0, "layer of that block, from its end. Code: 0", ge=0)
-    schedule: Literal["uniform", "quadratic"] = setting("uniform", "how full steps are spread. Demo: quadratic")
-    center: float = setting(15.0, "step around which a quadratic schedule is densest. Demo: 15", ge=0)
-    power: float = setting(1.4, "how strongly it gathers there. Demo: 1.4", gt=1)
+    schedule: Literal["uniform", "quadratic"] = setting(
+        "uniform", "how full steps are spread. Code: quadratic (demo), uniform"
+    )
+    center: float = setting(15.0, "step around which a quadratic schedule is densest. Code: 15 (demo)", ge=0)
+    power: float = setting(1.4, "how strongly it gathers there. Code: 1.4 (demo)", gt=1)
 
     info: ClassVar[MethodInfo] = MethodInfo(
         name="deepcache",
@@ -49,6 +51,18 @@ class DeepCache(Method):
         off={"interval": 1},
         use="The method of choice for U-Nets (Stable Diffusion 1.5, SDXL, SVD).",
         citation="Ma et al., DeepCache: Accelerating Diffusion Models for Free, CVPR 2024",
+        published={
+            "Stable Diffusion, demo": {
+                "interval": 5,
+                "block": 0,
+                "layer": 0,
+                "schedule": "quadratic",
+                "center": 15,
+                "power": 1.4,
+            },
+            "Stable Diffusion, plug-in example": {"interval": 3, "block": 0, "layer": 0},
+            "DDPM, 100 steps": {"interval": 5, "block": 0, "layer": 2},
+        },
     )
 
     def compose(self) -> Composition:

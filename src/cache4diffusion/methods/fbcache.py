@@ -8,18 +8,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from cache4diffusion.gates import ProbeThreshold, Warmup
 from cache4diffusion.method import Composition, Method, MethodInfo
-from cache4diffusion.methods.dbcache import DBCache
+from cache4diffusion.predictors import Reuse
 from cache4diffusion.settings import setting
+from cache4diffusion.sites import Span
 
 
 @dataclass(frozen=True)
 class FBCache(Method):
-    """`DBCache` with one front block, no back block, and no limits but the warm-up.
+    """Compute the first block; if its residual changed by less than ``threshold`` since the last full step, skip.
+
+    ``score = mean|r - r_ref| / mean|r_ref|`` with ``r`` the first block's residual; on a cached step the residual of
+    all other blocks is added as it was at the last full step. It is `DBCache` with one front block and no limits, up
+    to a threshold of 1, from which on that one no longer looks at the score.
 
     Cost: one residual per stream and the probe's. A cached step runs one block.
-    Published settings: threshold 0.08 for FLUX (0.12 with fp8), 0.06 for HunyuanVideo.
-    Differences from the code: float32 scores; strict ``<`` as in ParaAttention (diffusers' port caches at equality).
+    Differences from the code: float32 scores, over all channels (the code can take every n-th); strict ``<`` as in
+    ParaAttention (diffusers' port caches at equality). The code's own default is 0, off; ours is FLUX's.
     """
 
     threshold: float = setting(0.08, "largest relative change that is still cached; 0 is off. Code: 0.08 (FLUX)", ge=0)
@@ -39,15 +45,21 @@ class FBCache(Method):
         off={"threshold": 0.0},
         use="The simplest adaptive cache for transformers: one threshold, almost no memory.",
         citation="Cheng, ParaAttention: Context parallel attention and first block cache, 2024",
+        published={
+            "FLUX.1-dev": {"threshold": 0.08},
+            "FLUX.1-dev in fp8": {"threshold": 0.12},
+            "HunyuanVideo": {"threshold": 0.06},
+            "diffusers' port": {"threshold": 0.05},
+        },
     )
 
     def compose(self) -> Composition:
-        """A special case of DBCache."""
-        return DBCache(
-            threshold=self.threshold,
-            front=1,
-            back=0,
-            warmup=self.warmup,
+        """All blocks but the first x its residual x reuse, after a warm-up."""
+        return Composition(
+            site=Span(front=1),
+            gate=ProbeThreshold(self.threshold),
+            predictor=Reuse(),
+            guards=(Warmup(self.warmup),),
             decide=self.decide,
             branches=self.branches,
-        ).compose()
+        )

@@ -25,12 +25,13 @@ class Fora(Method):
     Cost: one copy of every part's output (``2 L`` tensors ``[B, N, D]`` for a DiT of L blocks). A cached step runs
     embedders, modulation and the final layer.
     Differences from the code: it numbers steps downwards (``anchor="last"``); the default counts up from 0, as most
-    re-implementations and the published FLUX tables do, and needs no step count.
+    re-implementations and the published FLUX tables do, and needs no step count. It knows attention and MLP only, of
+    DiT; here every part is cached, cross-attention as well. It has no warm-up.
     """
 
-    interval: int = setting(3, "distance of two full steps; 1 never caches. Paper: 3 (DiT, 250 steps)", ge=1)
+    interval: int = setting(3, "distance of two full steps; 1 never caches. Code: 3 (DiT, 250 steps)", ge=1)
     anchor: Literal["first", "last"] = setting("first", "where the count begins; 'last' is the released code's")
-    warmup: int = setting(0, "first steps that are always full. Paper: none", ge=0)
+    warmup: int = setting(0, "first steps that are always full. Code: 0", ge=0)
 
     info: ClassVar[MethodInfo] = MethodInfo(
         name="fora",
@@ -44,6 +45,10 @@ class Fora(Method):
         off={"interval": 1},
         use="The plain baseline: reuse of every part at a fixed interval.",
         citation="Selvaraju et al., FORA: Fast-Forward Caching in Diffusion Transformer Acceleration, 2024",
+        published={
+            "DiT-XL/2, 250 steps": {"interval": 3, "anchor": "last"},
+            "FLUX.1-dev, 50 steps, by others": {"interval": 3, "anchor": "first"},
+        },
     )
 
     def compose(self) -> Composition:

@@ -14,6 +14,8 @@ from cache4diffusion.predictors import Taylor
 from cache4diffusion.settings import setting
 from cache4diffusion.sites import Parts
 
+_TUNED = ("threshold", "decay", "min_run", "max_run", "order", "warmup", "floor")  # what the released scripts set
+
 
 @dataclass(frozen=True)
 class SpeCa(Method):
@@ -23,14 +25,17 @@ class SpeCa(Method):
     The checked tensor is the fused part of the last block (FLUX) or that block's output (DiT).
 
     Cost: TaylorSeer's memory; a checked step runs one block more. One host sync per checked step.
-    Published settings (threshold, decay, min_run, max_run, order, warm-up, floor): FLUX 7, 0.3, 2, 8, 2, 3, 0.1;
-    DiT 0.1, 0.01, 2, 5, 4, 3, 0.01; HunyuanVideo 1, 0.1, 4, 12, 1, 1, 0.1. They do not carry over between metrics.
+    Thresholds do not carry over between metrics or denoisers. Elementwise relative errors grow large near zero, which
+    is why FLUX's published one is 7.
     Differences from the code: every row of a batch decides for itself (``decide="batch"`` is the code's one decision);
-    ``threshold=0`` is off (the code still caches; ``variant="official"``).
+    ``threshold=0`` is off (the code still caches; ``variant="official"``). The default threshold, 0.3, is that of one
+    DiT script, beside FLUX's other values: on FLUX it checks more strictly than the code and caches less. Progress is
+    ``step / num_steps`` as for FLUX; the DiT code counts one step more. HunyuanVideo's code checks on every cached
+    step and divides by ``|true| + 1e-8``; here checks begin after ``min_run`` steps, with 1e-10, everywhere.
     """
 
-    threshold: float = setting(0.3, "first tolerance of the check; 0 is off. Code: 7 (FLUX), 0.1 to 0.3 (DiT)", ge=0)
-    decay: float = setting(0.3, "factor on the tolerance over the whole run. Code: 0.3 (FLUX)", gt=0, le=1)
+    threshold: float = setting(0.3, "first tolerance of the check; 0 is off. Code: 7 (FLUX), 0.1, 0.3 (DiT)", ge=0)
+    decay: float = setting(0.3, "factor on the tolerance over the whole run. Code: 0.3 (FLUX), 0.01 (DiT)", gt=0, le=1)
     min_run: int = setting(2, "cached steps before checks begin. Code: 2", ge=1)
     max_run: int = setting(8, "cached steps after which a step is full. Code: 8 (FLUX)", ge=1)
     order: int = setting(2, "order of the Taylor draft. Code: 2 (FLUX), 4 (DiT)", ge=0, le=8)
@@ -54,6 +59,15 @@ class SpeCa(Method):
         off={"threshold": 0.0},
         use="Adaptive per sample: easy images skip more steps than hard ones.",
         citation="Liu et al., SpeCa: Accelerating Diffusion Transformers with Speculative Feature Caching, ACM MM 2025",
+        published={
+            name: dict(zip(_TUNED, values, strict=False))
+            for name, values in {
+                "FLUX.1-dev": (7, 0.3, 2, 8, 2, 3, 0.1),
+                "DiT-XL/2": (0.1, 0.01, 2, 5, 4, 3, 0.01),
+                "DiT-XL/2, script for several GPUs": (0.3, 0.05, 3, 8, 4),
+                "HunyuanVideo": (1, 0.1, 4, 12, 1, 1, 0.1),
+            }.items()
+        },
     )
 
     def compose(self) -> Composition:

@@ -23,9 +23,10 @@ class TaylorSeer(Method):
     0, 1, 2, 7, 12, 17, 22, and differences begin at full step ``warmup - 1``. Predictions are made before the adaLN
     gate. See `Taylor` for the formula and for what is exact.
 
-    Cost: ``order + 1`` copies of every part's output; prediction is ``2 order`` operations per element.
-    Published settings: FLUX 6, order 1 (paper tables: order 2 at intervals 4 to 7); HunyuanVideo 5 or 6, order 1;
-    DiT-XL/2 4, order 4, warm-up 2.
+    Cost: ``order + 1`` copies of every part's output; a prediction is their weighted sum.
+    Differences from the code: it keeps the differences, we keep the full steps' features and put the recursion into
+    the weights: the same numbers, without rounding the differences to the feature's dtype. fp16 is not clipped to its
+    range; a prediction that leaves it is recomputed.
     """
 
     interval: int = setting(6, "distance of two full steps; 1 never caches. Code: 6 (FLUX)", ge=1)
@@ -44,6 +45,15 @@ class TaylorSeer(Method):
         off={"interval": 1},
         use="High speed-ups at good quality when memory for every part's output is at hand.",
         citation="Liu et al., From Reusing to Forecasting: Accelerating Diffusion Models with TaylorSeers, ICCV 2025",
+        published={
+            "FLUX.1-dev": {"interval": 6, "order": 1, "warmup": 3},
+            "FLUX.1-dev, tables, intervals 4 to 7": {"interval": 4, "order": 2, "warmup": 3},
+            "HunyuanVideo": {"interval": 5, "order": 1, "warmup": 1},
+            "Wan2.1": {"interval": 5, "order": 1, "warmup": 1},
+            "Qwen-Image": {"interval": 6, "order": 1, "warmup": 3},
+            "HiDream": {"order": 2, "warmup": 1},
+            "DiT-XL/2": {"interval": 4, "order": 4, "warmup": 2},
+        },
     )
 
     def compose(self) -> Composition:

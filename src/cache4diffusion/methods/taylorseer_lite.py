@@ -1,6 +1,7 @@
 """TaylorSeer-Lite: forecast the denoiser's output itself, one tensor instead of hundreds.
 
-Source: no paper; the released code of TaylorSeer for HunyuanImage-2.1 (Cache4Diffusion repository).
+Source: no paper of its own, so TaylorSeer's is cited (arXiv:2503.06923); its authors' released code for
+HunyuanImage-2.1 (Cache4Diffusion repository).
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ class TaylorSeerLite(Method):
     Works on any denoiser. The prediction includes the final adaLN, so a cached step ignores the fresh timestep.
 
     Cost: ``order + 1`` copies of the output; a cached step is one weighted sum.
-    Published settings: order 2, warm-up 3; interval 5 ("fast"), 4 ("mid"), 3 ("detailed").
-    Differences from the code: it runs the embedders on every step although nothing reads them; we do not.
+    Differences from the code: it runs the embedders on every step although nothing reads them; we do not. It predicts
+    the final projection's output before it is unpatchified, we after: the same numbers in another order.
     """
 
     interval: int = setting(5, "distance of two full steps; 1 never caches. Code: 5 (fast), 4, 3 (detailed)", ge=1)
@@ -42,6 +43,11 @@ class TaylorSeerLite(Method):
         off={"interval": 1},
         use="The cheapest cached step there is, on any denoiser, at almost no memory.",
         citation="Liu et al., From Reusing to Forecasting: Accelerating Diffusion Models with TaylorSeers, ICCV 2025",
+        published={
+            "HunyuanImage-2.1, fast": {"interval": 5, "order": 2, "warmup": 3},
+            "HunyuanImage-2.1, mid": {"interval": 4, "order": 2, "warmup": 3},
+            "HunyuanImage-2.1, detailed": {"interval": 3, "order": 2, "warmup": 3},
+        },
     )
 
     def compose(self) -> Composition:
