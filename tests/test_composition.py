@@ -273,7 +273,7 @@ def test_defaults_of_a_named_axis_are_its_own(transformer):
         composition = handle._engines[0].composition
     assert composition.predictor == Newton(1)
     assert composition.cfg == FrequencyResidual()
-    assert composition.gate == ProbeThreshold(0.08, 8)
+    assert composition.gate == ProbeThreshold(0.08, 8, is_open_at_one=True)
 
 
 def test_sites_can_be_given_by_name_as_well():
