@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
+from safetensors.torch import load_file
 
 from cache4diffusion.errors import FileFormatError, UnknownNameError
 from cache4diffusion.reference import folder as folders
@@ -49,9 +50,29 @@ def test_diffusers_alone_reads_the_folder(folder):
     assert (folder / "README.md").read_text() == "# tiny"
 
 
-def test_names_in_the_folder_are_known_to_older_transformers(folder):
+def test_names_in_the_folder_are_those_of_older_transformers(folder):
+    """transformers 4 knows no other tokenizer class, and takes CLIP weights of other names for missing: random."""
     index = json.loads((folder / "model_index.json").read_text())
     assert index["tokenizer"] == index["tokenizer_2"] == ["transformers", "PreTrainedTokenizerFast"]
+    for part in ("tokenizer", "tokenizer_2"):
+        assert json.loads((folder / part / "tokenizer_config.json").read_text())["tokenizer_class"] == index[part][1]
+    clip = load_file(folder / "text_encoder" / "model.safetensors")
+    assert {name.split(".")[:2][-1] for name in clip} == {"embeddings", "encoder", "final_layer_norm"}
+    assert all(name.startswith("text_model.") for name in clip)
+    assert "shared.weight" in load_file(folder / "text_encoder_2" / "model.safetensors")
+
+
+def test_the_text_encoder_in_the_folder_is_the_one_that_was_saved(folder):
+    pipe, model = load(folder), FlowModel(0, num_layers=1, num_single_layers=1, num_attention_heads=1)
+    for name in ("text_encoder", "text_encoder_2"):
+        saved, loaded = getattr(model, name), getattr(pipe, name)
+        assert [p.bfloat16().float().tolist() for p in saved.parameters()] == [p.tolist() for p in loaded.parameters()]
+
+
+def test_a_portable_folder_stays_as_it_is(folder):
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    folders.make_portable(folder)
+    assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def test_loading_gives_the_asked_dtype(folder):
@@ -120,9 +141,9 @@ def toy_loss(model, generator, update, index):
 
 
 def test_unknown_models_are_errors(tmp_path):
-    with pytest.raises(UnknownNameError, match="no reference model 'scene-flux'"):
+    with pytest.raises(UnknownNameError, match="no reference model 'scene-flux' in "):
         load("scene-flux")
-    with pytest.raises(UnknownNameError, match="there is no folder"):
+    with pytest.raises(UnknownNameError, match="There is no folder"):
         load(tmp_path / "nothing")
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FluxPipeline
+from safetensors.torch import load_file, save_file
 
 from cache4diffusion.errors import FileFormatError, UnknownNameError, closest
 from cache4diffusion.reference.networks import TEXT_LENGTH, build_scheduler, build_tokenizer
@@ -56,7 +57,7 @@ def folder_of(name: str = "scenes-flux") -> Path:
     folder = WEIGHTS / name
     if name not in available():
         raise UnknownNameError(
-            f"no reference model {name!r} in {WEIGHTS}{closest(name, available())}. "
+            f"There is no reference model {name!r} in {WEIGHTS}{closest(name, available()) or '.'} "
             f"Available: {', '.join(available()) or 'none'}."
         )
     return folder
@@ -75,7 +76,7 @@ def load(name: str | Path = "scenes-flux", dtype: torch.dtype = torch.float32) -
     """
     folder = Path(name) if isinstance(name, Path) or Path(name).is_dir() else folder_of(name)
     if not folder.is_dir():
-        raise UnknownNameError(f"there is no folder {folder}. Reference models: {', '.join(available()) or 'none'}.")
+        raise UnknownNameError(f"There is no folder {folder}. Reference models: {', '.join(available()) or 'none'}.")
     missing = [part for part in ("model_index.json", *_PARTS) if not (folder / part).exists()]
     if missing:
         raise FileFormatError(
@@ -87,7 +88,8 @@ def load(name: str | Path = "scenes-flux", dtype: torch.dtype = torch.float32) -
             warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
             pipe = FluxPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
     except Exception as error:
-        raise FileFormatError(f"{folder} cannot be loaded ({error}). Build or install it anew.") from error
+        reason = " ".join(str(error).split())
+        raise FileFormatError(f"{folder} cannot be loaded ({reason}). Build or install it anew.") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -120,7 +122,7 @@ def save_folder(path: Path | str, vae: AutoencoderKL, model: Any, card: str | No
     )
     with _without_progress_bars():
         pipe.save_pretrained(path, safe_serialization=True)
-    _make_portable(path)
+    make_portable(path)
     if card is not None:
         (path / "README.md").write_text(card, encoding="utf-8")
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
@@ -129,15 +131,23 @@ def save_folder(path: Path | str, vae: AutoencoderKL, model: Any, card: str | No
     return path
 
 
-def _make_portable(path: Path) -> None:
-    # transformers 5 writes its new name of the tokenizer class, which 4.x does not know; both read the old one.
-    parts = {"tokenizer": "tokenizer_config.json", "tokenizer_2": "tokenizer_config.json"}
-    for part, file in parts.items():
-        _edit(path / part / file, tokenizer_class="PreTrainedTokenizerFast")
+def make_portable(path: Path) -> None:
+    """Bring a saved pipeline into the form that transformers 4 and 5 read alike; harmless when repeated.
+
+    transformers 5 gave names of its own to two things. The class of the tokenizers: 4 does not know the new one, both
+    know the old one. The weights of CLIP: 4 wants the prefix ``text_model.`` and, without it, starts from random
+    weights with no more than a warning; 5 takes the prefix away itself.
+    """
+    for part in ("tokenizer", "tokenizer_2"):
+        _edit(path / part / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+        _edit(path / "model_index.json", **{part: ["transformers", "PreTrainedTokenizerFast"]})
+    weights = path / "text_encoder" / "model.safetensors"
+    tensors = load_file(weights)
+    named = {"text_model." + name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+    save_file(named, weights, metadata={"format": "pt"})
     # Asked for no dtype, transformers 5 takes the file's and diffusers float32: the pipeline would mix the two.
     for part in ("text_encoder", "text_encoder_2"):
         _edit(path / part / "config.json", dtype="float32")
-    _edit(path / "model_index.json", **{part: ["transformers", "PreTrainedTokenizerFast"] for part in parts})
     for file in path.rglob("*.safetensors"):
         file.chmod(0o644)  # written readable by their owner only
 
