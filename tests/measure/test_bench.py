@@ -1,4 +1,5 @@
 import contextlib
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from cache4diffusion.measure import MeasureError, bench, cost, generators, write_report
+from cache4diffusion.measure import MeasureError, MissingExtraError, bench, cost, generators, write_report
 
 CAPTIONS = [f"{'dark' if i % 2 else 'bright'} scene {i}" for i in range(10)]
 STEPS = 12
@@ -81,7 +82,7 @@ def test_rows_come_in_order_with_fewer_steps_of_equal_flops(pipeline):
         assert reference.flops == row.flops
         assert reference.total_steps == row.full_steps == 12 / row.settings["interval"]
         assert row.flops_speedup == pytest.approx(row.settings["interval"], rel=1e-6)
-        assert row.predicted_flops_speedup == row.settings["interval"]
+        assert row.predicted_flops_speedup == pytest.approx(row.settings["interval"])
         assert 1 < row.pipeline_flops_speedup < row.flops_speedup  # the decoder costs the same for all
         assert row.cache_bytes == 4096
         assert row.notes == ["toy"]
@@ -170,6 +171,86 @@ def test_flops_of_an_adaptive_variant_follow_its_timed_runs(pipeline):
     assert results.row("adaptive").full_steps == 3
     assert results.row("adaptive").flops == results.row("fixed").flops
     assert results.row("adaptive").flops_speedup == pytest.approx(4)
+
+
+def test_the_reference_row_never_has_the_smaller_budget(pipeline):
+    """4 full steps of 12 and half a step's worth of other work: 5 steps are the reference, not 4."""
+
+    def other_work(*_):
+        torch.zeros(1, 768) @ torch.zeros(768, 64)
+
+    class Costly(Skip):
+        @contextlib.contextmanager
+        def attach(self):
+            work = pipeline.denoiser.register_forward_pre_hook(other_work)
+            try:
+                with super().attach() as attached:
+                    yield attached
+            finally:
+                work.remove()
+
+    results = run(pipeline, [Costly(pipeline, 3, "costly"), Skip(pipeline, 3, "plain")]).results
+    assert results.row("costly").full_steps == results.row("plain").full_steps == 4
+    assert (results.row("costly").reference_row, results.row("plain").reference_row) == (
+        "fewer-steps-5",
+        "fewer-steps-4",
+    )
+    for row in results.methods:
+        assert results.row(row.reference_row).flops >= row.flops
+
+
+def test_a_reference_row_that_the_timed_runs_ask_for_is_run_afterwards(pipeline):
+    class Cautious(Skip):
+        runs = 0
+
+        @contextlib.contextmanager
+        def attach(self):
+            self.settings = {"interval": 6 if self.runs == 0 else 2}  # counted with 2 full steps, timed with 6
+            self.runs += 1
+            with super().attach() as attached:
+                attached.predicted_flops_speedup = 12 / attached.full_steps
+                yield attached
+
+    results = run(pipeline, [Cautious(pipeline, 6, "cautious")]).results
+    assert [row.method for row in results.rows] == ["uncached", "fewer-steps-6", "fewer-steps-2", "cautious"]
+    row, late = results.row("cautious"), results.row("fewer-steps-6")
+    assert row.reference_row == "fewer-steps-6"
+    assert late.flops == row.flops
+    assert row.flops_speedup == pytest.approx(row.predicted_flops_speedup) == pytest.approx(2)
+    assert len(late.psnr_per_caption) == len(CAPTIONS)
+    assert late.latency_speedup > 0
+    timed = [call for call in pipeline.calls if not call[3]][1:]
+    assert [call[2] for call in timed[-6:]] == [12, 6] * 3, "beside the baseline once more"
+    assert [call[:2] for call in timed[-6::2]] == [call[:2] for call in timed[-5::2]]
+
+
+def test_the_expected_speedup_has_the_share_of_the_steps_in_it(pipeline, monkeypatch):
+    """With a clock that says a step takes 1 s and everything else 4 s: 12 steps of 16 s, expected 16 / (4 + 12 / 3)."""
+    now = 0.0
+
+    def tick(*_):
+        nonlocal now
+        now += 1.0
+
+    def generate(captions, seeds, steps, on_step=None):
+        nonlocal now
+        now += 4.0
+        return pipeline(captions, seeds, steps, on_step)
+
+    pipeline.denoiser.register_forward_pre_hook(tick)
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: now)
+    made = bench([Skip(pipeline, 3)], generate, CAPTIONS, steps=STEPS, denoiser=pipeline.denoiser, progress=False)
+    row = made.results.row("skip")
+    assert row.predicted_latency_speedup == pytest.approx(16 / 8)
+    assert row.latency_speedup == pytest.approx(16 / 8), "what the toy adds to that is nothing"
+    assert made.results.baseline.predicted_latency_speedup is None
+
+
+def test_libraries_are_missed_before_anything_runs(pipeline, monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage.metrics", None)
+    with pytest.raises(MissingExtraError, match="This needs 'skimage'"):
+        run(pipeline, [])
+    assert pipeline.calls == []
 
 
 def test_counting_on_fewer_captions_gives_the_same_flops_per_image(pipeline):

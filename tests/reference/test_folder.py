@@ -1,6 +1,7 @@
 """The pipeline folder: stock classes read it, and a broken one says what is wrong."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,14 +10,19 @@ from diffusers import FluxPipeline
 from safetensors.torch import load_file
 
 from cache4diffusion.errors import FileFormatError, UnknownNameError
+from cache4diffusion.reference import build as building
+from cache4diffusion.reference import evaluate
 from cache4diffusion.reference import folder as folders
 from cache4diffusion.reference.build import build
-from cache4diffusion.reference.evaluate import accuracy, format_table, generate, interval
+from cache4diffusion.reference.evaluate import accuracy, format_table, generate
 from cache4diffusion.reference.folder import SAMPLING, load, save_folder
 from cache4diffusion.reference.networks import TEXT_LENGTH, build_tokenizer, build_vae, vocabulary
 from cache4diffusion.reference.scenes import held_out_captions
 from cache4diffusion.reference.training.flow import FlowModel
 from cache4diffusion.reference.training.parallel import Trainer, TrainSettings
+from cache4diffusion.reference.training.restore import _HISTORY as HISTORY
+from cache4diffusion.reference.training.restore import main as restore_main
+from cache4diffusion.reference.training.restore import restore
 
 
 @pytest.fixture(scope="module")
@@ -106,25 +112,31 @@ def test_accuracy_counts_per_family_and_demand(folder):
     assert "position" in format_table(result)
 
 
-def test_the_interval_holds_the_share():
-    assert interval(0, 10)[0] == 0
-    assert interval(10, 10)[1] == pytest.approx(1)
-    low, high = interval(80, 100)
-    assert 0.70 < low < 0.8 < high < 0.87
+TINY = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1}
+ONE_UPDATE = {"minutes": 1, "updates": 1, "workers": 1, "microbatches": 1, "log_every": 1}
+FACTS = {"batch": 4, "workers": 1, "seed": 3, "lr": 0.002}
 
 
-def test_building_writes_a_card_from_what_was_recorded(tmp_path, monkeypatch):
-    vae, tiny = tmp_path / "vae", {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1}
-    flow = tmp_path / "flow"
+@pytest.fixture
+def tiny_flow(monkeypatch):
+    for module in ("flow", "restore"):
+        monkeypatch.setattr(f"cache4diffusion.reference.training.{module}.FlowModel", lambda: FlowModel(0, **TINY))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Training folders after one update of a tiny network."""
+    vae, flow = (tmp_path_factory.mktemp("runs") / name for name in ("vae", "flow"))
+    Trainer(build_vae(), toy_loss, TrainSettings(vae, **ONE_UPDATE), lambda *_: False, FACTS).run()
+    Trainer(FlowModel(0, **TINY), toy_loss, TrainSettings(flow, **ONE_UPDATE), lambda *_: False, FACTS).run()
+    return vae, flow
+
+
+def test_building_writes_a_card_from_what_was_recorded(trained, tiny_flow, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
-        build(vae, flow, tmp_path / "out")
-    monkeypatch.setattr("cache4diffusion.reference.training.flow.FlowModel", lambda: FlowModel(0, **tiny))
-    settings = {"minutes": 1, "updates": 1, "workers": 1, "microbatches": 1, "log_every": 1}
-    facts = {"batch": 4, "workers": 1, "seed": 3, "lr": 0.002}
-    Trainer(build_vae(), toy_loss, TrainSettings(vae, **settings), lambda *_: False, facts).run()
-    Trainer(FlowModel(0, **tiny), toy_loss, TrainSettings(flow, **settings), lambda *_: False, facts).run()
+        build(tmp_path, tmp_path, tmp_path / "out")
     out = tmp_path / "out"
-    built = build(vae, flow, out, captions=6, checker_scenes=2, batch=6)
+    built = build(*trained, out, captions=6, checker_scenes=2, batch=6)
     card = (out / "README.md").read_text()
     assert "| updates | 1 | 1 |" in card
     assert "| seed of data and noise | 3 | 3 |" in card
@@ -132,7 +144,69 @@ def test_building_writes_a_card_from_what_was_recorded(tmp_path, monkeypatch):
     assert "| position | 1 | 0.0 % |" in card
     assert json.loads((out / "facts.json").read_text())["accuracy"]["accuracy"] == built["accuracy"]["accuracy"]
     assert load(out).vae.config["scaling_factor"] == built["latents"]["scaling_factor"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["flow", "out", "vae"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_training_goes_on_from_a_built_folder(trained, tiny_flow, tmp_path):
+    """Weights survive from training folder to pipeline folder, back, one more update, and back again."""
+    out, vae, flow = tmp_path / "out", tmp_path / "vae", tmp_path / "flow"
+    build(*trained, out, captions=0, checker_scenes=0)
+    restore(out, vae, flow)
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.glob("[vf]*/*")) == [
+        "flow/ema.safetensors", "flow/history.json", "vae/ema.safetensors", "vae/history.json",
+    ]  # fmt: skip
+    for before, after in zip(trained, (vae, flow), strict=True):
+        kept, restored = (load_file(folder / "ema.safetensors") for folder in (before, after))
+        assert kept.keys() == restored.keys()
+        assert {tensor.dtype for tensor in restored.values()} == {torch.float32}
+        assert all(torch.equal(kept[name].bfloat16().float(), tensor) for name, tensor in restored.items())
+        assert json.loads((after / "history.json").read_text()) == json.loads((before / "history.json").read_text())
+
+    restored = load_file(flow / "ema.safetensors")
+    settings = TrainSettings(flow, **ONE_UPDATE, lr=0.0, resume="ema")
+    trainer = Trainer(FlowModel(5, **TINY), toy_loss, settings, lambda *_: False, FACTS)
+    assert all(torch.equal(restored[name], p) for name, p in zip(trainer.names, trainer.parameters, strict=True))
+    assert trainer.run()["updates"] == 2
+    again = build(vae, flow, tmp_path / "again", captions=0, checker_scenes=0)
+    assert again["flow"]["updates"] == 2
+    for name in ("transformer/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder_2/model"):
+        first, second = (load_file(folder / f"{name}.safetensors") for folder in (out, tmp_path / "again"))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_what_cannot_be_restored_is_refused_with_nothing_written(folder, trained, tiny_flow, tmp_path):
+    targets = tmp_path / "vae", tmp_path / "flow"
+    with pytest.raises(FileFormatError, match="holds a checkpoint already"):
+        restore(folder, trained[0], tmp_path / "flow")
+    with pytest.raises(FileFormatError, match="does not say how"):
+        restore(folder, *targets)
+    own = shutil.copytree(folder, tmp_path / "own")
+    (own / "facts.json").write_text(json.dumps(dict.fromkeys(("vae", "flow"), dict.fromkeys(HISTORY, 0))))
+    vae = build_vae(block_out_channels=(8, 8, 8, 8))
+    vae.save_pretrained(own / "vae")
+    with pytest.raises(FileFormatError, match=r"other networks than vae trains: \d+ parameters differ, such as"):
+        restore(own, *targets)
+    assert not any(target.exists() for target in targets)
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "said"),
+    [
+        (evaluate.main, ["scene-flux"], "evaluate: There is no reference model 'scene-flux'"),
+        (restore_main, ["scene-flux"], "restore: There is no reference model 'scene-flux'"),
+        (building.main, [], "build: runs/vae holds no checkpoint"),
+    ],
+)
+def test_errors_of_the_commands_are_one_line_and_exit_code_2(main, words, said, capsys):
+    folders = [] if main is evaluate.main else ["--vae", "runs/vae", "--flow", "runs/flow"]
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, *folders])
+    assert stopped.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(said)
+    assert err.count("\n") == 1
 
 
 def toy_loss(model, generator, update, index):

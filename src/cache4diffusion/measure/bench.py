@@ -2,9 +2,11 @@
 
 ```
 count   first batch:   baseline, methods       FLOPs, latents per step; images thrown away; also warms up
-                       -> fewer-steps-N        N of at most a method's FLOPs, counted too
+                       -> fewer-steps-N        N of at least a method's FLOPs, counted too
 time    every batch:   baseline, fewer-steps, methods in turn, same seeds -> seconds, images (first batch: peak memory)
                        images -> PSNR, SSIM, FLIP against the baseline's; judge(caption, image)
+again   every batch:   baseline, fewer-steps   only where a method took more full steps when timed than when counted, so
+                       that its N is too small: the right one
 ```
 Variants take turns on every batch, so that a machine that slows down slows all of them: the latency speed-up is the
 median over batches of baseline seconds / variant seconds. Nothing here knows the caching core: a variant is anything
@@ -30,8 +32,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .. import __version__
 from .cost import FlopCounter, PeakMemory, Timer
-from .errors import MeasureError
-from .metrics import as_images, as_pil, flip, paired_interval, psnr, ssim, wilson_interval
+from .errors import MeasureError, require
+from .metrics import METRIC_LIBRARIES, as_images, as_pil, flip, paired_interval, psnr, ssim, wilson_interval
 from .results import Conditions, Results, Row
 
 if TYPE_CHECKING:
@@ -63,8 +65,8 @@ class Variant(Protocol):
         """Entered around every run and left after it.
 
         Yields an object whose attributes describe the *last* run: ``full_steps`` (a number), ``total_steps`` (int),
-        ``strip`` (str), ``cache_bytes`` (int, at their largest); optional ``predicted_flops_speedup``,
-        ``predicted_latency_speedup``, ``syncs`` (numbers), ``notes`` (list of str). Yields None for "every step full".
+        ``strip`` (str), ``cache_bytes`` (int, at their largest); optional ``predicted_flops_speedup``, ``syncs``
+        (numbers), ``notes`` (list of str). Yields None for "every step full".
         """
         ...
 
@@ -92,9 +94,11 @@ class _Entry:
     counted_full: float = 0.0
     errors: list[float] | None = None
     seconds: list[float] = field(default_factory=list)  # per batch
+    speedups: list[float] = field(default_factory=list)  # per batch: the baseline's seconds over these
     peak: int = 0
     peak_source: str = ""
     full_steps: list[tuple[float, int]] = field(default_factory=list)  # per batch: full steps, images
+    expected: list[tuple[float, int]] = field(default_factory=list)  # per batch: predicted FLOPs speed-up, images
     total_steps: int = 0
     strip: str = ""
     cache_bytes: int = 0
@@ -106,6 +110,18 @@ class _Entry:
     broken: int = 0  # images with NaN or Inf
     last: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def mean_full_steps(self) -> float:
+        """Of the timed runs, per image."""
+        return sum(steps * count for steps, count in self.full_steps) / sum(count for _, count in self.full_steps)
+
+    @property
+    def expected_flops_speedup(self) -> float | None:
+        """Of all timed runs together, from their strips: a speed-up's mean is that of the costs."""
+        if not self.expected:
+            return None
+        return sum(count for _, count in self.expected) / sum(count / speedup for speedup, count in self.expected)
 
 
 @dataclass
@@ -157,8 +173,8 @@ def bench(
             Without it they are the whole pipeline's.
         conditions: fields of `Conditions` that cannot be read off here: ``denoiser`` (its name), ``dtype``, ``device``,
             ``scheduler``, ``guidance``, ``versions`` (added to those found), ``extra``.
-        fewer_steps: add the rows ``fewer-steps-N``. For each method, N is the largest number of steps whose FLOPs are
-            at most the method's (and at least 1); rows are shared between methods.
+        fewer_steps: add the rows ``fewer-steps-N``. For each method, N is the smallest number of steps whose FLOPs are
+            at least the method's, so that the odds are never in the method's favour; rows are shared between methods.
         flops_captions: count FLOPs on that many captions of the first batch and scale; None: on the whole batch.
         warmup: runs of the first batch before timing, beside the counted one (for compiled denoisers, which are counted
             eagerly).
@@ -169,12 +185,16 @@ def bench(
         `Bench`; its results have rows uncached, fewer-steps (most steps first), variants in the given order.
     Raises:
         MeasureError: unusable arguments, or a variant failed (the message names it and its captions).
+        MissingExtraError: a library that the metrics need is not installed.
     Cost: ``len(captions) / batch + 1 + warmup`` runs for the baseline, each fewer-steps row and each variant; images of
     one batch are held at a time, and ``show`` of each row.
 
     Where a variant's decisions depend on the images, its FLOPs are those counted, corrected for the full steps that the
-    timed runs took on average.
+    timed runs took on average. If that asks for a fewer-steps row that was not run, it is run afterwards, beside the
+    baseline once more.
     """
+    for library in METRIC_LIBRARIES:
+        require(library)  # before minutes are spent
     captions = list(captions)
     seeds = list(range(seeds, seeds + len(captions))) if isinstance(seeds, int) else list(seeds)
     if not captions or len(seeds) != len(captions):
@@ -208,27 +228,22 @@ def bench(
         bar.expect(len(fewer) * (1 + warmup + len(batches)))
         for entry in fewer:
             _count(entry, generate, captions[counted], seeds[counted], denoisers, bar, None)
-        entries = [baseline, *fewer, *methods]
-        for entry in entries:
-            for _ in range(warmup):
-                bar.step(f"warm up {entry.label or entry.name}")
-                _run(entry, generate, captions[batches[0]], seeds[batches[0]])
-        resolution: list[int] = []
         device = _device(denoiser)
-        for part in batches:
-            images = None
-            for entry in entries:
-                bar.step(entry.label or entry.name)
-                run = _timed(entry, generate, captions[part], seeds[part], device)
-                if images is None:
-                    images, resolution = run.images, [int(size) for size in run.images.shape[1:3]]
-                entry.psnr += psnr(run.images, images).tolist()
-                entry.ssim += ssim(run.images, images).tolist()
-                entry.flip += [min(1.0, max(0.0, value)) for value in flip(run.images, images).tolist()]
-                pictures = as_pil(run.images)
-                if judge is not None:
-                    entry.correct += [bool(judge(*pair)) for pair in zip(captions[part], pictures, strict=True)]
-                entry.shown |= {i: pictures[i - part.start] for i in shown if part.start <= i < part.stop}
+        work = _Work(generate, captions, seeds, batches, device, judge, shown, bar)
+        work.run([baseline, *fewer, *methods], warmup)
+        numbers = {entry.label or entry.name: line.equal_steps(line.flops_of(entry)) for entry in methods}
+        late = [
+            _Entry(f"fewer-steps-{n}", "", {"steps": n}, "baseline", nullcontext, n)
+            for n in sorted({n for n in numbers.values() if n} - {entry.steps for entry in fewer})
+            if fewer_steps
+        ]
+        if late:
+            bar.expect(len(late) * (1 + warmup) + (1 + len(late)) * len(batches))
+            for entry in late:
+                _count(entry, generate, captions[counted], seeds[counted], denoisers, bar, None)
+            work.run([_Entry("uncached", "", {}, "baseline", nullcontext, steps), *late], warmup)
+            fewer = sorted([*fewer, *late], key=lambda entry: -entry.steps)
+        entries = [baseline, *fewer, *methods]
 
     details = dict(conditions or {})
     described = Conditions(
@@ -242,18 +257,19 @@ def bench(
             **{key: value for key, value in details.items() if key != "versions"},
             "versions": {**versions(), **details.get("versions", {})},
             "steps": steps,
-            "resolution": resolution,
+            "resolution": work.resolution,
             "batch": min(batch, len(captions)),
             "captions": len(captions),
             "seeds": seeds,
             "level": level,
         }
     )
+    share = _share_of_steps(baseline, fewer)
     rows: list[Row] = []
     by_steps = {entry.steps: entry for entry in fewer}
     for entry in entries:
         other = by_steps.get(numbers.get(entry.label or entry.name) or 0) if entry in methods else None
-        rows.append(_row(entry, baseline, other, line, families, level, judged=judge is not None))
+        rows.append(_row(entry, baseline, other, line, share, families, level, judged=judge is not None))
     return Bench(
         Results(conditions=described, rows=rows),
         {entry.label or entry.name: [entry.shown[i] for i in shown] for entry in entries},
@@ -300,7 +316,7 @@ def _run(
                 "strip": "F" * entry.steps if plain else str(attached.strip),
                 "cache_bytes": 0 if plain else int(attached.cache_bytes),
             }
-            optional = ("predicted_flops_speedup", "predicted_latency_speedup", "syncs", "notes")
+            optional = ("predicted_flops_speedup", "syncs", "notes")
             more = {key: getattr(attached, key, None) for key in optional}
         images, broken = _repair(output)
     except Exception as error:
@@ -349,12 +365,54 @@ def _timed(
         run = _run(entry, generate, captions, seeds, timer)
     entry.seconds.append(timer.seconds)
     entry.full_steps.append((run.full_steps, len(captions)))
+    if run.more["predicted_flops_speedup"]:
+        entry.expected.append((float(run.more["predicted_flops_speedup"]), len(captions)))
     entry.total_steps = run.total_steps
     entry.cache_bytes = max(entry.cache_bytes, run.cache_bytes)
     entry.broken += run.broken
     if first:
         entry.strip, entry.last = run.strip, run.more
     return run
+
+
+@dataclass
+class _Work:
+    """The timed part: every entry on every batch, in turn."""
+
+    generate: Callable[..., Any]
+    captions: list[str]
+    seeds: list[int]
+    batches: list[slice]
+    device: str | None
+    judge: Callable[[str, Image], bool] | None
+    shown: list[int]
+    bar: _Progress
+    resolution: list[int] = field(default_factory=list)
+
+    def run(self, entries: list[_Entry], warmup: int) -> None:
+        """Time ``entries`` and measure their images against those of the first."""
+        baseline, generate = entries[0], self.generate
+        for entry in entries:
+            for _ in range(warmup):
+                self.bar.step(f"warm up {entry.label or entry.name}")
+                _run(entry, generate, self.captions[self.batches[0]], self.seeds[self.batches[0]])
+        for part in self.batches:
+            images = None
+            for entry in entries:
+                self.bar.step(entry.label or entry.name)
+                run = _timed(entry, generate, self.captions[part], self.seeds[part], self.device)
+                entry.speedups.append(baseline.seconds[-1] / max(entry.seconds[-1], 1e-9))
+                if images is None:
+                    images, self.resolution = run.images, [int(size) for size in run.images.shape[1:3]]
+                entry.psnr += psnr(run.images, images).tolist()
+                entry.ssim += ssim(run.images, images).tolist()
+                entry.flip += [min(1.0, max(0.0, value)) for value in flip(run.images, images).tolist()]
+                pictures = as_pil(run.images)
+                if self.judge is not None:
+                    pairs = zip(self.captions[part], pictures, strict=True)
+                    entry.correct += [bool(self.judge(caption, picture)) for caption, picture in pairs]
+                here = [i for i in self.shown if part.start <= i < part.stop]
+                entry.shown |= {i: pictures[i - part.start] for i in here}
 
 
 def _repair(output: Any) -> tuple[np.ndarray, int]:
@@ -410,19 +468,31 @@ class _CostLine:
         return cls(baseline.counted_flops - baseline.steps * per_step, per_step, baseline.steps)
 
     def equal_steps(self, flops: float) -> int | None:
-        """Largest number of steps, 1 or more, whose FLOPs are at most ``flops``; None if that is no saving."""
+        """Smallest number of steps, 1 or more, whose FLOPs are at least ``flops``; None if that is no saving."""
         if self.per_step <= 0:
             return None
-        number = max(1, math.floor((flops - self.fixed) / self.per_step + 0.01))  # a hundredth of a step is rounding
+        number = max(1, math.ceil((flops - self.fixed) / self.per_step - 0.01))  # a hundredth of a step is rounding
         return number if number < self.steps else None
 
-    def corrected(self, entry: _Entry, full: float) -> float:
-        """FLOPs of a run with ``full`` full steps, where ``entry.counted_full`` were counted."""
-        cached_steps = entry.total_steps - entry.counted_full
-        if self.per_step <= 0 or cached_steps <= 0 or full == entry.counted_full:
+    def flops_of(self, entry: _Entry) -> float:
+        """FLOPs per image of the timed runs: those counted, with the full steps that the timed runs took."""
+        full, cached = entry.mean_full_steps, entry.total_steps - entry.counted_full
+        if self.per_step <= 0 or cached <= 0 or full == entry.counted_full:
             return entry.counted_flops
-        per_cached = (entry.counted_flops - self.fixed - entry.counted_full * self.per_step) / cached_steps
+        per_cached = (entry.counted_flops - self.fixed - entry.counted_full * self.per_step) / cached
         return entry.counted_flops + (full - entry.counted_full) * (self.per_step - per_cached)
+
+
+def _share_of_steps(baseline: _Entry, fewer: list[_Entry]) -> float | None:
+    """Share of the uncached run's time that lies in its sampling steps, 0..1; None without a shorter run beside it.
+
+    From the run of the fewest steps: what the steps it lacks took, times all steps over those lacking.
+    """
+    if not fewer:
+        return None
+    short = min(fewer, key=lambda entry: entry.steps)
+    saved = median(1 - 1 / speedup for speedup in short.speedups)
+    return min(1.0, max(0.0, saved * baseline.steps / (baseline.steps - short.steps)))
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -433,14 +503,13 @@ def _row(
     baseline: _Entry,
     other: _Entry | None,
     line: _CostLine,
+    share: float | None,
     families: list[str] | None,
     level: float,
     *,
     judged: bool,
 ) -> Row:
-    images = sum(count for _, count in entry.full_steps)
-    full = sum(steps * count for steps, count in entry.full_steps) / images
-    flops = line.corrected(entry, full)
+    images, full, flops = len(entry.psnr), entry.mean_full_steps, line.flops_of(entry)
     scoped, whole = (flops, None), (baseline.counted_flops, None)
     if entry.denoiser_flops or baseline.denoiser_flops:
         scoped = (entry.denoiser_flops + flops - entry.counted_flops, flops)
@@ -461,7 +530,7 @@ def _row(
         "full_steps": round(full) if abs(full - round(full)) < 1e-9 else round(full, 2),
         "total_steps": entry.total_steps,
         "flops_speedup": whole[0] / scoped[0] if scoped[0] > 0 and whole[0] else 1.0,
-        "latency_speedup": median(b / max(s, 1e-9) for b, s in zip(baseline.seconds, entry.seconds, strict=True)),
+        "latency_speedup": median(entry.speedups),
         "psnr": fmean(differing) if differing else math.inf,
         "ssim": fmean(entry.ssim),
         "flip": fmean(entry.flip),
@@ -476,11 +545,13 @@ def _row(
         "psnr_per_caption": entry.psnr,
         "notes": notes,
     }
-    values |= {
-        key: float(entry.last[key])
-        for key in ("predicted_flops_speedup", "predicted_latency_speedup", "syncs")
-        if entry.last.get(key) is not None
-    }
+    if entry.last.get("syncs") is not None:
+        values["syncs"] = float(entry.last["syncs"])
+    expected = entry.expected_flops_speedup
+    if expected is not None:
+        values["predicted_flops_speedup"] = expected
+        if share is not None:
+            values["predicted_latency_speedup"] = 1 / (1 - share + share / expected)
     if judged:
         values |= {
             "accuracy": fmean(entry.correct),

@@ -19,6 +19,9 @@ from .errors import MeasureError, require
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+METRIC_LIBRARIES = ("skimage.metrics", "flip_evaluator")
+"""What `ssim` and `flip` import when they are called."""
+
 SSIM_WINDOW = 11  # pixels: 3.5 standard deviations of 1.5 to either side
 
 

@@ -125,9 +125,14 @@ class Row(_Strict):
             ``peer`` for another library's implementation.
         flops: per image. latency_ms: per image, at the batch of the conditions.
         pipeline_flops_speedup: as ``flops_speedup``, but of the whole pipeline where that is of the denoiser alone.
-        predicted_flops_speedup: from the strip, before measuring.
+        predicted_flops_speedup: expected from the strip: what each kind of step costs by the denoiser's shapes, times
+            how many of each there were.
+        predicted_latency_speedup: expected from that and from the measured share ``s`` of the uncached run's time that
+            lies in its sampling steps: ``1 / (1 - s + s / predicted_flops_speedup)``. What ``latency_speedup`` lacks of
+            it is what caching itself costs. None without a fewer-steps row, which is what ``s`` is measured with.
         accuracy_difference: this row's accuracy minus the baseline's, on the same captions and seeds.
-        reference_row: the fewer-steps row of at most equal FLOPs that this method is compared with.
+        reference_row: the fewer-steps row that this method is compared with: the one of the fewest steps among those
+            that cost at least as many FLOPs, so that a method never wins by a larger budget.
         psnr_wins: share of captions on which the method's PSNR is above that row's.
         error_per_step: relative L2 distance of the latent from the uncached run's, after each step.
         syncs: host synchronisations per run.

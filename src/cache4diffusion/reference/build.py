@@ -2,7 +2,8 @@
 
     python -m cache4diffusion.reference.build --vae runs/vae --flow runs/flow --out scenes-flux --captions 480
 
-Without ``--out`` it replaces the weights inside the package. ``--captions 0`` skips the measurement.
+Without ``--out`` it replaces the weights inside the package. ``--captions 0`` skips the measurement. The way back, from
+a built folder to training folders, is `cache4diffusion.reference.training.restore`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from cache4diffusion.errors import Cache4DiffusionError
 from cache4diffusion.reference.evaluate import accuracy, checker_rates
 from cache4diffusion.reference.folder import SAMPLING, WEIGHTS, load, save_folder
 from cache4diffusion.reference.scenes import HELD_OUT_SEED, held_out_combinations
@@ -201,7 +203,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checker", type=int, default=2000, metavar="N", help="scenes per family; 0 skips")
     parser.add_argument("--batch", type=int, default=16)
     args = parser.parse_args(argv)
-    facts = build(args.vae, args.flow, args.out, args.captions, args.checker, args.batch, sys.stderr.isatty())
+    try:
+        facts = build(args.vae, args.flow, args.out, args.captions, args.checker, args.batch, sys.stderr.isatty())
+    except (Cache4DiffusionError, OSError) as error:
+        parser.exit(2, f"build: {error}\n")
     measured = f", accuracy {facts['accuracy']['accuracy']:.3f}" if facts["accuracy"] else ""
     print(f"{args.out}: {facts['flow']['updates']} updates{measured}")
 

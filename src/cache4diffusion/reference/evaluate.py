@@ -22,6 +22,8 @@ from diffusers import AutoencoderKL, FluxPipeline
 from rich.console import Console
 from rich.progress import track
 
+from cache4diffusion.errors import Cache4DiffusionError, SettingError
+from cache4diffusion.measure import wilson_interval
 from cache4diffusion.reference.checker import check, contradict
 from cache4diffusion.reference.folder import SAMPLING, load
 from cache4diffusion.reference.scenes import FAMILIES, draw_scene, held_out_scenes, render
@@ -67,13 +69,6 @@ def _noise(pipe: FluxPipeline, seed: int) -> torch.Tensor:
     return noise.to(pipe.transformer.device, pipe.transformer.dtype)
 
 
-def interval(successes: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson), both in 0..1; ``n`` is 1 or more."""
-    z, p = 1.959964, successes / n
-    middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (middle - spread) / (1 + z * z / n)), min(1.0, (middle + spread) / (1 + z * z / n))
-
-
 def accuracy(
     pipe: FluxPipeline, n: int = 480, seed: int = 0, batch: int = 16, progress: bool = False, **sampling: Any
 ) -> dict[str, Any]:
@@ -89,8 +84,13 @@ def accuracy(
 
     Returns:
         JSON-ready facts: ``conditions``, ``accuracy``, ``interval``, ``families`` (each with ``accuracy``,
-        ``interval``, ``captions`` and ``missed``, a count per demand) and ``failures``.
+        ``interval`` (Wilson), ``captions`` and ``missed``, a count per demand) and ``failures``.
+
+    Raises:
+        SettingError: ``n`` is less than 1.
     """
+    if n < 1:
+        raise SettingError(f"accuracy(n={n}): use 1 caption or more.")
     scenes = held_out_scenes(n, seed)
     start = time.monotonic()
     images = generate(pipe, [scene.caption for scene in scenes], 100_000 * seed, batch, progress, **sampling)
@@ -108,7 +108,7 @@ def accuracy(
                 missed[demand] = missed.get(demand, 0) + (not is_met)
         families[family] = {
             "accuracy": met / len(own),
-            "interval": interval(met, len(own)),
+            "interval": wilson_interval(met, len(own)),
             "captions": len(own),
             "missed": missed,
         }
@@ -124,7 +124,7 @@ def accuracy(
             "torch": torch.__version__,
         },
         "accuracy": met / n,
-        "interval": interval(met, n),
+        "interval": wilson_interval(met, n),
         "seconds": round(seconds, 1),
         "families": families,
         "failures": [scene.caption for scene, verdict in zip(scenes, verdicts, strict=True) if not verdict.ok],
@@ -197,16 +197,19 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--json", type=Path, help="write the facts here, too")
     args = parser.parse_args(argv)
-    pipe = load(args.model, getattr(torch, args.dtype)).to(args.device)
     sampling: dict[str, Any] = {"num_inference_steps": args.steps, "true_cfg_scale": args.guidance}
-    if args.checker:
-        result = checker_rates(pipe.vae, args.checker, args.seed, progress=sys.stderr.isatty())
-        print(json.dumps(result, indent=2))
-    else:
-        result = accuracy(pipe, args.captions, args.seed, args.batch, progress=sys.stderr.isatty(), **sampling)
-        print(format_table(result))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    show = sys.stderr.isatty()
+    try:
+        pipe = load(args.model, getattr(torch, args.dtype)).to(args.device)
+        if args.checker:
+            result = checker_rates(pipe.vae, args.checker, args.seed, progress=show)
+        else:
+            result = accuracy(pipe, args.captions, args.seed, args.batch, progress=show, **sampling)
+        print(json.dumps(result, indent=2) if args.checker else format_table(result))
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    except (Cache4DiffusionError, OSError) as error:
+        parser.exit(2, f"evaluate: {error}\n")
 
 
 if __name__ == "__main__":

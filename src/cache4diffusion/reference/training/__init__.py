@@ -1,1 +1,1 @@
-"""Training of the reference models: python -m cache4diffusion.reference.training.vae, then .flow."""
+"""Training of the reference models: ``.vae``, then ``.flow``; ``.restore`` goes on from a built folder."""

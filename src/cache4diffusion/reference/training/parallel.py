@@ -275,12 +275,12 @@ class Trainer:
             if not self.is_matrix[i]:
                 state[f"second.{name}"] = self.second[i]
         counts = {"optimizer_updates": str(self.optimizer_updates), "updates": str(self.history["updates"])}
-        _write(
+        write_whole(
             self.folder / "ema.safetensors",
             lambda path: save_file(_plain(dict(zip(self.names, self.ema, strict=True))), path),
         )
-        _write(self.folder / "state.safetensors", lambda path: save_file(_plain(state), path, metadata=counts))
-        _write(self.folder / "history.json", lambda path: Path(path).write_text(json.dumps(self.history)))
+        write_whole(self.folder / "state.safetensors", lambda path: save_file(_plain(state), path, metadata=counts))
+        write_whole(self.folder / "history.json", lambda path: Path(path).write_text(json.dumps(self.history)))
 
     def _load(self) -> None:
         ema_file, state_file = self.folder / "ema.safetensors", self.folder / "state.safetensors"
@@ -329,7 +329,8 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
-def _write(path: Path, write: Callable[[str], Any]) -> None:
+def write_whole(path: Path, write: Callable[[str], Any]) -> None:
+    """Let ``write`` make a file at a temporary path, and then put it in place: whole or not at all."""
     temporary = path.with_name(path.name + ".part")
     write(str(temporary))
     os.replace(temporary, path)
