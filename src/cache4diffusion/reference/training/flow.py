@@ -36,7 +36,7 @@ from cache4diffusion.reference.scenes import draw_scene, render
 from cache4diffusion.reference.training.parallel import Trainer, TrainSettings
 
 CAPTION_DROPOUT = 0.1
-SIGMA_MEAN, SIGMA_STD = 0.2, 1.2  # of the logit of the noise level
+SIGMA_MEAN, SIGMA_STD = 0.5, 1.2  # of the logit of the noise level
 
 
 class FlowModel(nn.Module):
@@ -70,12 +70,24 @@ def is_matrix(name: str, parameter: Tensor) -> bool:
     Not those of the text encoders: their attention has no norm on queries and keys (T5's not even a scale), so that
     Muon's steps soon make it look at one word with all its weight, and then it learns no more.
     """
+    return _is_inner(name)
+
+
+def _is_inner(name: str) -> bool:
     return "transformer_blocks." in name and ".norm" not in name
 
 
 def lr_scale(name: str) -> float:
-    """Share of the learning rate that a parameter gets: the text encoders a quarter."""
-    return 0.25 if name.startswith("text_encoder") else 1.0
+    """Share of the learning rate that a parameter gets; those that follow Muon get all of it.
+
+    The text encoders hardly move: as initialised they tell every word's neighbours, so which colour belongs to which
+    shape can be read off, and the noise of larger steps washes just that away long before the denoiser asks for it.
+    """
+    if name.startswith("text_encoder"):
+        return 0.02
+    if name.startswith(("transformer.context_embedder.", "transformer.time_text_embed.text_embedder.")):
+        return 0.1
+    return 1.0 if _is_inner(name) else 0.3
 
 
 def pack(latents: Tensor) -> Tensor:
