@@ -10,7 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import cache4diffusion as c4d
-from cache4diffusion.engine import core
+from cache4diffusion.engine import host
 
 TEXT, IMAGE = 5, 12
 
@@ -178,7 +178,7 @@ _SEEN: dict = {}
 
 def remember_anatomy(monkeypatch) -> None:
     """Observe each denoiser once per way of calling it; observing is tested elsewhere and takes most of a small run."""
-    observe = core.observe
+    observe = host.observe
 
     def remembered(denoiser, args, kwargs):
         key = (id(denoiser), len(args), tuple(sorted(name for name, value in kwargs.items() if value is not None)))
@@ -186,7 +186,7 @@ def remember_anatomy(monkeypatch) -> None:
             _SEEN[key] = (denoiser, observe(denoiser, args, kwargs))  # kept alive: no other gets its id
         return _SEEN[key][1]
 
-    monkeypatch.setattr(core, "observe", remembered)
+    monkeypatch.setattr(host, "observe", remembered)
 
 
 class LinearCounter(TorchFunctionMode):

@@ -235,7 +235,7 @@ def test_sites_that_are_never_reached_are_noticed_at_the_first_full_step():
     with c4d.accelerate(denoiser, "fbcache", **METHODS["fbcache"]) as handle:
         with handle.run(num_steps=STEPS):
             sample(denoiser)
-        for wrapper in handle._engines[0]._block_wrappers:  # as if something ran around them
+        for wrapper in handle._engines[0].attachment.blocks:  # as if something ran around them
             wrapper.is_alive = False
         with pytest.raises(RunError, match="no site was called"), handle.run(num_steps=STEPS):
             sample(denoiser)

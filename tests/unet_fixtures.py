@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cache4diffusion.engine import core
+from cache4diffusion.engine import host
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def _shapes(value):
 @pytest.fixture(autouse=True)
 def seen_once(monkeypatch):
     """Equal denoisers are observed once per kind of call, not at every `accelerate`: observing has its own tests."""
-    observe = core.observe
+    observe = host.observe
 
     def memoised(denoiser, args, kwargs):
         has_freeu = hasattr(getattr(denoiser, "up_blocks", [None])[0], "s1")
@@ -35,4 +35,4 @@ def seen_once(monkeypatch):
             SEEN[key] = observe(denoiser, args, kwargs)
         return SEEN[key]
 
-    monkeypatch.setattr(core, "observe", memoised)
+    monkeypatch.setattr(host, "observe", memoised)

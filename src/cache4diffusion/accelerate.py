@@ -14,7 +14,8 @@ from cache4diffusion.anatomy import describe
 from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.engine import Engine
 from cache4diffusion.engine.compiling import TOKENS, WHOLE, hides_sites, is_compiled
-from cache4diffusion.engine.core import NanGuard, no_stack
+from cache4diffusion.engine.finite import NanGuard
+from cache4diffusion.engine.host import no_stack
 from cache4diffusion.engine.inputs import inputs_of
 from cache4diffusion.errors import (
     AlreadyAcceleratedError,

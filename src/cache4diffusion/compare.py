@@ -105,7 +105,7 @@ class MethodVariant:
             if self.call is not None:
                 engine = handle._engines[0]
                 engine.prepare(*self.call, anatomy=self.anatomy)
-                self.anatomy = engine.anatomy
+                self.anatomy = engine.host.anatomy
             yield Seen(handle)
 
 

@@ -128,12 +128,12 @@ def step_cost(engine: Engine) -> StepCost:
         raise CountError("it was not called yet")
     table = flops_by_module(engine.denoiser, *engine.call_specs)
     full = table[""]
-    paths = engine.bypassed
-    if paths == [""] and engine.blocks:  # the decision is taken inside: what comes before still runs
-        paths = [view.path for view in engine.blocks[engine.watched_blocks :]]
+    paths = engine.attachment.bypassed
+    if paths == [""] and engine.host.blocks:  # the decision is taken inside: what comes before still runs
+        paths = [view.path for view in engine.host.blocks[engine.host.watched_blocks :]]
     resting = outermost(paths)
     cached = full - sum(table.get(path, 0) for path in resting)
-    last = table.get(engine.blocks[-1].path, 0) if engine.blocks else 0
+    last = table.get(engine.host.blocks[-1].path, 0) if engine.host.blocks else 0
     return StepCost(full, cached, cached + _tokens(engine, table), last)
 
 

@@ -290,7 +290,7 @@ class _Stage:
         handle = accelerate(self.denoiser if bare else self.target, case.chosen, **case.axes, **more)
         try:
             handle._engines[0].prepare(*self.calls[0], anatomy=self.anatomy)
-            self.anatomy = handle._engines[0].anatomy
+            self.anatomy = handle._engines[0].host.anatomy
         except BaseException:
             handle.remove()
             raise
@@ -592,18 +592,18 @@ class _Probe:
             for site in driver.sites:
                 hook = site.module.register_forward_hook(lambda m, a, out, name=site.name: self._note(name, out))
                 self._undo.append(hook.remove)
-        if engine._block_wrappers:
+        if engine.attachment.blocks:
             inside = {p for s in getattr(driver, "stretches", []) for p in range(s.first, s.last)}
-            original = engine._on_block
+            original = engine.runner.on_block
 
             def on_block(position: int, *args: Any) -> Any:
                 output = original(position, *args)
                 if position not in inside:
-                    self._note(engine.blocks[position].path, output)
+                    self._note(engine.host.blocks[position].path, output)
                 return output
 
-            engine._on_block = on_block
-            self._undo.append(lambda: vars(engine).pop("_on_block", None))
+            engine.runner.on_block = on_block
+            self._undo.append(lambda: vars(engine.runner).pop("on_block", None))
         if isinstance(driver, LevelDriver):
             found = driver._on_module
 
@@ -648,7 +648,7 @@ class _Probe:
 
     def _words(self, name: str) -> str:
         if isinstance(self.driver, SpanDriver):
-            paths = [view.path for view in self.engine.blocks]
+            paths = [view.path for view in self.engine.host.blocks]
             for stretch in self.driver.stretches:
                 if name == paths[stretch.last]:
                     return f"{stretch.name} ({paths[stretch.first]} .. {name})"
@@ -657,13 +657,13 @@ class _Probe:
 
 def _always_resting(engine: Any) -> list[str]:
     """Modules that run on no cached step. A signal is read in the first block, a verification runs the last."""
-    if engine.driver is None or (engine.bypassed == [""] and engine.blocks):
+    if engine.driver is None or (engine.attachment.bypassed == [""] and engine.host.blocks):
         return []
     if isinstance(engine.gate.watch, Signal):
-        return [path for path in engine.bypassed if path != engine.blocks[0].path]
-    checked = isinstance(engine.gate.watch, Verification) and engine.blocks
-    last = engine.blocks[-1].path + "." if checked else None
-    return [path for path in engine.bypassed if last is None or not path.startswith(last)]
+        return [path for path in engine.attachment.bypassed if path != engine.host.blocks[0].path]
+    checked = isinstance(engine.gate.watch, Verification) and engine.host.blocks
+    last = engine.host.blocks[-1].path + "." if checked else None
+    return [path for path in engine.attachment.bypassed if last is None or not path.startswith(last)]
 
 
 def _is_exact(composition: Composition) -> bool:

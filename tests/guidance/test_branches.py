@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from diffusers import FluxPipeline
-from guidance_zoo import Guided, flux, rows, unet
+from guidance_zoo import Guided, dit, flux, rows, unet
 
 import cache4diffusion as c4d
 from cache4diffusion.errors import CompositionError, RunError
@@ -300,3 +300,22 @@ def test_other_methods_and_fastercache_on_batched_guidance(kind, name):
         assert {r.symbol for r in records} == {"F", "c", "h"}
         assert out.isfinite().all()
         assert torch.equal(guided.sample(steps=16), out)
+
+
+@torch.no_grad()
+def test_a_branch_computed_after_all_does_not_take_the_other_branch_for_its_own():
+    denoiser = dit()
+    xs = [torch.randn(1, 4, 10, 10).repeat(2, 1, 1, 1) for _ in range(3)]
+    calls = [(x, torch.full((2,), 900 - i), torch.tensor([3, 1000])) for i, x in enumerate(xs)]
+    plain = denoiser(*calls[2]).sample
+    settings = {"interval": 9, "warmup": 1, "layout": "batched", **EXACT}
+    rule = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+    with c4d.accelerate(denoiser, "fbcache", threshold=1e9, cfg=f"fastercache({rule})") as handle:
+        for call in calls[:2]:
+            denoiser(*call)
+        for band in handle._engines[0].branches.tensors():
+            band.fill_(float("nan"))
+        ours = denoiser(*calls[2]).sample
+        assert strip_of(handle) == "Fhc"
+    torch.testing.assert_close(ours[1], plain[1])  # its prediction was not finite
+    assert (ours[0] - plain[0]).abs().max() > 0.01  # the site's, from the step before

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from cache4diffusion.engine import core
+from cache4diffusion.engine import host
 
 _KNOWN = {}
 
@@ -18,7 +18,7 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def anatomies_are_observed_once(monkeypatch):
     """An anatomy is frozen facts that depend on the denoiser's class, sizes and arguments; observing is slow."""
-    observe = core.observe
+    observe = host.observe
 
     def known(denoiser, args, kwargs):
         leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -30,4 +30,4 @@ def anatomies_are_observed_once(monkeypatch):
             _KNOWN[key] = observe(denoiser, args, kwargs)
         return _KNOWN[key]
 
-    monkeypatch.setattr(core, "observe", known)
+    monkeypatch.setattr(host, "observe", known)

@@ -9,13 +9,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cache4diffusion.engine.driver import Inner
-from cache4diffusion.engine.leaves import flatten, get_argument, take_rows, unflatten
+from cache4diffusion.engine.finite import FiniteGuard
+from cache4diffusion.engine.host import Host
+from cache4diffusion.engine.leaves import flatten, get_argument, unflatten
 from cache4diffusion.engine.maps import Grid, grid_of
 from cache4diffusion.engine.state import is_new_conditioning
 from cache4diffusion.errors import CompositionError
@@ -23,10 +25,6 @@ from cache4diffusion.gates import Step
 from cache4diffusion.guidance import BranchRule
 from cache4diffusion.run import Call
 from cache4diffusion.trace import CACHED, Record
-
-if TYPE_CHECKING:
-    from cache4diffusion.engine.core import Engine
-
 
 _COND, _UNCOND = ("cond", "pred_cond"), ("uncond", "pred_uncond")  # what diffusers calls its branches
 
@@ -57,13 +55,17 @@ class BranchDriver:
     step so do two images of one seed; later their latents differ.) Until then calls are treated as both kinds.
 
     Args:
-        engine: the engine whose `run_branch` runs a branch.
+        host: the denoiser.
         rule: when and how.
         batch_order: which half of a batched call is which, if known from the pipeline (the rule's own setting wins).
+        finite: checks what was predicted.
+        run_branch: `Engine.run_branch`.
     """
 
-    def __init__(self, engine: Engine, rule: BranchRule, batch_order: str) -> None:
-        self.engine, self.rule = engine, rule
+    def __init__(
+        self, host: Host, rule: BranchRule, batch_order: str, finite: FiniteGuard, run_branch: Callable[..., Any]
+    ) -> None:
+        self.host, self.rule, self.finite, self.run_branch = host, rule, finite, run_branch
         own = rule.batch_order
         self.batch_order = own if own != "auto" else (batch_order if batch_order != "auto" else "uncond-cond")
         self.is_guided: Callable[[], bool | None] = lambda: None  # the pipeline's own word, if it gives one
@@ -89,8 +91,8 @@ class BranchDriver:
             if state.pairs
             else "no guidance was seen: no call with both branches as halves, no second call in a step"
         )
-        self.shortfall = f"{self.engine.name}: no CFG branch was skipped, because {why}."
-        self.engine.trace.note(self.shortfall)
+        self.shortfall = f"{self.host.name}: no CFG branch was skipped, because {why}."
+        self.host.trace.note(self.shortfall)
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything held."""
@@ -102,7 +104,8 @@ class BranchDriver:
         """Run one call of the denoiser, whole or in part."""
         state = self._states.setdefault(call.run.id, GuidanceState(self.rule.init()))
         step = Step(call.step, call.run.num_steps)
-        self._read_finite(state)
+        if not self.finite.passed(state):
+            self._start_anew(state)
         if self._may_be_batched(state, call, latent):
             return self._batched(state, step, call, latent, inner, args, kwargs)
         return self._sequential(state, step, call, latent, inner, args, kwargs)
@@ -122,14 +125,13 @@ class BranchDriver:
         if self.rule.layout == "batched":
             return True
         if latent.shape not in state.layouts:
-            assert self.engine.inputs is not None
-            conditioning = self.engine.inputs.split(args, kwargs)[2]
+            conditioning = self.host.inputs.split(args, kwargs)[2]
             half = latent.shape[0] // 2
             verdict = (latent[:half] == latent[half:]).all()
             if self.is_guided() is None:  # a pipeline that says yes may do so with equal prompts
                 kinds = [c[:half] != c[half:] for c in conditioning if c.ndim and c.shape[0] == 2 * half]
                 verdict = verdict & torch.stack([verdict & False, *[kind.any() for kind in kinds]]).any()
-            self.engine.trace.syncs += 1
+            self.host.trace.syncs += 1
             state.layouts[latent.shape] = bool(verdict)
         return state.layouts[latent.shape]
 
@@ -158,7 +160,7 @@ class BranchDriver:
             state.rule = self.rule.init()
             return self._sequential(state, step, call, latent, inner, args, kwargs)
         if not is_cached:
-            output = self.engine.run_branch(call, latent, inner, args, kwargs)
+            output = self.run_branch(call, latent, inner, args, kwargs)
             maps, _ = self._maps(state, output, args, kwargs)
             source, other = ([m[rows[0] : rows[-1] + 1] for m in maps] for rows in (source_rows, predicted_rows))
             self.rule.update(state.rule, step, source, other)
@@ -167,10 +169,9 @@ class BranchDriver:
             else:  # a second call in this step would show that each branch has its own
                 self._keep_source(state, step, call, maps)
             return output
-        axes = self.engine.denoiser_axes(args, kwargs, batch)
-        sub_args, sub_kwargs = take_rows(self.engine.denoiser, args, kwargs, axes, source_rows)
+        sub_args, sub_kwargs = self.host.rows(args, kwargs, source_rows, batch)
         sub_latent = latent[source_rows[0] : source_rows[-1] + 1]
-        output = self.engine.run_branch(call, sub_latent, inner, sub_args, sub_kwargs, is_half=True)
+        output = self.run_branch(call, sub_latent, inner, sub_args, sub_kwargs, is_half=True)
         maps, restore = self._maps(state, output, args, kwargs)
         self.rule.commit(state.rule, step)
         others = self.rule.predict(state.rule, step, maps)
@@ -178,7 +179,7 @@ class BranchDriver:
         if self._is_finite(state, others):
             state.skipped += 1
         else:
-            other_args, other_kwargs = take_rows(self.engine.denoiser, args, kwargs, axes, predicted_rows)
+            other_args, other_kwargs = self.host.rows(args, kwargs, predicted_rows, batch)
             others, _ = self._maps(state, inner(*other_args, **other_kwargs), args, kwargs)
             self.rule.update(state.rule, step, maps, others)
         pairs = [(u, c) if self.batch_order == "uncond-cond" else (c, u) for u, c in zip(others, maps, strict=True)]
@@ -204,14 +205,14 @@ class BranchDriver:
         if call.ordinal == 0:
             if kind == "uncond" and not self.is_off:
                 raise self._wrong_order()
-            output = self.engine.run_branch(call, latent, inner, args, kwargs)
+            output = self.run_branch(call, latent, inner, args, kwargs)
             self._keep_source(state, step, call, self._maps(state, output, args, kwargs)[0])
             state.is_source_new = is_new_conditioning(call)
             return output
         is_target = kind == "uncond" or (call.ordinal == 1 and kind is None)
         has_source = state.source_step == step.index and bool(state.source)
         if not is_target or not has_source or state.source[0].shape[0] != latent.shape[0]:
-            return self.engine.run_branch(call, latent, inner, args, kwargs)
+            return self.run_branch(call, latent, inner, args, kwargs)
         if self.rule.batch_order == "uncond-cond" and kind is None and not self.is_off:
             raise self._wrong_order()
         if latent.shape[0] % 2 == 0 and state.layouts.get(latent.shape) is None:
@@ -225,7 +226,7 @@ class BranchDriver:
             maps = self.rule.predict(state.rule, step, state.source)
             if self._is_finite(state, maps):
                 return self._skip(state, step, call, maps, start)
-        output = self.engine.run_branch(call, latent, inner, args, kwargs)
+        output = self.run_branch(call, latent, inner, args, kwargs)
         maps, _ = self._maps(state, output, args, kwargs)
         self.rule.update(state.rule, step, state.source, maps)
         state.source = []
@@ -236,13 +237,13 @@ class BranchDriver:
         output = self._restore(state, maps)
         state.skipped, state.source = state.skipped + 1, []
         if _kind(call.branch) is None and self.rule.batch_order == "auto":
-            self.engine.trace.note(
-                f"{self.engine.name}: the first of a step's calls was taken for the conditional branch "
+            self.host.note(
+                f"the first of a step's calls was taken for the conditional branch "
                 f"({state.source_branch}); say batch_order='cond-uncond' to confirm."
             )
-        self.engine.add_record(
+        self.host.trace.add(
             Record(
-                self.engine.name,
+                self.host.name,
                 call.run.id,
                 step.index,
                 call.branch,
@@ -264,27 +265,14 @@ class BranchDriver:
 
     def _is_finite(self, state: GuidanceState, maps: list[Tensor]) -> bool:
         """Check a predicted branch as the engine checks its own predictions: now, or at the next step."""
-        guard = self.engine.nan_guard or ("now" if maps[0].device.type == "cpu" else "next")
-        if guard == "off":
-            return True
-        is_finite = torch.stack([torch.isfinite(m).all() for m in maps]).all()
-        if guard == "next":
-            state.unread_finite = is_finite
-            return True
-        return bool(is_finite) or self._note_broken(state)
-
-    def _read_finite(self, state: GuidanceState) -> None:
-        if state.unread_finite is None:
-            return
-        is_finite, state.unread_finite = bool(state.unread_finite), None
-        self.engine.trace.syncs += 1
+        is_finite = self.finite.passes(state, maps)
         if not is_finite:
-            self._note_broken(state)
+            self._start_anew(state)
+        return is_finite
 
-    def _note_broken(self, state: GuidanceState) -> bool:
-        self.engine.trace.note(f"{self.engine.name}: a predicted branch was not finite; its history was cleared.")
+    def _start_anew(self, state: GuidanceState) -> None:
+        self.host.note("a predicted branch was not finite; its history was cleared.")
         state.rule = self.rule.init()
-        return False
 
     # -- layouts ---------------------------------------------------------------------------------------------------
 
@@ -298,9 +286,9 @@ class BranchDriver:
         if tensors[0].ndim != 3:
             state.grid = None
         elif state.grid is None or state.grid.height * state.grid.width != tensors[0].shape[1]:
-            denoiser = getattr(self.engine.denoiser, "_orig_mod", self.engine.denoiser)
+            denoiser = getattr(self.host.denoiser, "_orig_mod", self.host.denoiser)
             ids, shapes = (get_argument(denoiser, args, kwargs, (name,)) for name in ("img_ids", "img_shapes"))
-            self.engine.trace.syncs += isinstance(ids, Tensor)
+            self.host.trace.syncs += isinstance(ids, Tensor)
             state.grid = grid_of(type(denoiser).__name__, tensors[0], ids, shapes)
         grid = state.grid
         maps = tensors if grid is None else [grid.to_maps(tensor) for tensor in tensors]

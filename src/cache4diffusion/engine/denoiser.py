@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cache4diffusion.engine.driver import Driver, Inner
+from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.leaves import own, take_apart
 from cache4diffusion.engine.state import Context
 from cache4diffusion.gates import Front, Signal
@@ -17,16 +18,16 @@ class DenoiserDriver(Driver):
     makes of it is thrown away: its own code runs to the end, so nothing of the host is left half done.
     """
 
-    def __init__(self, engine: Any, site: Any) -> None:
-        super().__init__(engine, site)
-        watch = engine.gate.watch
+    def __init__(self, host: Host, site: Any) -> None:
+        super().__init__(host, site)
+        watch = host.gate.watch if host.gate is not None else None
         self.needs_anatomy = self.needs_blocks = isinstance(watch, (Signal, Front))
 
     def is_ready(self, context: Context, key: int) -> bool:
         """After the first full step, if the output's kind is known for this way of calling."""
         history = context.state.sites.get("output")
         is_known = self._kind(context) in context.state.extra.get("layouts", {})
-        return history is not None and is_known and self.engine.predictor.is_ready(history)
+        return history is not None and is_known and self.host.predictor.is_ready(history)
 
     @staticmethod
     def _kind(context: Context) -> Any:
@@ -45,7 +46,7 @@ class DenoiserDriver(Driver):
         return self._record(context, output)
 
     def _record(self, context: Context, output: Any) -> Any:
-        predictor, sites = self.engine.predictor, context.state.sites
+        predictor, sites = self.host.predictor, context.state.sites
         if "output" not in sites:
             sites["output"] = predictor.init(context.batch)
         tensors, layout = take_apart(output)
@@ -55,7 +56,7 @@ class DenoiserDriver(Driver):
 
     def _predicted(self, context: Context) -> Any:
         state = context.state.sites["output"]
-        tensors = self.engine.predictor.predict(state, context.time, context.rows)
+        tensors = self.host.predictor.predict(state, context.time, context.rows)
         return context.state.extra["layouts"][self._kind(context)].fill(own(tensors, state))
 
     def on_block(
@@ -64,7 +65,7 @@ class DenoiserDriver(Driver):
         """Pass through once the step is known to be cached."""
         verdict = context.verdicts.get(0)
         if verdict is not None and verdict.is_cached:
-            return self.engine.pass_through(position, args, kwargs)
+            return self.host.pass_through(position, args, kwargs)
         return inner(*args, **kwargs)
 
     def bypassed(self) -> list[str]:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from cache4diffusion.anatomy import Anatomy
+from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.state import Context
-
-if TYPE_CHECKING:
-    from cache4diffusion.anatomy import Anatomy
-    from cache4diffusion.engine.core import Engine
 
 Inner = Callable[..., Any]
 
@@ -29,8 +27,8 @@ class Driver(ABC):
     splits_rows = False  # whether it treats rows apart itself; else the engine calls it once per group of rows
     needs_blocks = False  # whether the engine must wrap the main blocks' calls for `on_block`
 
-    def __init__(self, engine: Engine, site: Any) -> None:
-        self.engine, self.site = engine, site
+    def __init__(self, host: Host, site: Any) -> None:
+        self.host, self.site = host, site
 
     def install(self, anatomy: Anatomy | None) -> None:  # noqa: B027 - optional step
         """Wrap what must be wrapped.

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from cache4diffusion.engine.denoiser import DenoiserDriver
 from cache4diffusion.engine.driver import Driver
+from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.level import LevelDriver
 from cache4diffusion.engine.parts import PartsDriver
 from cache4diffusion.engine.span import SpanDriver
@@ -20,7 +19,7 @@ DRIVERS: dict[type[Site], type[Driver]] = {
 }
 
 
-def driver_of(engine: Any, site: Site) -> Driver:
+def driver_of(host: Host, site: Site) -> Driver:
     """Make the driver of a site.
 
     Raises:
@@ -31,4 +30,4 @@ def driver_of(engine: Any, site: Site) -> Driver:
             f"{type(site).__name__} has no driver, so the engine cannot put it to work. Add its row to DRIVERS in "
             "cache4diffusion/engine/drivers.py."
         )
-    return DRIVERS[type(site)](engine, site)
+    return DRIVERS[type(site)](host, site)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cache4diffusion.anatomy import Anatomy, LeafPath, UNet
 from cache4diffusion.engine.driver import Driver, Inner
+from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.leaves import flatten, get_output, own, unflatten
 from cache4diffusion.engine.state import Context
 from cache4diffusion.errors import AnatomyError
@@ -122,8 +123,8 @@ class LevelDriver(Driver):
 
     site: UNetLevel
 
-    def __init__(self, engine: Any, site: UNetLevel) -> None:
-        super().__init__(engine, site)
+    def __init__(self, host: Host, site: UNetLevel) -> None:
+        super().__init__(host, site)
         self.cut = Cut({}, ())
         self._wrappers: list[CallWrapper] = []
         self._context: Context | None = None
@@ -139,7 +140,7 @@ class LevelDriver(Driver):
             )
         self.cut = cut(anatomy.unet, self.site)
         for path in self.bypassed():
-            module = self.engine.denoiser.get_submodule(path)
+            module = self.host.denoiser.get_submodule(path)
 
             def handler(inner: Inner, args: Any, kwargs: Any, path: str = path) -> Any:
                 return self._on_module(path, inner, args, kwargs)
@@ -157,7 +158,7 @@ class LevelDriver(Driver):
         sites = context.state.sites
         main = [path for path, but in self.cut.sources.items() if but is None]
         known = [path for path in self.cut.sources if path in sites]
-        return all(path in sites for path in main) and all(self.engine.predictor.is_ready(sites[p]) for p in known)
+        return all(path in sites for path in main) and all(self.host.predictor.is_ready(sites[p]) for p in known)
 
     def run(self, context: Context, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the host's code."""
@@ -190,7 +191,7 @@ class LevelDriver(Driver):
         self._watched += [_Watched(leaves[place], seen, place) for place in others]
         features = [leaves[place] for place in seen.predicted]
         if features:
-            sites, predictor = context.state.sites, self.engine.predictor
+            sites, predictor = context.state.sites, self.host.predictor
             if path not in sites:
                 sites[path] = predictor.init(context.batch)
             predictor.update(sites[path], features, context.time, context.rows)
@@ -207,7 +208,7 @@ class LevelDriver(Driver):
         features: dict[int, Tensor] = {}
         if seen.predicted:
             state = context.state.sites[path]
-            predicted = own(self.engine.predictor.predict(state, context.time, context.rows), state)
+            predicted = own(self.host.predictor.predict(state, context.time, context.rows), state)
             features = dict(zip(seen.predicted, predicted, strict=True))
         blanks: dict[Any, Tensor] = context.scratch.setdefault("blanks", {})
         filled: list[Any] = []

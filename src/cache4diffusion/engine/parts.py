@@ -17,6 +17,7 @@ from cache4diffusion.anatomy import Anatomy, Inner, Part
 from cache4diffusion.engine.decide import prediction_error
 from cache4diffusion.engine.driver import Driver
 from cache4diffusion.engine.driver import Inner as InnerCall
+from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.leaves import get_output, own, take_apart
 from cache4diffusion.engine.state import Context
 from cache4diffusion.engine.tokens import TokenDriver
@@ -185,29 +186,29 @@ class PartsDriver(Driver):
 
     site: Parts
 
-    def __init__(self, engine: Any, site: Parts) -> None:
-        super().__init__(engine, site)
+    def __init__(self, host: Host, site: Parts) -> None:
+        super().__init__(host, site)
         self.switch = Switch()
         self.sites: list[PartSite] = []
         self.resting: list[RestingModule] = []
         self._traced: list[PartSite] = []  # sites in compiled blocks, as seen at the last full step
-        rule = engine.composition.tokens
+        rule = host.composition.tokens
         self.tokens: TokenDriver | None = TokenDriver(self, rule) if rule is not None else None
-        self.needs_blocks = engine.gate.watch is not None or rule is not None
+        self.needs_blocks = (host.gate is not None and host.gate.watch is not None) or rule is not None
 
     @property
     def predictor(self) -> Predictor:
         """The predictor of the composition."""
-        return self.engine.predictor
+        return self.host.predictor
 
     def install(self, anatomy: Anatomy | None) -> None:
         """Wrap the parts and the modules that rest with them."""
         assert anatomy is not None
-        modules = dict(self.engine.denoiser.named_modules())
-        first = self.engine.watched_blocks
+        modules = dict(self.host.denoiser.named_modules())
+        first = self.host.watched_blocks
         main = [block for stack in anatomy.main for block in stack.blocks]
         nested = [block for stack in anatomy.stacks if not stack.is_main for block in stack.blocks]
-        if main and not self.engine.is_unet:
+        if main and not self.host.is_unet:
             nested = []
         chosen = list(enumerate(main))[first:] + [(len(main) + i, block) for i, block in enumerate(nested)]
         for position, block in chosen:
@@ -270,8 +271,8 @@ class PartsDriver(Driver):
         """Blocks run; a token rule must know how long their streams are."""
         if self.tokens is not None:
             lengths = {"image": 0, "text": 0}
-            streams = self.engine.blocks[position].streams
-            for stream, value in zip(streams, self.engine.stream_inputs(position, args, kwargs), strict=True):
+            streams = self.host.blocks[position].streams
+            for stream, value in zip(streams, self.host.stream_inputs(position, args, kwargs), strict=True):
                 lengths["text" if stream.kind == "text" else "image"] += value.shape[1]
             context.state.extra[f"lengths.{position}"] = (lengths["image"], lengths["text"])
         return inner(*args, **kwargs)
@@ -348,8 +349,8 @@ class PartsDriver(Driver):
         As in SpeCa's code: the fused part's feature where the last block is one fused part (FLUX), else the block's
         output (DiT).
         """
-        assert self.engine.gate is not None
-        watch = self.engine.gate.watch
+        assert self.host.gate is not None
+        watch = self.host.gate.watch
         assert isinstance(watch, Verification)
         last = max(site.position for site in self.sites)
         mine = [site for site in self.sites if site.position == last]
@@ -363,9 +364,9 @@ class PartsDriver(Driver):
         if len(mine) == 1 and mine[0].part.kind == "fused" and kept is not None:
             before, after = take_apart(self.predict(mine[0]))[0][0], take_apart(kept)[0][0]
         else:
-            path = next(s.output for s in self.engine.blocks[last].streams if s.output is not None)
+            path = next(s.output for s in self.host.blocks[last].streams if s.output is not None)
             before, after = get_output(predicted, path), get_output(true, path)
-        return prediction_error(before, after, watch, per_row=self.engine.composition.decide != "batch")
+        return prediction_error(before, after, watch, per_row=self.host.composition.decide != "batch")
 
     def bypassed(self) -> list[str]:
         """The parts and what rests with them."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cache4diffusion.anatomy import Anatomy
 from cache4diffusion.engine.driver import Driver, Inner
+from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.leaves import get_output, select_rows
 from cache4diffusion.engine.state import Context, Verdict
 from cache4diffusion.errors import AnatomyError
@@ -90,8 +91,8 @@ class SpanDriver(Driver):
     needs_blocks = splits_rows = True
     site: Span
 
-    def __init__(self, engine: Any, site: Span) -> None:
-        super().__init__(engine, site)
+    def __init__(self, host: Host, site: Span) -> None:
+        super().__init__(host, site)
         self.stretches: list[Stretch] = []
         self._by_position: dict[int, Stretch] = {}
         self._copies = False  # whether streams are written into, so that copies must be compared
@@ -107,13 +108,11 @@ class SpanDriver(Driver):
         self.stretches = stretches(self.site, [len(stack.blocks) for stack in anatomy.main], anatomy.seams)
         if not self.stretches:
             count = sum(len(stack.blocks) for stack in anatomy.main)
-            self.engine.trace.note(
-                f"{self.engine.name}: {self.site} leaves none of the {count} blocks to cache, so nothing is cached."
-            )
+            self.host.note(f"{self.site} leaves none of the {count} blocks to cache, so nothing is cached.")
         self._copies = any(block.mutates for stack in anatomy.main for block in stack.blocks)
         self._by_position = {p: s for s in self.stretches for p in range(s.first, s.last + 1)}
         for position in self._by_position:
-            block = self.engine.blocks[position]
+            block = self.host.blocks[position]
             if not block.can_rebuild or any(s.output is None and s.feeds_output for s in block.streams):
                 raise AnatomyError(f"{block.path} returns more than its streams, so it cannot be bypassed.")
 
@@ -130,7 +129,7 @@ class SpanDriver(Driver):
         """Once the residual of every stretch of this decision was recorded."""
         sites = context.state.sites
         mine = [stretch for stretch in self.stretches if stretch.key == key]
-        return bool(mine) and all(s.name in sites and self.engine.predictor.is_ready(sites[s.name]) for s in mine)
+        return bool(mine) and all(s.name in sites and self.host.predictor.is_ready(sites[s.name]) for s in mine)
 
     def run(self, context: Context, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The host's own code runs; everything happens in the blocks."""
@@ -138,7 +137,7 @@ class SpanDriver(Driver):
 
     def _kept(self, stretch: Stretch) -> list[int]:
         """Indices of the last block's streams whose residual is worth keeping: somebody reads them afterwards."""
-        streams = self.engine.blocks[stretch.last].streams
+        streams = self.host.blocks[stretch.last].streams
         kept = [i for i, s in enumerate(streams) if s.output is not None and s.feeds_output]
         return kept or [i for i, s in enumerate(streams) if s.output is not None]
 
@@ -152,7 +151,7 @@ class SpanDriver(Driver):
         verdict = context.verdicts[stretch.key]
         if verdict.is_cached:
             return self._bypass(context, stretch, position, args, kwargs)
-        streams = self.engine.stream_inputs(position, args, kwargs)
+        streams = self.host.stream_inputs(position, args, kwargs)
         passage = self._enter(context, stretch, position, streams)
         if verdict.is_full:
             output = inner(*args, **kwargs)
@@ -182,7 +181,7 @@ class SpanDriver(Driver):
         return [stream.clone() for stream in streams] if is_blind else list(streams)
 
     def _leave(self, passage: Passage, position: int, output: Any, streams: list[Tensor]) -> None:
-        block = self.engine.blocks[position]
+        block = self.host.blocks[position]
         passage.out = [
             entered if stream.output is None else get_output(output, stream.output)
             for stream, entered in zip(block.streams, streams, strict=True)
@@ -190,12 +189,12 @@ class SpanDriver(Driver):
         passage.left, passage.left_versions = self._seen(passage.out), [version(stream) for stream in passage.out]
 
     def _finish(self, context: Context, stretch: Stretch, passage: Passage, verdict: Verdict, output: Any) -> Any:
-        predictor, sites = self.engine.predictor, context.state.sites
+        predictor, sites = self.host.predictor, context.state.sites
         if not self._copies and any(version(x) != v for x, v in zip(passage.entered, passage.versions, strict=True)):
             passage.is_spoilt = True
         if passage.is_spoilt:
             self._copies = True
-            self.engine.trace.note(f"{self.engine.name}: streams are written into between blocks; copies are compared.")
+            self.host.note("streams are written into between blocks; copies are compared.")
         if passage.is_spoilt and verdict.is_full:
             sites.pop(stretch.name, None)
             return output
@@ -232,27 +231,27 @@ class SpanDriver(Driver):
     ) -> Any:
         """Run the block on the full rows only; the others pass through. The host sees the whole batch."""
         rows = verdict.full_rows
-        sub_args, sub_kwargs = self.engine.block_rows(position, args, kwargs, rows)
+        sub_args, sub_kwargs = self.host.block_rows(position, args, kwargs, rows)
         output = inner(*sub_args, **sub_kwargs)
         values = []
-        for stream, entered in zip(self.engine.blocks[position].streams, streams, strict=True):
+        for stream, entered in zip(self.host.blocks[position].streams, streams, strict=True):
             whole = entered.expand(len(verdict.cached), *entered.shape[1:]).clone()  # one row for all is broadcast
             if stream.output is not None:
                 whole[rows] = get_output(output, stream.output)
             values.append(whole)
-        return self.engine.blocks[position].rebuild(values)
+        return self.host.blocks[position].rebuild(values)
 
     def _bypass(
         self, context: Context, stretch: Stretch, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         if position != stretch.last:
-            return self.engine.pass_through(position, args, kwargs)
-        values = self.engine.stream_inputs(position, args, kwargs)
-        leaves = self.engine.predictor.predict(context.state.sites[stretch.name], context.time, context.rows)
+            return self.host.pass_through(position, args, kwargs)
+        values = self.host.stream_inputs(position, args, kwargs)
+        leaves = self.host.predictor.predict(context.state.sites[stretch.name], context.time, context.rows)
         for i, leaf in zip(self._kept(stretch), leaves, strict=True):
             values[i] = values[i] + leaf
-        return self.engine.blocks[position].rebuild(values)
+        return self.host.blocks[position].rebuild(values)
 
     def bypassed(self) -> list[str]:
         """The blocks of the stretches."""
-        return [self.engine.blocks[position].path for position in self._by_position]
+        return [self.host.blocks[position].path for position in self._by_position]

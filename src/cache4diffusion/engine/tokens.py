@@ -116,7 +116,7 @@ class TokenDriver:
         for position in sorted(positions):
             for part in blocks[position].parts:
                 if part.kind == "attn" and part.path not in wrapped:
-                    module = self.driver.engine.denoiser.get_submodule(part.path)
+                    module = self.driver.host.denoiser.get_submodule(part.path)
                     self._watched.append(WatchedAttention(module, position, self))
 
     def uninstall(self) -> None:
@@ -170,9 +170,8 @@ class TokenDriver:
                 state = context.state.tokens.setdefault(site.name, self.rule.init())
                 received = context.state.extra.get(f"attention.{site.position}")
                 if received is None and "attention" in self.rule.observes:
-                    self.driver.engine.trace.note(
-                        f"{self.driver.engine.name}: no attention map was seen around {site.name}, so its tokens are "
-                        "ranked by age alone."
+                    self.driver.host.note(
+                        f"no attention map was seen around {site.name}, so its tokens are ranked by age alone."
                     )
                 seen = {} if received is None else {"attention": self._own_tokens(received, place, site, context)}
                 self.rule.observe(state, place, seen)
@@ -193,7 +192,7 @@ class TokenDriver:
         kind = site.part.outputs[0][1]
         segments = (Segment("text" if kind == "text" else "image", 0, length),)
         if kind == "joint" and text and image + text == length:
-            streams = self.driver.engine.blocks[site.position].block.streams
+            streams = self.driver.host.blocks[site.position].block.streams
             first = "text" if streams[site.part.segments[0][0]].kind == "text" else "image"
             seam = text if first == "text" else image
             second = "image" if first == "text" else "text"

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from cache4diffusion.engine.decide import relative_change
-from cache4diffusion.engine.driver import Inner
+from cache4diffusion.engine.decisions import Decisions
+from cache4diffusion.engine.driver import Driver, Inner
+from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.leaves import get_argument, get_output
 from cache4diffusion.engine.state import Context, Verdict
 from cache4diffusion.errors import AnatomyError
 from cache4diffusion.gates import Front, Signal
 from cache4diffusion.sites import Span
-
-if TYPE_CHECKING:
-    from cache4diffusion.engine.core import Engine
 
 
 class _Reached(BaseException):
@@ -27,11 +26,17 @@ class _Reached(BaseException):
 
 
 class Watcher:
-    """Observes, asks for the decision at the right place, and keeps the reference up to date."""
+    """Observes, asks for the decision at the right place, and keeps the reference up to date.
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.watch = engine.gate.watch if engine.gate is not None else None
+    Args:
+        host: the denoiser that is watched.
+        driver: told when a decision was taken inside its call.
+        decisions: takes them.
+    """
+
+    def __init__(self, host: Host, driver: Driver, decisions: Decisions) -> None:
+        self.host, self.driver, self.decisions = host, driver, decisions
+        self.watch = host.gate.watch if host.gate is not None else None
         self._starts: dict[int, int] = {}  # first position of each watched list -> decision key
 
     @property
@@ -47,9 +52,9 @@ class Watcher:
         """
         if not self.needs_blocks:
             return
-        anatomy = self.engine.anatomy
+        anatomy = self.host.anatomy
         assert anatomy is not None
-        words = type(self.engine.gate).__name__
+        words = type(self.host.gate).__name__
         if not anatomy.main:
             raise AnatomyError(
                 f"{words} watches the first blocks of a stack, and {anatomy.denoiser} has none that carries the "
@@ -60,17 +65,17 @@ class Watcher:
                 f"{words} watches the modulated input of the first block's first part, and none was found in "
                 f"{anatomy.denoiser}. 'fbcache' or 'dbcache' watch the first blocks' residual instead."
             )
-        site = self.engine.composition.site
+        site = self.host.composition.site
         per_list = isinstance(site, Span) and site.per_list
         start = 0
         for key, stack in enumerate(anatomy.main):
             if key == 0 or per_list:
                 self._starts[start] = key
             start += len(stack.blocks)
-        if isinstance(self.watch, Front) and self.watch.blocks > len(self.engine.blocks):
+        if isinstance(self.watch, Front) and self.watch.blocks > len(self.host.blocks):
             raise AnatomyError(
                 f"{words} watches the first {self.watch.blocks} blocks, and {anatomy.denoiser} has "
-                f"{len(self.engine.blocks)}: use fewer."
+                f"{len(self.host.blocks)}: use fewer."
             )
 
     def before(
@@ -105,30 +110,29 @@ class Watcher:
         key, start = context.scratch["front_key"]
         if position - start >= self.watch.blocks:
             return
-        stream = self.engine.blocks[position].streams[0]
+        stream = self.host.blocks[position].streams[0]
         left = get_output(output, stream.output) if stream.output is not None else self._image(position, args, kwargs)
         context.scratch["front_left"] = left
-        assert self.engine.driver is not None
-        if position - start == self.watch.blocks - 1 and key not in context.verdicts and key in self.engine.driver.keys:
+        if position - start == self.watch.blocks - 1 and key not in context.verdicts and key in self.driver.keys:
             entered, glue = context.scratch["front", key]
             residual = left - entered
             self._judge(context, key, residual if glue is None else residual - glue)
 
     def _image(self, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        return self.engine.stream_inputs(position, args, kwargs)[0]
+        return self.host.stream_inputs(position, args, kwargs)[0]
 
     def _signal(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Run the first block up to its first part, and no further."""
-        anatomy = self.engine.anatomy
+        anatomy = self.host.anatomy
         assert anatomy is not None and anatomy.signal is not None
-        part = self.engine.denoiser.get_submodule(anatomy.signal.path)
+        part = self.host.denoiser.get_submodule(anatomy.signal.path)
 
         def stop(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             raise _Reached(args, kwargs)
 
         hook = part.register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            self.engine.module(0).forward(*args, **kwargs)
+            self.host.modules[0].forward(*args, **kwargs)
         except _Reached as reached:
             return get_argument(part, reached.args_seen, reached.kwargs_seen, anatomy.signal.argument)
         finally:
@@ -136,7 +140,7 @@ class Watcher:
         raise AnatomyError(f"{anatomy.signal.path} was not called by its block this time, so there is no signal.")
 
     def _judge(self, context: Context, key: int, observed: Tensor) -> Verdict:
-        engine, references = self.engine, context.state.references
+        host, references = self.host, context.state.references
         before = references.get(key)
         if before is not None and (before.shape != observed.shape or before.dtype != observed.dtype):
             before = None
@@ -144,10 +148,10 @@ class Watcher:
         def observe() -> list[float | None]:
             if before is None:
                 return [None] * len(context.state.units[key])
-            engine.trace.syncs += 1
-            return list(relative_change(observed, before, engine.composition.decide != "batch").tolist())
+            host.trace.syncs += 1
+            return list(relative_change(observed, before, host.composition.decide != "batch").tolist())
 
-        verdict = engine.take_decision(context, key, observe)
+        verdict = self.decisions.take(context, key, observe)
         assert self.watch is not None
         if isinstance(self.watch, Signal) or verdict.is_full or before is None:
             references[key] = observed
@@ -155,6 +159,5 @@ class Watcher:
             updated = before.clone()
             updated[verdict.full_rows] = observed[verdict.full_rows]
             references[key] = updated
-        assert engine.driver is not None
-        engine.driver.on_decided(context, key)
+        self.driver.on_decided(context, key)
         return verdict

@@ -1,0 +1,51 @@
+"""Noticing NaN and Inf in what was predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from cache4diffusion.trace import Trace
+
+NanGuard = Literal["now", "next", "off"]
+
+
+class Unread(Protocol):
+    """A state that keeps the finite check of what was predicted last, until somebody reads it."""
+
+    unread_finite: Tensor | None
+
+
+class FiniteGuard:
+    """Checks predicted tensors, at once or without waiting for the device.
+
+    Args:
+        mode: ``"now"`` reads the check at once; ``"next"`` at the next step (no sync); ``"off"`` does not look. None:
+            now on the CPU, else next.
+        trace: counts the transfers that a late reading costs.
+    """
+
+    def __init__(self, mode: NanGuard | None, trace: Trace) -> None:
+        self.mode, self.trace = mode, trace
+
+    def passes(self, state: Unread, predicted: Sequence[Tensor]) -> bool:
+        """Whether ``predicted`` may be handed on: it is finite, or that is left to `passed`."""
+        mode = self.mode or ("now" if predicted[0].device.type == "cpu" else "next")
+        if mode == "off":
+            return True
+        is_finite = torch.stack([torch.isfinite(x).all() for x in predicted if x.is_floating_point()]).all()
+        if mode == "next":
+            state.unread_finite = is_finite
+            return True
+        return bool(is_finite)
+
+    def passed(self, state: Unread) -> bool:
+        """Whether what was handed on before was finite, as far as that is not known yet."""
+        if state.unread_finite is None:
+            return True
+        is_finite, state.unread_finite = bool(state.unread_finite), None
+        self.trace.syncs += 1
+        return is_finite

@@ -1,0 +1,152 @@
+"""The denoiser that carries the sites, as their drivers see it: its blocks, and how its calls are taken apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from cache4diffusion.anatomy import Anatomy, Axes, LeafPath, observe
+from cache4diffusion.anatomy.tree import argument_leaves
+from cache4diffusion.anatomy.undisturbed import unwrapped
+from cache4diffusion.engine.blocks import BlockView, views_of
+from cache4diffusion.engine.inputs import inputs_of
+from cache4diffusion.engine.leaves import parameter_names, take_rows
+from cache4diffusion.errors import AnatomyError
+from cache4diffusion.gates import Front
+from cache4diffusion.method import Composition
+from cache4diffusion.trace import Trace
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Host:
+    """One denoiser, the composition at work in it, and what is known of how it is built.
+
+    Args:
+        denoiser: the network called in the sampling loop.
+        composition: what runs in it.
+        trace: where notes go.
+        name: of the denoiser, for records and messages.
+    """
+
+    def __init__(self, denoiser: nn.Module, composition: Composition, trace: Trace, name: str) -> None:
+        self.denoiser, self.composition, self.trace, self.name = denoiser, composition, trace, name
+        self.gate, self.predictor = composition.gate, composition.predictor
+        self.inputs = inputs_of(denoiser)
+        self.anatomy: Anatomy | None = None
+        self.blocks: list[BlockView] = []  # the main blocks of all lists
+        self.modules: list[nn.Module] = []  # theirs
+        self._axes: dict[Any, dict[LeafPath, int]] = {}  # of the denoiser's arguments, by kind of call
+
+    def examine(self, args: tuple[Any, ...], kwargs: dict[str, Any], anatomy: Anatomy | None = None) -> None:
+        """Find out how the denoiser is built, from the arguments of a call; ``anatomy`` if it is known already.
+
+        Raises:
+            AnatomyError: the composition needs a stack of blocks and there is none.
+        """
+        self.anatomy = anatomy or observe(self.denoiser, args, kwargs)
+        self._axes = {}
+        self.blocks = views_of(self.anatomy)
+        self.modules = [unwrapped(self.denoiser).get_submodule(view.path) for view in self.blocks]
+        for note in self.anatomy.notes:
+            self.note(note)
+        if self.composition.needs_stack is not None and not self.anatomy.main:
+            raise no_stack(self.anatomy.denoiser, self.composition)
+
+    def note(self, text: str) -> None:
+        """Tell the user something about this denoiser, once."""
+        self.trace.note(f"{self.name}: {text}")
+
+    @property
+    def is_unet(self) -> bool:
+        """Whether the denoiser has U-Net levels."""
+        return self.anatomy is not None and self.anatomy.unet is not None
+
+    @property
+    def watched_blocks(self) -> int:
+        """Blocks in front of the gate's watch point; they always run."""
+        watch = self.gate.watch if self.gate is not None else None
+        return watch.blocks if isinstance(watch, Front) else 0
+
+    # -- blocks ----------------------------------------------------------------------------------------------------
+
+    def stream_inputs(self, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """What enters a block, one tensor per stream."""
+        return self.blocks[position].inputs(self.modules[position], args, kwargs)
+
+    def pass_through(self, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A block's output as if it had done nothing."""
+        return self.blocks[position].rebuild(self.stream_inputs(position, args, kwargs))
+
+    # -- rows ------------------------------------------------------------------------------------------------------
+
+    def block_rows(
+        self, position: int, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Sequence[int]
+    ) -> Arguments:
+        """A block's arguments for some rows.
+
+        Raises:
+            AnatomyError: which arguments carry the batch was not established.
+        """
+        assert self.anatomy is not None
+        path = self.blocks[position].path
+        axes = self.anatomy.batch_axes.get(path)
+        if axes is None:
+            raise AnatomyError(
+                f"Which arguments of {path} carry the batch could not be established, so rows cannot be treated apart. "
+                "Use decide='any' or decide='batch'."
+            )
+        known = {leaf: axis for leaf, axis in axes.arguments.items() if axis is not None}
+        return take_rows(self.modules[position], args, kwargs, known, rows)
+
+    def rows(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Sequence[int], batch: int) -> Arguments:
+        """The denoiser's arguments for some rows of the batch.
+
+        Raises:
+            AnatomyError: which arguments carry the batch was not established.
+        """
+        return take_rows(self.denoiser, args, kwargs, self._batch_axes(args, kwargs, batch), rows)
+
+    def _batch_axes(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> dict[LeafPath, int]:
+        """Batch axis of every argument of the denoiser that has one; found anew for every new kind of call."""
+        names = parameter_names(type(getattr(self.denoiser, "_orig_mod", self.denoiser)))
+        tensors = {path: leaf for path, leaf in argument_leaves(args, kwargs) if isinstance(leaf, Tensor)}
+        kind = tuple((path, leaf.ndim) for path, leaf in tensors.items())
+        if kind not in self._axes:
+            assert self.anatomy is not None
+            found = observe(self.denoiser, args, kwargs) if self._axes else self.anatomy
+            axes: dict[LeafPath, int] = {}
+            known = {_by_name(names, path): axis for path, axis in found.batch_axes.get("", Axes()).arguments.items()}
+            for path, leaf in tensors.items():
+                axis = known.get(_by_name(names, path), -1)
+                if axis == -1 and batch in leaf.shape:
+                    raise AnatomyError(
+                        f"Whether argument {_words(_by_name(names, path))} of {found.denoiser} carries the batch could "
+                        "not be established, so rows cannot be treated apart. Use a method without cfg='fastercache' "
+                        "and decide='row'."
+                    )
+                if axis is not None and axis >= 0:
+                    axes[path] = axis
+            self._axes[kind] = axes
+        return self._axes[kind]
+
+
+def no_stack(denoiser: str, composition: Composition) -> AnatomyError:
+    """The error where a composition needs a stack of blocks and there is none."""
+    return AnatomyError(
+        f"{denoiser} has no stack of blocks that carries the latent, and this method needs one: "
+        f"{composition.needs_stack}. On U-Nets these work: 'deepcache' (levels), 'fora' and 'taylorseer' (the parts of "
+        "the transformer blocks inside levels), 'taylorseer-lite' (the whole denoiser), 'fastercache' (CFG branches)."
+    )
+
+
+def _by_name(names: Sequence[str], path: LeafPath) -> LeafPath:
+    """An argument's path with its name in front, however it was passed."""
+    head = path[0]
+    return (names[head], *path[1:]) if isinstance(head, int) and head < len(names) else path
+
+
+def _words(path: LeafPath) -> str:
+    return str(path[0]) + "".join(f"[{key!r}]" for key in path[1:])

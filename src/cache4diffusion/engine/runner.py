@@ -1,0 +1,166 @@
+"""One call of one CFG branch through the site: decide, run or predict, look whether the result is finite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from cache4diffusion.engine.compiling import WHOLE
+from cache4diffusion.engine.decide import new_units
+from cache4diffusion.engine.decisions import Decisions
+from cache4diffusion.engine.driver import Inner
+from cache4diffusion.engine.drivers import driver_of
+from cache4diffusion.engine.finite import FiniteGuard
+from cache4diffusion.engine.host import Host
+from cache4diffusion.engine.leaves import flatten, merge_rows
+from cache4diffusion.engine.state import Context, Verdict
+from cache4diffusion.engine.watch import Watcher
+from cache4diffusion.errors import RunError
+from cache4diffusion.sites import Site
+from cache4diffusion.trace import CACHED, FULL, MIXED, PARTIAL, Record
+
+
+class SiteRunner:
+    """Runs calls of a denoiser through one site. What is remembered between calls is in the context's state.
+
+    Args:
+        host: the denoiser.
+        site: where features are recorded and replaced.
+        finite: checks what was predicted.
+    """
+
+    def __init__(self, host: Host, site: Site, finite: FiniteGuard) -> None:
+        self.host, self.finite = host, finite
+        self.driver = driver_of(host, site)
+        self.decisions = Decisions(host.composition, self.driver)
+        self.watcher = Watcher(host, self.driver, self.decisions)
+        self._active: Context | None = None  # the call in progress
+
+    @property
+    def needs_blocks(self) -> bool:
+        """Whether `on_block` must be called for every main block."""
+        return self.driver.needs_blocks or self.watcher.needs_blocks
+
+    def install(self) -> None:
+        """Find the watch point and wrap the sites, once the host was examined.
+
+        Raises:
+            AnatomyError: the denoiser lacks what they need.
+        """
+        self.watcher.install()
+        self.driver.install(self.host.anatomy)
+
+    def run(self, context: Context, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the denoiser's call (``inner``), in full or from what is cached."""
+        state = context.state
+        for key in self.driver.keys:
+            if key not in state.units:
+                state.units[key] = new_units(self.host.composition, context.step.num_steps, context.batch)
+        if not self.finite.passed(state):
+            self._forget(context)
+        # Hosts use lists up (T2I adapters' residuals): a second attempt needs them whole.
+        spare = {name: list(value) if isinstance(value, list) else value for name, value in kwargs.items()}
+        try:
+            if not self.watcher.needs_blocks:
+                self.decisions.take_all(context)
+            output = self._dispatch(context, inner, args, kwargs)
+            self._check_reached(context)
+            is_predicted = any(not verdict.is_full for verdict in context.verdicts.values())
+            if is_predicted and not self.finite.passes(state, [x for x in flatten(output)[0] if isinstance(x, Tensor)]):
+                output = self._recompute(context, inner, args, spare)
+        finally:
+            self._active = None
+        state.last_step = context.step.index
+        return output
+
+    def _forget(self, context: Context) -> None:
+        self.host.note("a predicted output was not finite; its history was cleared.")
+        context.state.forget_features()
+
+    def _recompute(self, context: Context, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._forget(context)
+        context.verdicts = {key: Verdict((False,), "not finite, recomputed") for key in context.verdicts}
+        context.rows, context.is_checked, context.scratch = None, False, {}
+        self._active = context
+        return self.driver.run(context, inner, args, kwargs)
+
+    def _dispatch(self, context: Context, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the call as a whole, or its full and its cached rows apart."""
+        verdict = context.verdicts.get(0)
+        if verdict is None or verdict.is_full or verdict.is_cached or self.driver.splits_rows:
+            self._active = context
+            return self.driver.run(context, inner, args, kwargs)
+        groups = []
+        for rows, cached in ((verdict.full_rows, False), (verdict.cached_rows, True)):
+            sub_args, sub_kwargs = self.host.rows(args, kwargs, rows, context.batch)
+            part = Context(context.call, context.step, context.state, context.batch, kwargs=kwargs, rows=rows)
+            part.verdicts[0] = Verdict((cached,), verdict.reason, verdict.scores)
+            part.is_checked = context.is_checked and cached
+            part.scratch["checked"] = context.scratch.get("checked")
+            self._active = part
+            groups.append((rows, self.driver.run(part, inner, sub_args, sub_kwargs)))
+        return merge_rows(groups, context.batch)
+
+    def _check_reached(self, context: Context) -> None:
+        """A full step must have met the sites; something that runs around their wrappers hides them all."""
+        if not self.driver.keys:
+            return  # nothing to decide: the blocks that always run are all there are
+        is_reached = not self.watcher.needs_blocks or bool(context.verdicts)
+        if context.rows is None and all(verdict.is_full for verdict in context.verdicts.values()):
+            is_reached = is_reached and self.driver.was_reached(context)
+        if not is_reached:
+            raise RunError(
+                f"In a full step of {self.host.name} no site was called: the wrappers on its modules were not run. If "
+                f"it {WHOLE}"
+            )
+
+    # -- blocks ----------------------------------------------------------------------------------------------------
+
+    def on_block(self, position: int, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A main block is called."""
+        context = self._active
+        if context is None:
+            return inner(*args, **kwargs)
+        self.watcher.before(context, position, inner, args, kwargs)
+        output = self.driver.on_block(context, position, inner, args, kwargs)
+        self.watcher.after(context, position, args, kwargs, output)
+        if context.is_checked and position == len(self.host.blocks) - 1:
+            self._verify(context, inner, args, kwargs, output)
+        return output
+
+    def _verify(
+        self, context: Context, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        context.scratch["last_output"] = output
+        errors = self.driver.verify(context, inner, args, kwargs)
+        units = context.state.units[0]
+        concerned = context.rows if context.rows is not None else range(len(units))
+        self.host.trace.syncs += 1
+        for unit, value in zip(concerned, errors.tolist(), strict=True):
+            if context.scratch["checked"][unit]:
+                units[unit].feedback = value
+
+    # -- afterwards ------------------------------------------------------------------------------------------------
+
+    def record(self, context: Context) -> Record:
+        """What the call was."""
+        verdicts = list(context.verdicts.values())
+        first = verdicts[0] if verdicts else Verdict((False,), "nothing to decide")
+        if all(verdict.is_full for verdict in verdicts):
+            symbol = FULL
+        elif all(verdict.is_cached for verdict in verdicts):
+            symbol = PARTIAL if self.host.composition.tokens is not None else CACHED
+        else:
+            symbol = MIXED
+        return Record(
+            self.host.name,
+            context.call.run.id,
+            context.step.index,
+            context.call.branch,
+            symbol,
+            first.reason,
+            first.cached if len(first.cached) > 1 else None,
+            first.scores,
+            is_verified=context.is_checked,
+        )
