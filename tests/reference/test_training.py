@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cache4diffusion.reference.networks import build_text_encoder_2, build_tokenizer, build_vae
+from cache4diffusion.reference.networks import build_text_encoder_2, build_tokenizer, build_vae, vocabulary
 from cache4diffusion.reference.scenes import RELATIONS, SHAPES, draw_scene, training_scenes
 from cache4diffusion.reference.training import flow
 from cache4diffusion.reference.training.optim import adam_step, muon_step, orthogonalise
@@ -178,6 +178,21 @@ def test_flow_training_runs_and_resumes_on_a_tiny_network(tmp_path):
     history = train(1)
     assert history["updates"] == 3
     assert len(history["curve"]) == 3
+
+
+def test_the_mix_of_families_is_that_asked_for():
+    pool = flow.LatentPool(build_vae(), 0, 4, 1, size=64, mix={"position": 1.0})
+    _, ids = pool.draw(torch.Generator().manual_seed(0), 1, 0)
+    words = vocabulary()
+    captions = [" ".join(words[i] for i in row[1]) for row in ids.tolist()]
+    assert all(any(f" {name} " in caption for name in RELATIONS) for caption in captions)
+
+
+@pytest.mark.parametrize("text", ["position", "position=x", "nothing=1", "position=-1", "position=0"])
+def test_a_wrong_mix_is_refused(text, capsys):
+    with pytest.raises(SystemExit):
+        flow.main(["--vae", "a", "--folder", "b", "--mix", text])
+    assert text in capsys.readouterr().err
 
 
 def test_text_tokens_know_their_neighbours_from_the_start():

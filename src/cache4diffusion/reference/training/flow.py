@@ -13,7 +13,7 @@ import contextlib
 import math
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ from cache4diffusion.reference.networks import (
     build_vae,
     vocabulary,
 )
-from cache4diffusion.reference.scenes import draw_scene, render
+from cache4diffusion.reference.scenes import TRAINING_MIX, draw_scene, render
 from cache4diffusion.reference.training.parallel import Trainer, TrainSettings
 
 CAPTION_DROPOUT = 0.1
@@ -154,8 +154,16 @@ class LatentPool:
     """
 
     def __init__(
-        self, vae: AutoencoderKL, first_update: int, batch: int, microbatches: int, size: int = 32768, reuse: int = 4
+        self,
+        vae: AutoencoderKL,
+        first_update: int,
+        batch: int,
+        microbatches: int,
+        size: int = 32768,
+        reuse: int = 4,
+        mix: Mapping[str, float] = TRAINING_MIX,
     ) -> None:
+        self.mix = mix
         self.vae, self.first_update, self.batch, self.microbatches = vae.eval(), first_update, batch, microbatches
         self.size, self.reuse, self.filling = size, reuse, max(1, 2048 // (batch * microbatches))
         config = vae.config
@@ -200,7 +208,8 @@ class LatentPool:
     @torch.no_grad()
     def _make(self, generator: torch.Generator, n: int) -> tuple[Tensor, Tensor]:
         rng = random.Random(int(torch.randint(2**62, (), generator=generator)))
-        scenes = [draw_scene(rng) for _ in range(n)]
+        families = rng.choices(tuple(self.mix), weights=tuple(self.mix.values()), k=n)
+        scenes = [draw_scene(rng, family) for family in families]
         images = torch.from_numpy(np.stack([render(scene) for scene in scenes])).to(self.device)
         images = images.permute(0, 3, 1, 2).float() / 127.5 - 1
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
@@ -210,10 +219,16 @@ class LatentPool:
 
 
 class FlowLoss:
-    """Loss of one microbatch, for `Trainer`: mean squared error of the velocity."""
+    """Loss of one microbatch, for `Trainer`: mean squared error of the velocity.
 
-    def __init__(self, pool: LatentPool, bf16: bool = True) -> None:
-        self.pool, self.bf16 = pool, bf16
+    Args:
+        pool: where scenes come from.
+        bf16: whether matrix products run in bfloat16.
+        sigma_mean: mean of the logit of the noise level.
+    """
+
+    def __init__(self, pool: LatentPool, bf16: bool = True, sigma_mean: float = SIGMA_MEAN) -> None:
+        self.pool, self.bf16, self.sigma_mean = pool, bf16, sigma_mean
 
     def __call__(
         self, model: nn.Module, generator: torch.Generator, update: int, index: int
@@ -223,7 +238,8 @@ class FlowLoss:
         batch, device = latents.shape[0], latents.device
         # One noise level from each of B equal parts: less noise in the gradient than B independent ones.
         uniform = (torch.rand(batch, generator=generator) + torch.randperm(batch, generator=generator)) / batch
-        sigma = torch.sigmoid(SIGMA_MEAN + SIGMA_STD * torch.special.ndtri(uniform.clamp(1e-4, 1 - 1e-4))).to(device)
+        normal = torch.special.ndtri(uniform.clamp(1e-4, 1 - 1e-4))
+        sigma = torch.sigmoid(self.sigma_mean + SIGMA_STD * normal).to(device)
         noise = torch.randn(latents.shape, generator=generator).to(device)
         dropped = (torch.rand(batch, generator=generator) < CAPTION_DROPOUT).to(device)
         ids = torch.where(dropped[:, None, None], self.pool.empty, ids).long()
@@ -271,6 +287,17 @@ def load_model(folder: Path) -> FlowModel:
     return model.eval().requires_grad_(False)
 
 
+def _mix_of(text: str) -> dict[str, float]:
+    """Read ``"position=0.5,color_attr=0.5"``."""
+    try:
+        mix = {name: float(share) for name, share in (entry.split("=") for entry in text.split(","))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write family=share,family=share") from None
+    if not set(mix) <= set(TRAINING_MIX) or min(mix.values()) < 0 or sum(mix.values()) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: the families are {', '.join(TRAINING_MIX)}, shares 0 or more")
+    return mix
+
+
 def main(argv: list[str] | None = None) -> None:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -290,6 +317,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--compile", action="store_true", help="compile the blocks: a minute's wait, then a quarter faster"
     )
+    parser.add_argument(
+        "--mix", type=_mix_of, default=TRAINING_MIX, help="shares of the families, e.g. position=0.5,color_attr=0.5"
+    )
+    parser.add_argument("--sigma-mean", type=float, default=SIGMA_MEAN, help="of the logit of the noise level")
     parser.add_argument("--resume", choices=("auto", "ema"), default="auto")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -315,7 +346,8 @@ def main(argv: list[str] | None = None) -> None:
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
         model.transformer.compile_repeated_blocks(dynamic=False)
     trainer = Trainer(model, lambda *_: (torch.zeros(()), {}), settings, is_matrix, facts, lr_scale)
-    trainer.loss = FlowLoss(LatentPool(vae, trainer.history["updates"], args.batch, args.microbatches))
+    pool = LatentPool(vae, trainer.history["updates"], args.batch, args.microbatches, mix=args.mix)
+    trainer.loss = FlowLoss(pool, sigma_mean=args.sigma_mean)
     with plain_attention() if args.device == "cpu" else contextlib.nullcontext():
         trainer.run()
 
