@@ -118,7 +118,7 @@ def test_the_report_has_every_fact():
         assert "taylorseer(interval=4" in text
         assert "on FluxTransformer2DModel" in text
         assert "announced by the pipeline" in text
-        assert "predicted from FLOPs" in text
+        assert "expected from FLOPs" in text
         assert "warning" not in text
         assert handle.stats["full_steps"] == 4
 

@@ -16,6 +16,7 @@ from cache4diffusion.anatomy import Anatomy
 from cache4diffusion.calls import Call, check_call, default_steps, first_step, quiet, sampler
 from cache4diffusion.cost import Summary, summarise
 from cache4diffusion.errors import SettingError
+from cache4diffusion.files import check_writable
 from cache4diffusion.handle import Handle
 from cache4diffusion.method import Composition, Method
 
@@ -161,6 +162,19 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str, list, dict)) or value is None else repr(value)
 
 
+def check_methods(methods: Sequence[Any]) -> None:
+    """Refuse what can be refused without a pipeline: names, settings and axes that do not exist or do not fit.
+
+    Raises:
+        UnknownNameError, SettingError, CompositionError, FileFormatError: as `accelerate`.
+    """
+    for entry in methods:
+        if hasattr(entry, "attach"):
+            continue
+        name, settings = parse_method(entry) if isinstance(entry, str) else (entry, {})
+        compose(*_choose(None, {}, name, settings))
+
+
 def variants_of(pipe: Any, methods: Sequence[Any], call: Call | None = None) -> list[Any]:
     """Make a variant of each entry: a name, ``"name(setting=value)"``, a method, a composition, or a variant already.
 
@@ -206,10 +220,11 @@ def compare(
     Args:
         pipe: a diffusers pipeline that makes images. Nothing is left attached to it.
         prompts: one image each (class labels for class-to-image pipelines).
-        methods: names, names with settings, methods, compositions, or what has an ``attach()`` (`measure.Variant`).
+        methods: names, names with settings, profile files, methods, compositions, or what has an ``attach()``
+            (`measure.Variant`).
         seeds: one per prompt, or the first of consecutive ones.
-        steps: sampling steps; None: the pipeline's default.
-        batch: prompts per call of the pipeline.
+        steps: sampling steps, 1 or more; None: the pipeline's default.
+        batch: prompts per call of the pipeline, 1 or more.
         judge: whether an image meets its prompt; adds accuracies.
         family: of a prompt; adds accuracies per family.
         report: write the HTML report there.
@@ -226,25 +241,43 @@ def compare(
     Raises:
         UnknownNameError, SettingError, CompositionError, AnatomyError: a method is not known or cannot serve this
             pipeline; found before anything is measured.
+        FileFormatError: ``report`` or ``results`` cannot be written; found before anything is measured.
+        MissingExtraError: the extra ``measure`` is not installed.
         MeasureError: a run failed.
     """
-    from cache4diffusion.measure import bench, write_report
+    from cache4diffusion.measure import MeasureError, bench, write_report
+    from cache4diffusion.measure.errors import require
+    from cache4diffusion.measure.report import REPORT_LIBRARIES
 
+    for given, words in ((prompts, "prompts"), (methods, "methods")):
+        if isinstance(given, str):
+            raise SettingError(f"compare({words}={given!r}): give a list, even of one.")
     prompts, call = list(prompts), dict(call or {})
+    seeds = list(range(seeds, seeds + len(prompts))) if isinstance(seeds, int) else list(seeds)
     if not prompts or not methods:
         raise SettingError(f"compare() needs prompts and methods: {len(prompts)} and {len(methods)} were given.")
-    if steps is not None and steps < 1:
-        raise SettingError(f"compare(steps={steps}): use 1 step or more.")
+    if len(seeds) != len(prompts):
+        raise SettingError(f"compare() needs one seed per prompt: {len(seeds)} for {len(prompts)} were given.")
+    if (steps is not None and steps < 1) or batch < 1:
+        raise SettingError(f"compare(steps={steps}, batch={batch}): use 1 or more.")
+    for path in (report, results):
+        if path is not None:
+            check_writable(path)
+    for library in REPORT_LIBRARIES if report is not None else ():
+        require(library)  # before minutes are spent
     check_call(pipe, call)
     steps = steps or default_steps(pipe)
     found = denoisers_of(pipe)
     variants = variants_of(pipe, methods)
     sample = sampler(pipe, call)
     with quiet(pipe):
-        first_seed = seeds if isinstance(seeds, int) else seeds[0]
         part = prompts[:batch]
-        first_seeds = [first_seed] * len(part)
-        calls = first_step(next(iter(found.values())), None, lambda: sample(part, first_seeds, steps))
+        try:
+            calls = first_step(next(iter(found.values())), None, lambda: sample(part, seeds[:batch], steps))
+        except Exception as error:  # the host's own code may raise anything
+            raise MeasureError(
+                f"{type(pipe).__name__} fails without any method, on {prompts[0]!r}: {type(error).__name__}: {error}"
+            ) from error
         for variant in variants:
             if isinstance(variant, MethodVariant) and calls:
                 variant.call = calls[0]
@@ -285,4 +318,4 @@ def _conditions(pipe: Any, name: str | None, call: Mapping[str, Any], given: Map
     return found | dict(given)
 
 
-__all__ = ["MethodVariant", "compare", "parse_method", "split_methods", "variants_of"]
+__all__ = ["MethodVariant", "check_methods", "compare", "parse_method", "split_methods", "variants_of"]

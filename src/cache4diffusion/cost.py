@@ -303,7 +303,7 @@ def report_lines(handle: Handle) -> list[str]:
     memory = handle.memory
     lines.append(_row("cache", f"{_bytes(memory['held'])} held now, {_bytes(memory['peak'])} at its largest"))
     if found.predicted is not None or found.achieved is not None:
-        predicted = f"{found.predicted:.2f}x predicted from FLOPs" if found.predicted else "not predicted"
+        predicted = f"{found.predicted:.2f}x expected from FLOPs" if found.predicted else "expectation unknown"
         achieved = f"{found.achieved:.2f}x achieved in time" if found.achieved else "time not measured (no full step)"
         lines.append(_row("speed-up", f"{predicted}, {achieved} (of the denoiser's calls)"))
     if found.overhead_ms is not None:

@@ -35,7 +35,16 @@ class RunError(Cache4DiffusionError, RuntimeError):
 
 
 class FileFormatError(Cache4DiffusionError, ValueError):
-    """A profile, calibration, weights folder or results file cannot be used."""
+    """A profile, calibration, weights folder or results file cannot be used, or a file cannot be written."""
+
+
+class MissingExtraError(Cache4DiffusionError, ImportError):
+    """A library of one of the extras is not installed."""
+
+    def __init__(self, library: str, extra: str) -> None:
+        super().__init__(
+            f'This needs {library!r}, which is not installed: pip install "cache4diffusion[{extra}]"', name=library
+        )
 
 
 def closest(name: str, choices: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cache4diffusion.errors import FileFormatError
+from cache4diffusion.files import write_whole
 
 
 class Profile(BaseModel):
@@ -43,7 +44,8 @@ def load_profile(path: Path) -> Profile:
     try:
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise FileFormatError(f"The profile {path} is not valid {path.suffix[1:].upper()}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise FileFormatError(f"The profile {path} is not valid {path.suffix[1:].upper()}: {reason}.") from error
     try:
         profile = Profile.model_validate(content)
     except ValidationError as error:
@@ -58,9 +60,12 @@ def load_profile(path: Path) -> Profile:
 
 
 def save_profile(path: Path, profile: Profile) -> None:
-    """Write a profile, whole or not at all."""
-    content = profile.model_dump()
-    text = json.dumps(content, indent=2) if path.suffix == ".json" else yaml.safe_dump(content, sort_keys=False)
-    partial = path.with_suffix(path.suffix + ".part")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    """Write a profile, whole or not at all.
+
+    Raises:
+        FileFormatError: it cannot be written there.
+    """
+    content = profile.model_dump(mode="json")
+    write_whole(
+        path, json.dumps(content, indent=2) if path.suffix == ".json" else yaml.safe_dump(content, sort_keys=False)
+    )

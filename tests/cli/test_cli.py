@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import cache4diffusion as c4d
 from cache4diffusion.cli.app import DEMO_METHODS, app
-from cache4diffusion.cli.models import family_of
+from cache4diffusion.cli.models import Model, family_of, read_prompts
 from cache4diffusion.cli.show import strip_of
 from cache4diffusion.compare import parse_method, split_methods
 from cache4diffusion.errors import SettingError
@@ -142,6 +142,20 @@ def test_cite_names_authors_and_source(name):
         (["generate", "--prompt", "x", "--set", "interval=3"], "--set needs a method"),
         (["report", "nowhere.json"], "Cannot read results from nowhere.json"),
         (["demo", "--methods", "magcach"], "There is no method 'magcach'"),
+        (
+            ["bench", "--methods", "fora(intervall=3),toca(interval=3)"],
+            "no setting 'intervall'; did you mean 'interval'",
+        ),
+        (["bench", "--methods", "fora,toca(ratio=0.5)"], "Method 'toca' has no setting 'ratio'"),
+        (["bench", "--methods", "fora(gate='intervall')"], "no gate 'intervall'"),
+        (["bench", "--methods", " , "], "--methods names none"),
+        (["selfcheck", "--methods", "fora(interval=0)"], "interval must be 1 or more"),
+        (["bench", "--methods", "fora", "--prompts", "nowhere.txt"], "nowhere.txt cannot be read: No such file"),
+        (["bench", "--methods", "nowhere.yaml"], "The profile nowhere.yaml cannot be read: No such file"),
+        (["bench", "--methods", "fora", "--model", "./nowhere"], "There is no folder ./nowhere"),
+        (["generate", "--prompt", "x", "--device", "cida"], "write it like cpu, cuda"),
+        (["generate", "--prompt", "x", "--dtype", "bf16"], "Use one of float32, bfloat16, float16"),
+        (["generate", "--prompt", "x", "--out", "."], ". cannot be written: it is a folder."),
     ],
 )
 def test_errors_of_ours_are_one_line_and_exit_code_2(words, said):
@@ -175,6 +189,79 @@ def test_a_broken_folder_and_a_broken_results_file_say_so(tmp_path):
     assert "cannot be loaded" in run("generate", "-p", "x", "--model", tmp_path, code=2).stderr
     (tmp_path / "results.json").write_text("{}")
     assert "is no results file" in run("report", tmp_path / "results.json", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "holds no prompts: write one per line"),
+        (b"\n  \n", "holds no prompts: write one per line"),
+        (b"a red \xff circle", "cannot be read: it is no UTF-8 text"),
+        ("a red circle".encode("utf-16"), "cannot be read: it is no UTF-8 text"),
+    ],
+)
+def test_unusable_prompts_are_refused_before_the_model_is_loaded(content, said, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(content)
+    out = tmp_path / "out"
+    words = ["bench", "--methods", "fora", "--model", "./nowhere", "--prompts", tmp_path / "prompts.txt", "--out", out]
+    result = run(*words, code=2)
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not out.exists()
+
+
+def test_prompts_may_begin_with_a_mark_and_hold_empty_lines(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa red circle\r\n\r\n  a blue star \r\n")
+    assert read_prompts(tmp_path / "prompts.txt") == ["a red circle", "a blue star"]
+
+
+@pytest.mark.parametrize("words", [["bench", "--methods", "fora"], ["demo"], ["generate", "--prompt", "x"]])
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(words, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    result = run(*words, "--model", "./nowhere", "--out", tmp_path / "file" / "out", code=2)
+    assert f"{tmp_path / 'file'} is no folder" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("p.json", "{", "is not valid JSON: Expecting property name"),
+        ("p.yaml", "method: [fora", "is not valid YAML"),
+        ("p.json", '{"method": "fora", "setings": {}}', "setings: Extra inputs are not permitted"),
+        ("p.json", '{"method": "fora", "settings": {"intervall": 3}}', "did you mean 'interval'"),
+    ],
+)
+def test_a_broken_profile_is_one_sentence(name, content, said, tmp_path):
+    (tmp_path / name).write_text(content)
+    for words in (["bench", "--methods"], ["selfcheck", "--methods"], ["generate", "--prompt", "x", "--method"]):
+        result = run(*words, tmp_path / name, "--model", "./nowhere", code=2)
+        assert said in result.stderr
+        assert result.stderr.count("\n") == 1
+
+
+def test_a_pipeline_that_fails_is_one_sentence(scenes, tmp_path):
+    words = ["--model", scenes, "--steps", 2, "--arg", "max_sequence_length=4096", "--out", tmp_path / "out"]
+    for first in (["generate", "--prompt", "a star on a gray background"], ["bench", "--methods", "fora", "-n", 1]):
+        result = run(*first, *words, code=2)
+        assert "max_sequence_length" in result.stderr
+        assert result.stderr.count("\n") == 1
+        assert not list(tmp_path.iterdir())
+
+
+def test_classes_are_numbers():
+    class ClassPipeline:
+        def __call__(self, class_labels, num_inference_steps=50): ...
+
+    model = Model(ClassPipeline(), "classes")
+    assert model.prompt("207") == 207
+    with pytest.raises(SettingError, match="ClassPipeline draws classes: give the number of one, not 'a cat'"):
+        model.prompt("a cat")
+
+
+def test_the_version_is_told():
+    assert run("--version").stdout == f"cache4diffusion {c4d.__version__}\n"
 
 
 # --- settings on the command line -------------------------------------------------------------------------------------
@@ -242,6 +329,9 @@ def test_bench_json_has_the_agreed_rows(scenes, tmp_path):
     assert fora["pipeline_flops_speedup"] < fora["flops_speedup"]
     assert "denoiser" in found["conditions"]["flops_scope"]
     assert json.loads((tmp_path / "results.json").read_text()) == found
+    for row in found["rows"][-2:]:
+        assert not row["notes"], "nothing was unusual"
+        assert 1 < row["predicted_latency_speedup"] <= row["predicted_flops_speedup"] * (1 + 1e-9)
 
     page = (tmp_path / "report.html").read_text()
     again = facts("report", tmp_path / "results.json", "--out", tmp_path / "again.html")
@@ -255,9 +345,15 @@ def test_bench_on_prompts_of_a_users_own_folder(scenes, tmp_path):
     prompts.write_text("a red panda\n\nreading a book\n")
     words = ["bench", "--model", folder, "--prompts", prompts, "--steps", 4, "--batch", 2]
     words += ["--arg", "height=64", "--arg", "width=64", "--arg", "max_sequence_length=16"]
-    result = run(*words, "--methods", "taylorseer-lite", "--set", "interval=2", "--set", "warmup=1")
-    assert "taylorseer-lite" in result.stdout
-    assert "accuracy" not in result.stdout  # no checker reads these prompts
+    profile = tmp_path / "half.yaml"
+    profile.write_text("method: fora\nsettings: {interval: 2}\n")
+    found = facts(*words, "--methods", f"taylorseer-lite(interval=2, warmup=1),{profile}")
+    assert [row["method"] for row in found["rows"]][-2:] == ["taylorseer-lite", "fora"]
+    assert all(row["strip"] == "FcFc" for row in found["rows"][-2:])
+    assert {row["accuracy"] for row in found["rows"]} == {None}, "no checker reads these prompts"
+    assert found["conditions"]["denoiser"] == "own"
+    assert found["conditions"]["resolution"] == [64, 64]
+    assert found["rows"][-1]["latency_ms"] > 0
     prompts.write_text("\n")
     assert "write one per line" in run(*words, "--methods", "fora", code=2).stderr
 

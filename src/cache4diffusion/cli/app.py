@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cache4diffusion.errors import Cache4DiffusionError
+from cache4diffusion.errors import Cache4DiffusionError, RunError
 
 app = typer.Typer(
     name="c4d",
@@ -28,6 +28,18 @@ ModelOption = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="A setting of the method, name=value; may be repeated.")
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device", help="cpu, cuda:0, mps ...; your own folders: the accelerator by default, if there is one."
+    ),
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype", help="Of the weights: float32 (default on the CPU), bfloat16 (on an accelerator), float16."
+    ),
 ]
 ArgOption = Annotated[
     list[str] | None,
@@ -46,12 +58,23 @@ def command(function: Callable[..., None]) -> Any:
             typer.echo(f"c4d: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(2) from None
 
-    return app.command(name=function.__name__.rstrip("_"))(guarded)
+    return app.command(name=function.__name__)(guarded)
 
 
-def main() -> None:
-    """Run the app."""
-    app()
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        from cache4diffusion import __version__
+
+        typer.echo(f"cache4diffusion {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
 
 
 # --- facts about methods ----------------------------------------------------------------------------------------------
@@ -155,6 +178,8 @@ def generate(
         int | None, typer.Option("--steps", min=1, help="Sampling steps; the model's own by default.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the noise.")] = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The PNG to write.")] = Path("image.png"),
     as_json: JsonOption = False,
 ) -> None:
@@ -170,10 +195,14 @@ def generate(
     from cache4diffusion.calls import default_steps, quiet, sampler
     from cache4diffusion.cli.image import save_image
     from cache4diffusion.cli.models import load_model
-    from cache4diffusion.compare import variants_of
+    from cache4diffusion.compare import check_methods, variants_of
+    from cache4diffusion.files import check_writable
 
     name, given = _method_with(method, settings)
-    loaded = load_model(model, _values(arguments, "--arg"))
+    check_methods([_text(name, given)] if name is not None else [])  # fails before the model is loaded
+    check_writable(out)
+    loaded = load_model(model, _values(arguments, "--arg"), device, dtype)
+    asked = loaded.prompt(prompt)
     steps = steps or loaded.steps or default_steps(loaded.pipe)
     facts: dict[str, Any] = {"model": model, "prompt": prompt, "steps": steps, "seed": seed, "arguments": loaded.call}
     sample = sampler(loaded.pipe, loaded.call)
@@ -182,7 +211,12 @@ def generate(
         facts |= {"method": name, "settings": variant.settings}
     with accelerate(loaded.pipe, name, **given) if name is not None else nullcontext() as handle:
         with quiet(loaded.pipe), _status(f"{steps} steps"), torch.inference_mode():
-            image = sample([prompt], [seed], steps)[0]
+            try:
+                image = sample([asked], [seed], steps)[0]
+            except Cache4DiffusionError:
+                raise
+            except Exception as error:  # the host's own code may raise anything
+                raise RunError(f"{type(loaded.pipe).__name__} failed: {type(error).__name__}: {error}") from error
         report = handle.report() if handle is not None else None
         strip = handle.stats["strip"] if handle is not None else None
     facts |= {"strip": strip, "cache4diffusion": __version__}
@@ -208,6 +242,8 @@ def bench(
     seed: Annotated[int, typer.Option("--seed", help="Of the first caption; the others follow.")] = 0,
     settings: SetOption = None,
     arguments: ArgOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A folder for report.html and results.json.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -224,7 +260,8 @@ def bench(
 
             raise SettingError("--set needs exactly one method; with several write settings as 'name(setting=value)'.")
         entries = [_text(*_method_with(entries[0], settings))]
-    measured = _measure(model, entries, captions, prompts, steps, batch, seed, _values(arguments, "--arg"), out)
+    wanted = (model, _values(arguments, "--arg"), device, dtype)
+    measured = _measure(wanted, entries, captions, prompts, steps, batch, seed, out)
     _print_results(measured, out, as_json)
 
 
@@ -248,6 +285,8 @@ def demo(
         int | None, typer.Option("--steps", min=1, help="Sampling steps; the model's own by default.")
     ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Captions per call of the pipeline.")] = 16,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a trained FLUX pipeline several times faster and prove it: report.html and results.json, offline.
@@ -257,7 +296,7 @@ def demo(
     from cache4diffusion.compare import split_methods
 
     entries = split_methods(methods) if methods else list(DEMO_METHODS)
-    measured = _measure(model, entries, captions, None, steps, batch, 0, {}, out)
+    measured = _measure((model, {}, device, dtype), entries, captions, None, steps, batch, 0, out)
     _print_results(measured, out, as_json)
 
 
@@ -267,6 +306,8 @@ def selfcheck(
     methods: Annotated[str | None, typer.Option("--methods", help="Comma-separated; all that fit by default.")] = None,
     steps: Annotated[int, typer.Option("--steps", min=4, help="Of each short run.")] = 8,
     arguments: ArgOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Prove on this pipeline that caching does no harm: every invariant, method by method. Exit code 1 if one fails.
@@ -274,11 +315,12 @@ def selfcheck(
     Example: c4d selfcheck --model scenes-flux --methods taylorseer,fbcache --json
     """
     from cache4diffusion.cli.models import load_model
-    from cache4diffusion.compare import split_methods
+    from cache4diffusion.compare import check_methods, split_methods
     from cache4diffusion.selfcheck import selfcheck as check
 
     entries = split_methods(methods) if methods else None
-    loaded = load_model(model, _values(arguments, "--arg"))
+    check_methods(entries or [])
+    loaded = load_model(model, _values(arguments, "--arg"), device, dtype)
     found = check(loaded.pipe, entries, call=loaded.call, steps=steps, progress=True)
     if as_json:
         _print_json({"model": model, **found.to_dict()})
@@ -314,29 +356,30 @@ def report(
 
 
 def _measure(
-    model: str,
+    wanted: tuple[str, dict[str, Any], str | None, str | None],
     entries: list[str],
     count: int | None,
     prompts: Path | None,
     steps: int | None,
     batch: int,
     seed: int,
-    arguments: dict[str, Any],
     out: Path | None,
 ) -> Any:
     from cache4diffusion.cli.image import save_images
-    from cache4diffusion.cli.models import captions_for, load_model
-    from cache4diffusion.compare import compare, parse_method
-    from cache4diffusion.method import method as make
+    from cache4diffusion.cli.models import captions_for, load_model, read_prompts
+    from cache4diffusion.compare import check_methods, compare
+    from cache4diffusion.errors import SettingError
+    from cache4diffusion.files import check_writable
 
-    for entry in entries:
-        make(parse_method(entry)[0])  # an unknown name fails before the model is loaded
+    # What can be wrong is found before the model is loaded.
+    if not entries:
+        raise SettingError("--methods names none: write for example --methods taylorseer,dbcache.")
+    check_methods(entries)
+    if prompts is not None:
+        read_prompts(prompts)
     if out is not None:
-        from cache4diffusion.measure.errors import require
-
-        for library in ("jinja2", "plotly"):  # missing ones are found before minutes are spent
-            require(library)
-    loaded = load_model(model, arguments)
+        check_writable(out / "report.html")
+    loaded = load_model(*wanted)
     captions, loaded = captions_for(loaded, count, prompts, seed)
     measured = compare(
         loaded.pipe,

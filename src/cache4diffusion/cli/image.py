@@ -11,6 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from cache4diffusion.errors import FileFormatError
+from cache4diffusion.files import write_whole
 
 METADATA = "cache4diffusion"
 """Key of the PNG text chunk that holds the settings as JSON."""
@@ -26,27 +27,33 @@ def save_image(image: Any, path: Path, facts: dict[str, Any]) -> Path:
         image = Image.fromarray(np.rint(255 * np.clip(np.asarray(image, dtype=np.float64), 0, 1)).astype(np.uint8))
     info = PngInfo()
     info.add_text(METADATA, json.dumps(facts, ensure_ascii=True, default=repr))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".part")
-        image.save(partial, format="PNG", pnginfo=info)
-        partial.replace(path)
-    except OSError as error:
-        raise FileFormatError(f"The image {path} cannot be written: {error.strerror or error}.") from error
-    return path
+    return write_whole(path, lambda draft: image.save(draft, format="PNG", pnginfo=info))
 
 
 def save_images(folder: Path, bench: Any) -> None:
-    """Keep the report's images beside the results, so that the report can be written again."""
-    rows = {}
-    for number, (name, images) in enumerate(bench.images.items()):
-        files = [f"{number:02d}-{position:02d}.png" for position in range(len(images))]
-        rows[name] = files
-        folder.mkdir(parents=True, exist_ok=True)
-        for file, image in zip(files, images, strict=True):
-            image.save(folder / file)
-    index = {"captions": [str(caption) for caption in bench.captions], "rows": rows}
-    (folder / "index.json").write_text(json.dumps(index, indent=1, ensure_ascii=False), encoding="utf-8")
+    """Keep the report's images beside the results, so that the report can be written again.
+
+    Those of an earlier benchmark are replaced. The index comes last: without it nothing is there.
+
+    Raises:
+        FileFormatError: they cannot be written there.
+    """
+    index = folder / "index.json"
+    rows = {
+        name: [f"{number:02d}-{position:02d}.png" for position in range(len(images))]
+        for number, (name, images) in enumerate(bench.images.items())
+    }
+    try:
+        index.unlink(missing_ok=True)
+        for stale in folder.glob("[0-9][0-9]-[0-9][0-9].png"):
+            stale.unlink()
+    except OSError as error:
+        raise FileFormatError(f"{folder} cannot be written: {error.strerror or error}.") from error
+    for name, images in bench.images.items():
+        for file, image in zip(rows[name], images, strict=True):
+            write_whole(folder / file, lambda draft, image=image: image.save(draft, format="PNG"))
+    captions = [str(caption) for caption in bench.captions]
+    write_whole(index, json.dumps({"captions": captions, "rows": rows}, indent=1, ensure_ascii=False))
 
 
 def load_images(folder: Path, results: Any) -> tuple[dict[str, list[Image.Image]], list[str]]:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from ..errors import Cache4DiffusionError
+from ..errors import Cache4DiffusionError, MissingExtraError
+
+__all__ = ["MeasureError", "MissingExtraError", "require"]
 
 
 class MeasureError(Cache4DiffusionError, ValueError):
     """Input that cannot be measured, or a results file that cannot be used."""
-
-
-class MissingExtraError(Cache4DiffusionError, ImportError):
-    """A library of the extra ``measure`` is not installed."""
 
 
 def require(module: str) -> ModuleType:
@@ -21,6 +19,4 @@ def require(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingExtraError(
-            f'This needs {module.split(".")[0]!r}, which is not installed: pip install "cache4diffusion[measure]"'
-        ) from error
+        raise MissingExtraError(module.split(".")[0], "measure") from error

@@ -12,12 +12,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import write_whole
 from . import table
 from .errors import MeasureError, require
 from .results import Results, Row
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+REPORT_LIBRARIES = ("jinja2", "plotly.offline")
+"""What `write_report` imports when it is called."""
 
 IMAGE_BUDGET = 4_000_000  # bytes of PNG in all: with base64 and plotly.js (2 MB packed) the page stays below 8 MB
 _SIZES = (512, 384, 256, 192, 128, 96, 64)  # longest side in pixels, the largest that fits the budget is taken
@@ -54,6 +58,7 @@ def write_report(
     Raises:
         MeasureError: ``images`` of unknown rows, or not one per caption.
         MissingExtraError: jinja2 or plotly is not installed.
+        FileFormatError: it cannot be written there.
     """
     names = [row.name for row in results.rows]
     for name, several in images.items():
@@ -98,12 +103,7 @@ def write_report(
         plotly=base64.b64encode(gzip.compress(library.encode(), mtime=0)).decode(),
         json=results.to_json(),
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(page, encoding="utf-8")
-    draft.replace(path)
-    return path
+    return write_whole(path, page)
 
 
 def best_method(results: Results, *, margin: float = 0.03, wins: float = 0.9) -> Row | None:

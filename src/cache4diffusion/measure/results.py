@@ -27,6 +27,7 @@ from pydantic import (
     model_validator,
 )
 
+from ..files import write_whole
 from .errors import MeasureError
 
 SCHEMA_VERSION = 1
@@ -252,13 +253,12 @@ class Results(_Strict):
         return f'{{\n "conditions": {_fields(data["conditions"], "  ")},\n "rows": [\n  {rows}\n ]\n}}\n'
 
     def save(self, path: str | Path) -> Path:
-        """Write `to_json` to ``path`` (folders are made). Written whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(path.name + ".part")
-        draft.write_text(self.to_json(), encoding="utf-8")
-        draft.replace(path)
-        return path
+        """Write `to_json` to ``path`` (folders are made). Written whole or not at all.
+
+        Raises:
+            FileFormatError: it cannot be written there.
+        """
+        return write_whole(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Results:
@@ -271,7 +271,8 @@ class Results(_Strict):
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise MeasureError(f"Cannot read results from {path}: {error}.") from error
+            reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+            raise MeasureError(f"Cannot read results from {path}: {reason}.") from error
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import json
 import warnings
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ import torch
 from diffusers import AutoencoderKL, FluxPipeline
 from safetensors.torch import load_file, save_file
 
-from cache4diffusion.errors import FileFormatError, UnknownNameError, closest
+from cache4diffusion.errors import FileFormatError, MissingExtraError, UnknownNameError, closest
 from cache4diffusion.reference.networks import TEXT_LENGTH, build_scheduler, build_tokenizer
 from cache4diffusion.reference.scenes import IMAGE_SIZE
 
@@ -73,7 +74,10 @@ def load(name: str | Path = "scenes-flux", dtype: torch.dtype = torch.float32) -
     Raises:
         UnknownNameError: no such pipeline, and no such folder.
         FileFormatError: the folder lacks a part, or a file in it cannot be read.
+        MissingExtraError: transformers is not installed.
     """
+    if importlib.util.find_spec("transformers") is None:
+        raise MissingExtraError("transformers", "reference")
     folder = Path(name) if isinstance(name, Path) or Path(name).is_dir() else folder_of(name)
     if not folder.is_dir():
         raise UnknownNameError(f"There is no folder {folder}. Reference models: {', '.join(available()) or 'none'}.")

@@ -31,6 +31,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cache4diffusion.files import write_whole
 from cache4diffusion.reference.training.optim import adam_step, muon_step
 
 Loss = Callable[[nn.Module, torch.Generator, int, int], "tuple[Tensor, dict[str, float]]"]
@@ -280,7 +281,7 @@ class Trainer:
             lambda path: save_file(_plain(dict(zip(self.names, self.ema, strict=True))), path),
         )
         write_whole(self.folder / "state.safetensors", lambda path: save_file(_plain(state), path, metadata=counts))
-        write_whole(self.folder / "history.json", lambda path: Path(path).write_text(json.dumps(self.history)))
+        write_whole(self.folder / "history.json", json.dumps(self.history))
 
     def _load(self) -> None:
         ema_file, state_file = self.folder / "ema.safetensors", self.folder / "state.safetensors"
@@ -327,10 +328,3 @@ def _mix(*numbers: int) -> int:
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-
-
-def write_whole(path: Path, write: Callable[[str], Any]) -> None:
-    """Let ``write`` make a file at a temporary path, and then put it in place: whole or not at all."""
-    temporary = path.with_name(path.name + ".part")
-    write(str(temporary))
-    os.replace(temporary, path)

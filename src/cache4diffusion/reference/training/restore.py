@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import save_file
 
 from cache4diffusion.errors import Cache4DiffusionError, FileFormatError
+from cache4diffusion.files import write_whole
 from cache4diffusion.reference.folder import folder_of, load
 from cache4diffusion.reference.networks import build_vae
 from cache4diffusion.reference.training.flow import FlowModel
-from cache4diffusion.reference.training.parallel import write_whole
 
 _FLOW_PARTS = ("transformer", "text_encoder", "text_encoder_2")
 _HISTORY = ("updates", "seconds", "curve", "facts")
@@ -66,10 +66,8 @@ def restore(folder: Path | str, vae_folder: Path, flow_folder: Path) -> dict[str
                 f"{differing[0]} ({found.get(differing[0], 'missing')}, trained as {wanted.get(differing[0], 'none')})."
             )
     for name, target in (("vae", vae_folder), ("flow", flow_folder)):
-        target.mkdir(parents=True, exist_ok=True)
         tensors = {key: tensor.detach().to(torch.float32).contiguous() for key, tensor in weights[name].items()}
-        text = json.dumps(histories[name])
-        write_whole(target / "history.json", lambda path, text=text: Path(path).write_text(text, encoding="utf-8"))
+        write_whole(target / "history.json", json.dumps(histories[name]))
         write_whole(target / "ema.safetensors", lambda path, tensors=tensors: save_file(tensors, path))
     return facts
 
