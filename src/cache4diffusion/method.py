@@ -134,7 +134,7 @@ class Composition:
     @property
     def needs_num_steps(self) -> bool:
         """Whether the run's length must be known."""
-        rules: list[Any] = [*self.guards]
+        rules: list[Any] = [*self.guards, self.predictor]
         rules += [rule for rule in (self.gate, self.cfg, self.tokens) if rule is not None]
         return any(rule.needs_num_steps for rule in rules)
 

@@ -46,18 +46,14 @@ class DenoiserDriver(Driver):
         return self._record(context, output)
 
     def _record(self, context: Context, output: Any) -> Any:
-        predictor, sites = self.host.predictor, context.state.sites
-        if "output" not in sites:
-            sites["output"] = predictor.init(context.batch)
         tensors, layout = take_apart(output)
         context.state.extra.setdefault("layouts", {})[self._kind(context)] = layout
-        predictor.update(sites["output"], tensors, context.time, context.rows)
+        self.keep(context, "output", tensors)
         return output
 
     def _predicted(self, context: Context) -> Any:
-        state = context.state.sites["output"]
-        tensors = self.host.predictor.predict(state, context.time, context.rows)
-        return context.state.extra["layouts"][self._kind(context)].fill(own(tensors, state))
+        tensors = own(self.forecast(context, "output"), context.state.sites["output"])
+        return context.state.extra["layouts"][self._kind(context)].fill(tensors)
 
     def on_block(
         self, context: Context, position: int, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]

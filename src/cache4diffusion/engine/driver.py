@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -56,6 +56,21 @@ class Driver(ABC):
     @abstractmethod
     def run(self, context: Context, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the denoiser's call (``inner``) under the verdicts of ``context``."""
+
+    def keep(self, context: Context, name: str, leaves: Sequence[Tensor], rows: Sequence[int] | None = None) -> None:
+        """Take in what a full step computed at a site, for the rows of the call (or only the given ones of them)."""
+        predictor, sites = self.host.predictor, context.state.sites
+        if name not in sites:
+            sites[name] = predictor.init(context.batch, context.step.num_steps)
+        predictor.update(sites[name], leaves, context.time, context.rows if rows is None else rows)
+
+    def forecast(self, context: Context, name: str, rows: Sequence[int] | None = None) -> list[Tensor]:
+        """What a cached step goes on with at a site: the prediction, of which the predictor takes note."""
+        predictor, state = self.host.predictor, context.state.sites[name]
+        rows = context.rows if rows is None else rows
+        leaves = predictor.predict(state, context.time, rows)
+        predictor.commit(state, leaves, context.time, rows)
+        return leaves
 
     def on_block(
         self, context: Context, position: int, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -191,10 +191,7 @@ class LevelDriver(Driver):
         self._watched += [_Watched(leaves[place], seen, place) for place in others]
         features = [leaves[place] for place in seen.predicted]
         if features:
-            sites, predictor = context.state.sites, self.host.predictor
-            if path not in sites:
-                sites[path] = predictor.init(context.batch)
-            predictor.update(sites[path], features, context.time, context.rows)
+            self.keep(context, path, features)
         return output
 
     def _predicted(self, path: str, output: Any, leaves: list[Any]) -> list[int]:
@@ -207,8 +204,7 @@ class LevelDriver(Driver):
     def _stand_in(self, context: Context, path: str, seen: _Seen) -> Any:
         features: dict[int, Tensor] = {}
         if seen.predicted:
-            state = context.state.sites[path]
-            predicted = own(self.host.predictor.predict(state, context.time, context.rows), state)
+            predicted = own(self.forecast(context, path), context.state.sites[path])
             features = dict(zip(seen.predicted, predicted, strict=True))
         blanks: dict[Any, Tensor] = context.scratch.setdefault("blanks", {})
         filled: list[Any] = []

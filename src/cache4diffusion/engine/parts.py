@@ -320,20 +320,16 @@ class PartsDriver(Driver):
         if layout != context.state.layouts.get(site.name):  # first time, or its structure changed: start anew
             self.forget(site)
             context.state.layouts[site.name] = layout
-        kept = context.state.sites
-        if site.name not in kept:
-            kept[site.name] = self.predictor.init(context.batch)
-        self.predictor.update(kept[site.name], tensors, context.time, context.rows)
+        self.keep(context, site.name, tensors)
 
     def predict(self, site: PartSite) -> Any:
         """The output of this cached step; a copy of its own where the host writes into it."""
         context = self.switch.context
         assert context is not None
-        state = context.state.sites[site.name]
-        tensors = self.predictor.predict(state, context.time, context.rows)
+        tensors = self.forecast(context, site.name)
         if site.is_traced:  # a snapshot handed out as it is would be a view, which a compiled block tells from others
             tensors = [tensor.detach() for tensor in tensors]
-        return site.rebuild(own(tensors, state) if site.part.is_mutated else tensors)
+        return site.rebuild(own(tensors, context.state.sites[site.name]) if site.part.is_mutated else tensors)
 
     def forget(self, site: PartSite) -> None:
         """Start anew with this part, in the branch that runs."""

@@ -1,4 +1,4 @@
-"""The span site: blocks pass their input through and the last one adds the predicted residual."""
+"""The span site: blocks pass their input through and the last one adds (or returns) what is predicted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from cache4diffusion.anatomy import Anatomy
 from cache4diffusion.engine.driver import Driver, Inner
 from cache4diffusion.engine.host import Host
-from cache4diffusion.engine.leaves import get_output, select_rows
+from cache4diffusion.engine.leaves import get_output, own, select_rows
 from cache4diffusion.engine.state import Context, Verdict
 from cache4diffusion.errors import AnatomyError
 from cache4diffusion.sites import Span
@@ -82,7 +82,7 @@ def stretches(site: Span, lengths: list[int], seams: tuple[bool, ...]) -> list[S
 
 
 class SpanDriver(Driver):
-    """Predicts what spans of blocks add to each stream.
+    """Predicts what spans of blocks add to each stream, or what they make of it.
 
     The residual is ``last_out - first_in - glue``: the sum of the *blocks' own* residuals. What the host adds between
     two blocks (noticed because the tensor is another one) is added by the host again on cached steps.
@@ -189,35 +189,35 @@ class SpanDriver(Driver):
         passage.left, passage.left_versions = self._seen(passage.out), [version(stream) for stream in passage.out]
 
     def _finish(self, context: Context, stretch: Stretch, passage: Passage, verdict: Verdict, output: Any) -> Any:
-        predictor, sites = self.host.predictor, context.state.sites
         if not self._copies and any(version(x) != v for x, v in zip(passage.entered, passage.versions, strict=True)):
             passage.is_spoilt = True
         if passage.is_spoilt:
             self._copies = True
             self.host.note("streams are written into between blocks; copies are compared.")
-        if passage.is_spoilt and verdict.is_full:
-            sites.pop(stretch.name, None)
+        if passage.is_spoilt and verdict.is_full and self.site.feature == "residual":
+            context.state.sites.pop(stretch.name, None)
             return output
-        residuals = []
-        for i in self._kept(stretch):
-            residual = passage.left[i] - passage.entered[i]
-            glue = passage.glue[i]
-            residuals.append(residual if glue is None else residual - glue)
-        if stretch.name not in sites:
-            sites[stretch.name] = predictor.init(context.batch)
+        features = [self._feature(passage, i) for i in self._kept(stretch)]
         if verdict.is_full:
-            predictor.update(sites[stretch.name], residuals, context.time, context.rows)
+            self.keep(context, stretch.name, features)
             return output
         rows = [context.rows[r] if context.rows else r for r in verdict.full_rows]
         cached = [context.rows[r] if context.rows else r for r in verdict.cached_rows]
-        for i, leaf in zip(
-            self._kept(stretch), predictor.predict(sites[stretch.name], context.time, cached), strict=True
-        ):
-            passage.out[i][verdict.cached_rows] = passage.out[i][verdict.cached_rows] + leaf
-        if not passage.is_spoilt:
-            fresh = [select_rows(residual, verdict.full_rows) for residual in residuals]
-            predictor.update(sites[stretch.name], fresh, context.time, rows)
+        for i, leaf in zip(self._kept(stretch), self.forecast(context, stretch.name, cached), strict=True):
+            if self.site.feature == "residual":
+                leaf = passage.out[i][verdict.cached_rows] + leaf
+            passage.out[i][verdict.cached_rows] = leaf
+        if not passage.is_spoilt or self.site.feature == "output":
+            fresh = [select_rows(feature, verdict.full_rows) for feature in features]
+            self.keep(context, stretch.name, fresh, rows)
         return output
+
+    def _feature(self, passage: Passage, i: int) -> Tensor:
+        """What is recorded of one stream."""
+        if self.site.feature == "output":
+            return passage.left[i]
+        residual, glue = passage.left[i] - passage.entered[i], passage.glue[i]
+        return residual if glue is None else residual - glue
 
     def _some_rows(
         self,
@@ -247,9 +247,11 @@ class SpanDriver(Driver):
         if position != stretch.last:
             return self.host.pass_through(position, args, kwargs)
         values = self.host.stream_inputs(position, args, kwargs)
-        leaves = self.host.predictor.predict(context.state.sites[stretch.name], context.time, context.rows)
+        leaves = self.forecast(context, stretch.name)
+        if self.site.feature == "output":
+            leaves = own(leaves, context.state.sites[stretch.name])
         for i, leaf in zip(self._kept(stretch), leaves, strict=True):
-            values[i] = values[i] + leaf
+            values[i] = values[i] + leaf if self.site.feature == "residual" else leaf
         return self.host.blocks[position].rebuild(values)
 
     def bypassed(self) -> list[str]:

@@ -221,6 +221,7 @@ class TokenDriver:
         leaves = self.driver.predictor.predict(state, context.time, context.rows)
         index = self._index(context, site)
         if index.shape[1] == 0:
+            self.driver.predictor.commit(state, leaves, context.time, context.rows)
             return site.rebuild(own(leaves, state) if site.part.is_mutated else leaves)
         path = site.part.inputs[0]
         x = get_argument(site.module, args, kwargs, path)
@@ -231,7 +232,9 @@ class TokenDriver:
         if isinstance(self.driver.predictor, Reuse):
             written = [put(leaf, index, value) for leaf, value in zip(leaves, values, strict=True)]
             return site.rebuild(own(written, state) if site.part.is_mutated else written)
-        return site.rebuild([put(leaf.clone(), index, value) for leaf, value in zip(leaves, values, strict=True)])
+        written = [put(leaf.clone(), index, value) for leaf, value in zip(leaves, values, strict=True)]
+        self.driver.predictor.commit(state, written, context.time, context.rows)
+        return site.rebuild(written)
 
     def run_inner(self, rest: RestingModule, found: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A module inside or in front of a part, on a partial step."""

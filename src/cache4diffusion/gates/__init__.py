@@ -2,18 +2,20 @@
 
 from cache4diffusion.gates.accumulated import AccumulatedChange
 from cache4diffusion.gates.base import Front, Gate, Signal, StaticGate, Step, Verification, Watch
-from cache4diffusion.gates.guards import ForceLast, Guard, Mask, MaxAccumulated, MaxRun, MaxTotal, Warmup
+from cache4diffusion.gates.guards import ForceLast, FullFrom, Guard, Mask, MaxAccumulated, MaxRun, MaxTotal, Warmup
 from cache4diffusion.gates.interval import FixedInterval
 from cache4diffusion.gates.quadratic import Quadratic
 from cache4diffusion.gates.schedule import Schedule
 from cache4diffusion.gates.speculative import Speculative
 from cache4diffusion.gates.threshold import ProbeThreshold
+from cache4diffusion.gates.widening import WideningInterval
 
 # Names under which a gate can be given in a composition, as in gate="interval(interval=3)".
 GATES = {
     "interval": FixedInterval,
     "schedule": Schedule,
     "quadratic": Quadratic,
+    "widening": WideningInterval,
     "accumulated": AccumulatedChange,
     "probe": ProbeThreshold,
     "speculative": Speculative,
@@ -25,6 +27,7 @@ __all__ = [
     "FixedInterval",
     "ForceLast",
     "Front",
+    "FullFrom",
     "Gate",
     "Guard",
     "Mask",
@@ -41,4 +44,5 @@ __all__ = [
     "Verification",
     "Warmup",
     "Watch",
+    "WideningInterval",
 ]

@@ -85,6 +85,32 @@ class ForceLast(_Stateless):
 
 
 @dataclass(frozen=True)
+class FullFrom(_Stateless):
+    """Full from the fraction ``start`` of the run on: ``FullFrom(0.5)`` caches in the first half only (GOC).
+
+    Needs the length of the run; ``start=1`` forces nothing.
+    """
+
+    start: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= 1:
+            raise SettingError(f"FullFrom(start={self.start}): start must be a fraction of the run, 0 to 1.")
+
+    @property
+    def needs_num_steps(self) -> bool:
+        """A fraction of what?"""
+        return self.start < 1
+
+    def overrule(self, state: Any, step: Step) -> bool | None:
+        """Full in the rest of the run."""
+        if self.start == 1:
+            return None
+        assert step.num_steps is not None  # the engine refuses to begin without it
+        return False if step.index >= self.start * step.num_steps else None
+
+
+@dataclass(frozen=True)
 class Mask(_Stateless):
     """A given list of steps that must be computed; what happens at the others is the policy.
 

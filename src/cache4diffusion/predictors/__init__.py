@@ -1,7 +1,15 @@
 """With what: predictors make the feature of a cached step from those of full steps."""
 
-from cache4diffusion.predictors.base import LinearPredictor, Predictor
+from cache4diffusion.predictors.adams_bashforth import AdamsBashforth
+from cache4diffusion.predictors.bands import Bands
+from cache4diffusion.predictors.base import LinearPredictor, Predictor, RecursivePredictor
+from cache4diffusion.predictors.chebyshev import Chebyshev
+from cache4diffusion.predictors.delta import Delta
+from cache4diffusion.predictors.dmd import DynamicModes
+from cache4diffusion.predictors.foca import ForecastCalibrate
+from cache4diffusion.predictors.hermite import Hermite
 from cache4diffusion.predictors.history import History, weighted_sum
+from cache4diffusion.predictors.momentum import AdaptedMomentum, Momentum
 from cache4diffusion.predictors.newton import Newton
 from cache4diffusion.predictors.reuse import Reuse
 from cache4diffusion.predictors.taylor import Taylor
@@ -11,14 +19,33 @@ PREDICTORS = {
     "reuse": Reuse,
     "taylor": Taylor,
     "newton": Newton,
+    "hermite": Hermite,
+    "foca": ForecastCalibrate,
+    "delta": Delta,
+    "momentum": Momentum,
+    "adapted-momentum": AdaptedMomentum,
+    "adams-bashforth": AdamsBashforth,
+    "bands": Bands,
+    "chebyshev": Chebyshev,
+    "dmd": DynamicModes,
 }
 
 __all__ = [
     "PREDICTORS",
+    "AdamsBashforth",
+    "AdaptedMomentum",
+    "Bands",
+    "Chebyshev",
+    "Delta",
+    "DynamicModes",
+    "ForecastCalibrate",
+    "Hermite",
     "History",
     "LinearPredictor",
+    "Momentum",
     "Newton",
     "Predictor",
+    "RecursivePredictor",
     "Reuse",
     "Taylor",
     "weighted_sum",

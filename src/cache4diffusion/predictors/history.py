@@ -13,13 +13,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+_FIRST_SLOTS = 8  # of a long ring
+
 
 @dataclass
 class Track:
-    """When one row (or all of them) was written, newest first, and into which slot of the ring."""
+    """When one row (or all of them) was written, newest first, into which slot of the ring, and with what."""
 
     times: list[float] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
+    predicted: list[bool] = field(default_factory=list)  # whether it is a prediction, which only recursive ones keep
 
     def next_slot(self, time: float, capacity: int) -> int:
         """Slot the snapshot of ``time`` goes to: the same again for an equal time, else a free one, else the oldest."""
@@ -27,17 +30,19 @@ class Track:
             return self.slots[0]
         return len(self.slots) if len(self.slots) < capacity else self.slots[-1]
 
-    def push(self, time: float, slot: int, capacity: int) -> None:
+    def push(self, time: float, slot: int, capacity: int, is_prediction: bool) -> None:
         """Note that ``slot`` now holds the feature of ``time``."""
         if self.times and self.times[0] == time:
+            self.predicted[0] = is_prediction
             return
         self.times.insert(0, time)
         self.slots.insert(0, slot)
-        del self.times[capacity:], self.slots[capacity:]
+        self.predicted.insert(0, is_prediction)
+        del self.times[capacity:], self.slots[capacity:], self.predicted[capacity:]
 
     def copy(self) -> Track:
         """An independent copy, for a row that goes its own way from here."""
-        return Track(list(self.times), list(self.slots))
+        return Track(list(self.times), list(self.slots), list(self.predicted))
 
 
 class History:
@@ -86,16 +91,27 @@ class History:
         self.buffers = []
         for leaf in leaves:
             shape = tuple(leaf.shape if rows is None or self.rows is None else (self.rows, *leaf.shape[1:]))
-            self.buffers.append(_empty_ring(self.capacity, shape, leaf))
+            self.buffers.append(_empty_ring(min(self.capacity, _FIRST_SLOTS), shape, leaf))
         self.clear()
 
-    def write(self, leaves: Sequence[Tensor], time: float, rows: Sequence[int] | None = None) -> None:
+    def _make_room(self, slot: int) -> None:
+        """A long ring begins short and doubles: how many full steps a run has is not known."""
+        for i, buffer in enumerate(self.buffers):
+            if slot >= buffer.shape[0]:
+                longer = _empty_ring(min(self.capacity, 2 * buffer.shape[0]), tuple(buffer.shape[1:]), buffer[0])
+                longer[: buffer.shape[0]].copy_(buffer)
+                self.buffers[i] = longer
+
+    def write(
+        self, leaves: Sequence[Tensor], time: float, rows: Sequence[int] | None = None, *, is_prediction: bool = False
+    ) -> None:
         """Copy ``leaves`` into the ring as the feature at ``time``.
 
         Args:
             leaves: the feature; with ``rows``, only those rows of it.
             time: coordinate of this full step, rising within a run. An equal time overwrites the newest snapshot.
             rows: indices of the batch rows the leaves hold, or None for all.
+            is_prediction: whether the feature was predicted, not computed.
 
         Raises:
             ValueError: rows are named, but the size of the batch was not when this history was made.
@@ -108,9 +124,10 @@ class History:
             self._allocate(leaves, rows)
         if rows is None and self.shared is not None:
             slot = self.shared.next_slot(time, self.capacity)
+            self._make_room(slot)
             for buffer, leaf in zip(self.buffers, leaves, strict=True):
                 buffer[slot].copy_(leaf)
-            self.shared.push(time, slot, self.capacity)
+            self.shared.push(time, slot, self.capacity, is_prediction)
             return
         if self.shared is not None:
             self.tracks = [self.shared.copy() for _ in range(self.buffers[0].shape[1])]
@@ -118,9 +135,10 @@ class History:
         for position, row in enumerate(rows if rows is not None else range(len(self.tracks))):
             track = self.tracks[row]
             slot = track.next_slot(time, self.capacity)
+            self._make_room(slot)
             for buffer, leaf in zip(self.buffers, leaves, strict=True):
                 buffer[slot, row].copy_(leaf[position])
-            track.push(time, slot, self.capacity)
+            track.push(time, slot, self.capacity, is_prediction)
         first = self.tracks[0]
         if all(track == first for track in self.tracks):
             self.shared, self.tracks = first, []

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from cache4diffusion.errors import SettingError
 from cache4diffusion.predictors.base import LinearPredictor
+from cache4diffusion.predictors.differences import lagrange
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,4 @@ class Newton(LinearPredictor):
 
     def weights(self, times: Sequence[float], time: float) -> list[float]:
         """Lagrange's form of the same polynomial."""
-        weights = []
-        for j, own in enumerate(times):
-            weight = 1.0
-            for i, other in enumerate(times):
-                if i != j:
-                    weight *= (time - other) / (own - other)
-            weights.append(weight)
-        return weights
+        return lagrange(times, time)

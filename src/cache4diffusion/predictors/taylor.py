@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from cache4diffusion.errors import SettingError
 from cache4diffusion.predictors.base import LinearPredictor
+from cache4diffusion.predictors.differences import combine, ladder, powers
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,6 @@ class Taylor(LinearPredictor):
         return self.order + 1
 
     def weights(self, times: Sequence[float], time: float) -> list[float]:
-        """Run the recursion on unit vectors: what it does to snapshot j is the weight of snapshot j."""
-        count = len(times)
-        ladder: list[list[float]] = []  # ladder[m][j]: weight of snapshot j in d_m
-        for newest in range(count - 1, -1, -1):  # from the oldest full step to the newest
-            fresh = [[1.0 if j == newest else 0.0 for j in range(count)]]
-            if ladder and times[newest] >= self.first_difference_step:
-                gap = times[newest] - times[newest + 1]
-                for m in range(min(self.order, len(ladder))):
-                    fresh.append([(a - b) / gap for a, b in zip(fresh[m], ladder[m], strict=True)])
-            ladder = fresh
-        k, factor = time - times[0], 1.0  # factor = k^m / m!
-        weights = [0.0] * count
-        for m, difference in enumerate(ladder):
-            factor = factor * k / m if m else 1.0
-            weights = [w + factor * d for w, d in zip(weights, difference, strict=True)]
-        return weights
+        """Of the recursion's differences, ``k^m / m!`` of each."""
+        rungs = ladder(times, self.order, self.first_difference_step)
+        return combine(rungs, powers(time - times[0], len(rungs)))

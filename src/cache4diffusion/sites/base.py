@@ -44,20 +44,22 @@ class Denoiser(Site):
 
 @dataclass(frozen=True)
 class Span(Site):
-    """The residual that a span of blocks adds to each stream: all blocks but ``front`` first and ``back`` last ones.
+    """What a span of blocks makes of each stream: all blocks but ``front`` first and ``back`` last ones.
 
-    On a cached step the blocks of the span pass their input through and the last one adds the predicted residual.
-    What the denoiser's own loop adds between blocks (ControlNet residuals, adapters) is never part of the residual,
-    so it is added exactly once.
+    On a cached step the blocks of the span pass their input through and the last one adds the predicted residual, or
+    returns the predicted output. What the denoiser's own loop adds between blocks (ControlNet residuals, adapters) is
+    never part of the residual, so it is added exactly once; it is part of the output.
 
     Args:
         front: first blocks that always run, 0 or more.
         back: last blocks that always run, 0 or more.
         per_list: one span, gate state and decision for each list of blocks (double- and single-stream blocks of
             FLUX), as cache-dit does, instead of one over all lists. ``front`` and ``back`` then count in every list.
+        feature: ``"residual"``, what the span adds to what enters it; or ``"output"``, what leaves it (with ``back=0``:
+            what enters the final norm), whatever enters.
 
     Raises:
-        SettingError: a count is negative.
+        SettingError: a count is negative, or an unknown feature.
     """
 
     name: ClassVar[str] = "span"
@@ -66,10 +68,13 @@ class Span(Site):
     front: int = 0
     back: int = 0
     per_list: bool = False
+    feature: Literal["residual", "output"] = "residual"
 
     def __post_init__(self) -> None:
         if self.front < 0 or self.back < 0:
             raise SettingError(f"Span(front={self.front}, back={self.back}): both must be 0 or more blocks.")
+        if self.feature not in ("residual", "output"):
+            raise SettingError(f"Span(feature={self.feature!r}): feature must be 'residual' or 'output'.")
 
 
 @dataclass(frozen=True)
