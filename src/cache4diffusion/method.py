@@ -140,9 +140,17 @@ class Composition:
 
     @property
     def is_off(self) -> bool:
-        """Whether its settings say that nothing is ever cached: every interval is 1, or every threshold 0."""
+        """Whether its settings say that nothing is ever cached: every interval is 1, or every threshold 0.
+
+        A rule whose settings say it in another way has a property ``never_caches``.
+        """
         rules = [rule for rule in (self.gate, self.cfg) if rule is not None]
-        return all(getattr(rule, "interval", None) == 1 or getattr(rule, "threshold", None) == 0 for rule in rules)
+        return all(
+            getattr(rule, "interval", None) == 1
+            or getattr(rule, "threshold", None) == 0
+            or getattr(rule, "never_caches", False)
+            for rule in rules
+        )
 
     def check_run(self, num_steps: int) -> None:
         """Refuse settings that contradict the run's length.
@@ -151,6 +159,7 @@ class Composition:
             SettingError: the warm-up alone is as long as the run.
         """
         rules = [rule for rule in (self.gate, self.cfg) if getattr(rule, "interval", 0) != 1]  # 1 never caches
+        rules = [rule for rule in rules if not getattr(rule, "never_caches", False)]
         warmup = max(
             [guard.steps for guard in self.guards if isinstance(guard, ForceLast)]
             + [guard.steps for guard in self.guards if isinstance(guard, Warmup) and guard.interval == 1]

@@ -120,6 +120,13 @@ def test_pipeline_is_bit_equal(name, negative):
     assert torch.equal(plain, found)
 
 
-def test_every_method_is_tested_here():
-    missing = set(toys.TRANSFORMER_METHODS) - set(toys.ACTIVE)
-    assert not missing, f"add settings for {missing} to tests/toys.py ACTIVE"
+@methods
+def test_every_method_caches_at_its_active_settings(name):
+    denoiser, branches = toys.flux(), [toys.flux_inputs(seed=s) for s in (0, 1)]
+    with toys.accelerated(denoiser, name, num_steps=12) as handle:
+        toys.branch_loop(denoiser, branches, 12)
+        strips = handle.stats["strips"]
+    assert set("".join(strips.values())) & set("cpm"), (
+        f"{name} caches nothing in 12 steps of a small denoiser ({strips}): add settings at which it does to ACTIVE in "
+        "tests/toys.py"
+    )
