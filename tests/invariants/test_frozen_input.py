@@ -172,7 +172,7 @@ def test_bypassed_modules_run_0_times(case, variant):
             if handle.trace.records[-1].symbol not in "cp" or (case == "speca" and cached):
                 continue
             cached += 1
-            never = NEVER.get(case, handle._engines[0].bypassed)
+            never = NEVER.get(case, handle._engines[0].attachment.bypassed)
             forbidden = {n for n in ran for p in never if n == p or p == "" or n.startswith(p + ".")}
             if case == "teacache":  # its signal is the first block's modulated input, which its norms make
                 forbidden = {n for n in forbidden if not n.startswith("transformer_blocks.0.norm1")} - {DOUBLE[0]}
