@@ -140,8 +140,11 @@ def synthetic(captions: int = 480, size: int = 128) -> tuple[Results, dict[str, 
         )  # fmt: skip
     for seed, (name, (settings, flops, latency, noise, accuracy, cache, fidelity)) in enumerate(METHODS.items()):
         values, images[name] = measured(noise, accuracy, seed + 50)
-        n = max(12, int(50 / flops))
-        reference = next(row for row in rows if row.kind == "fewer-steps" and row.total_steps <= n)
+        n = math.ceil(50 / flops)
+        reference = min(
+            (row for row in rows if row.kind == "fewer-steps" and row.total_steps >= min(n, 26)),
+            key=lambda row: row.total_steps,
+        )
         strip = STRIPS[name]
         error, errors = 0.0, []
         for letter in strip:
@@ -150,7 +153,8 @@ def synthetic(captions: int = 480, size: int = 128) -> tuple[Results, dict[str, 
         rows.append(
             Row(
                 method=name, settings=settings, full_steps=strip.count("F"), total_steps=50, flops_speedup=flops,
-                latency_speedup=latency, predicted_flops_speedup=flops * 1.01, strip=strip, fidelity=fidelity,
+                latency_speedup=latency, predicted_flops_speedup=flops * 1.01,
+                predicted_latency_speedup=1 / (0.04 + 0.96 / (flops * 1.01)), strip=strip, fidelity=fidelity,
                 cache_bytes=int(cache * 2**20), peak_bytes=int((931 + cache * 2) * 2**20), latency_ms=412.0 / latency,
                 reference_row=reference.method, psnr_wins=min(1.0, 0.78 + 0.05 * flops),
                 psnr_wins_interval=list(wilson_interval(round(captions * min(1.0, 0.78 + 0.05 * flops)), captions)),

@@ -2,11 +2,13 @@ import base64
 import gzip
 import json
 import re
+import shutil
+import subprocess
 
 import pytest
 from PIL import Image
 
-from cache4diffusion.measure import MeasureError, Results, write_report
+from cache4diffusion.measure import MeasureError, Results, paired_interval, write_report
 from cache4diffusion.measure.report import best_method, headline
 
 
@@ -88,15 +90,72 @@ def test_images_that_do_not_match_are_refused(made_up, tmp_path, images, words):
     assert not list(tmp_path.iterdir())
 
 
+def with_methods(results, **changes):
+    """The same results, every method's row changed."""
+    rows = [row if row.kind != "method" else row.model_copy(update=changes) for row in results.rows]
+    return Results(conditions=results.conditions, rows=rows)
+
+
 def test_the_headline_claims_only_what_the_intervals_allow(made_up):
     results = made_up[0]
     assert best_method(results).name == "taylorseer"  # taylorseer-lite is faster, but may lose 5.6 points
-    assert "taylorseer (fidelity: code) samples with 3.7× fewer FLOPs" in headline(results)  # noqa: RUF001
-    weak = [row.model_copy(update={"accuracy_difference_interval": [-0.05, 0.01]}) for row in results.methods]
-    doubtful = Results(conditions=results.conditions, rows=[results.baseline, *weak])
+    said = headline(results)
+    assert said.startswith("taylorseer (fidelity: code) samples with 3.7× fewer FLOPs, 3.3× faster, and its")  # noqa: RUF001
+    assert "than 16 steps without caching, which cost no less, on 97\xa0% of the captions." in said
+    slow = Results(
+        conditions=results.conditions, rows=[r.model_copy(update={"latency_speedup": 0.9}) for r in results.rows]
+    )
+    assert "though not faster here (0.90×)" in headline(slow)  # noqa: RUF001
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"accuracy_difference_interval": [-0.05, 0.01]},
+            "Of 7: 7 may lose more than 3 points of accuracy, for all that",
+        ),
+        ({"psnr_wins": 0.72}, "7 came closer to the uncached image than fewer steps that cost no less on too few"),
+        ({"psnr_wins": 1.0, "psnr_wins_interval": [0.34, 1.0]}, "7 came closer to the uncached image than"),
+        ({"psnr_wins": None, "accuracy_difference_interval": None}, "7 had neither a judge nor fewer steps"),
+        ({"flops_speedup": 0.9}, "7 saved nothing"),
+    ],
+)
+def test_without_a_finding_the_headline_says_why(made_up, changes, words):
+    doubtful = with_methods(made_up[0], **changes)
     assert best_method(doubtful) is None
-    assert headline(doubtful).startswith("No method here is shown to keep the quality")
-    unjudged = [
-        row.model_copy(update={"accuracy_difference_interval": None, "psnr_wins": None}) for row in results.methods
-    ]
-    assert best_method(Results(conditions=results.conditions, rows=[results.baseline, *unjudged])) is None
+    assert headline(doubtful).startswith("No method is shown here to keep the quality. Of 7: ")
+    assert words in headline(doubtful)
+
+
+def test_too_few_captions_are_named_as_the_reason(made_up):
+    few = with_methods(made_up[0], accuracy_difference_interval=[-0.11, 0.11])
+    few.conditions = few.conditions.model_copy(update={"captions": 32})
+    assert "Below 125 captions no method can be shown to lose less than 3 points." in headline(few)
+    assert paired_interval([1] * 124, [1] * 124)[0] <= -0.03 < paired_interval([1] * 125, [1] * 125)[0]
+    assert "captions no method" not in headline(with_methods(made_up[0], accuracy_difference_interval=[-0.11, 0.11]))
+
+
+def test_every_column_is_explained(page):
+    text = own(page)
+    columns = [re.sub("<[^>]*>", " ", cell) for cell in re.findall(r'<th scope="col">(.*?)</th>', text)]
+    explained = " ".join(re.findall(r"<dt>(.*?)</dt>", text)).lower()
+    for column in columns:
+        words = " ".join(re.sub(r"[↑↓,]|dB|points|\d+ % interval|in PSNR", "", column).lower().split())
+        assert words == "method" or words in explained or words in explained.replace(" ", "  "), column
+    assert "expected" in text
+
+
+def test_the_page_can_be_used_with_the_keyboard(page):
+    text = own(page)
+    assert text.count('tabindex="0" role="region"') == text.count('class="card scroll"') == 2
+    assert ".compare:focus-within" in text
+    assert "prefers-color-scheme: dark" in text
+    assert 'name="viewport"' in text
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_the_script_of_the_page_parses(page, tmp_path):
+    script = re.findall(r"<script>(.*?)</script>", own(page), re.DOTALL)[-1]
+    (tmp_path / "page.js").write_text(script, encoding="utf-8")
+    subprocess.run(["node", "--check", tmp_path / "page.js"], check=True)

@@ -133,7 +133,7 @@ def wilson_interval(successes: int, total: int, level: float = 0.95) -> tuple[fl
     Raises:
         MeasureError: not ``0 <= successes <= total``, or ``level`` outside 0..1.
     """
-    z = _quantile(level)
+    z = quantile(level)
     if not 0 <= successes <= total:
         raise MeasureError(f"wilson_interval(successes={successes}, total={total}): need 0 <= successes <= total.")
     if total == 0:
@@ -164,7 +164,7 @@ def paired_interval(a: Sequence[Any], b: Sequence[Any], level: float = 0.95) -> 
         MeasureError: lengths differ, nothing given, values other than 0 and 1, or ``level`` outside 0..1.
     Source: T. Tango, Statistics in Medicine 17 (1998) 891-908.
     """
-    z = _quantile(level)
+    z = quantile(level)
     first, second = np.asarray(a), np.asarray(b)
     if first.ndim != 1 or first.shape != second.shape or not len(first):
         raise MeasureError(
@@ -207,7 +207,8 @@ def tango_interval(only_a: int, only_b: int, n: int, z: float) -> tuple[float, f
     return lower, upper
 
 
-def _quantile(level: float) -> float:
+def quantile(level: float) -> float:
+    """Of the normal distribution: what lies within this many standard deviations has the share ``level``."""
     if not 0 < level < 1:
         raise MeasureError(f"level={level}: a confidence level lies between 0 and 1, for example 0.95.")
     return NormalDist().inv_cdf((1 + level) / 2)

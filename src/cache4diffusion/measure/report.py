@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from ..files import write_whole
 from . import table
 from .errors import MeasureError, require
-from .results import Results, Row
+from .metrics import quantile
+from .results import FEWER_STEPS, Results, Row
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -83,6 +84,7 @@ def write_report(
         "milliseconds": table.milliseconds,
         "steps": table.steps,
         "settings": table.settings,
+        "rival": _rival,
         "safe_json": _inside_script,
     }
     environment.globals |= {"whisker": _whisker(results), "shade": _shade(results)}
@@ -95,6 +97,8 @@ def write_report(
         headline=headline(results),
         best=best_method(results),
         fidelity=FIDELITY,
+        level=f"{100 * results.conditions.level:g}",
+        margin=f"{100 * MARGIN:g}",
         families=_families(results),
         widest=max(row.total_steps for row in results.rows),
         has=_has(results),
@@ -106,37 +110,52 @@ def write_report(
     return write_whole(path, page)
 
 
-def best_method(results: Results, *, margin: float = 0.03, wins: float = 0.9) -> Row | None:
+MARGIN = 0.03
+"""Loss of accuracy that a method must be shown to stay below, to be called as good as not caching."""
+
+WINS = 0.9
+"""Share of captions on which it must be closer to the uncached image than fewer steps that cost no less."""
+
+
+def best_method(results: Results) -> Row | None:
     """The fastest method (by FLOPs) of which the numbers allow to say that it is as good as not caching.
 
-    That is: the interval of its accuracy difference lies above ``-margin`` (where accuracy was judged), and its PSNR is
-    above that of fewer steps of equal cost for at least ``wins`` of the captions. None if there is no such method.
+    That is: the interval of its accuracy difference lies above ``-MARGIN`` (where accuracy was judged), and its PSNR is
+    above that of fewer steps that cost no less for at least `WINS` of the captions, and for more than half of all
+    captions there might be (by the interval of that share). None if there is no such method.
     """
     fine = [
         row
         for row in results.methods
-        if (row.accuracy_difference_interval is None or row.accuracy_difference_interval[0] > -margin)
-        and (row.psnr_wins is None or row.psnr_wins >= wins)
+        if row.flops_speedup > 1
         and (row.accuracy_difference_interval is not None or row.psnr_wins is not None)
-        and row.flops_speedup > 1
+        and not _may_lose(row)
+        and not _wins_too_little(row)
     ]
     return max(fine, key=lambda row: row.flops_speedup, default=None)
 
 
+def _may_lose(row: Row) -> bool:
+    interval = row.accuracy_difference_interval
+    return interval is not None and interval[0] <= -MARGIN
+
+
+def _wins_too_little(row: Row) -> bool:
+    if row.psnr_wins is None:
+        return False
+    return row.psnr_wins < WINS or (row.psnr_wins_interval is not None and row.psnr_wins_interval[0] <= 0.5)
+
+
 def headline(results: Results) -> str:
-    """One sentence with the main finding, and no more than the intervals allow."""
+    """The main finding in a sentence or two, and no more than the intervals allow."""
     best = best_method(results)
     if best is None:
-        if not results.methods:
-            return "Only baselines were measured."
-        return (
-            "No method here is shown to keep the quality: either the interval of its accuracy difference reaches below "
-            f"{table.MINUS}3 points, or fewer steps of equal cost come closer to the uncached images."
-        )
-    text = (
-        f"{best.name} (fidelity: {best.fidelity}) samples with {best.flops_speedup:.1f}× fewer FLOPs, "
-        f"{best.latency_speedup:.1f}× faster"
-    )
+        return _no_finding(results)
+    text = f"{best.name} (fidelity: {best.fidelity}) samples with {best.flops_speedup:.1f}× fewer FLOPs"
+    if best.latency_speedup > 1:
+        text += f", {best.latency_speedup:.1f}× faster"
+    else:
+        text += f", though not faster here ({best.latency_speedup:.2f}×)"
     if best.accuracy_difference_interval is not None:
         low, high = best.accuracy_difference_interval
         text += (
@@ -144,9 +163,51 @@ def headline(results: Results) -> str:
             f"({100 * results.conditions.level:g}\u00a0% interval {table.points(low)} to {table.points(high)})"
         )
     if best.psnr_wins is not None:
-        share = f"{100 * best.psnr_wins:.0f}\u00a0%"
-        text += f"; closer to the uncached image than fewer steps of equal cost on {share} of captions"
+        text += (
+            f"; closer to the uncached image than {_rival(best)} without caching, which cost no less, on "
+            f"{_share(best.psnr_wins)} of the captions"
+        )
     return text + "."
+
+
+def _no_finding(results: Results) -> str:
+    rows, captions = results.methods, results.conditions.captions
+    if not rows:
+        return "Only baselines were measured."
+    margin = f"{100 * MARGIN:g} points"
+    reasons = [
+        (
+            sum(map(_may_lose, rows)),
+            f"may lose more than {margin} of accuracy, for all that {captions} caption{'s' * (captions != 1)} can tell",
+        ),
+        (
+            sum(map(_wins_too_little, rows)),
+            f"came closer to the uncached image than fewer steps that cost no less on too few captions (below "
+            f"{_share(WINS)}, or too few to tell)",
+        ),
+        (sum(row.flops_speedup <= 1 for row in rows), "saved nothing"),
+        (
+            sum(row.accuracy_difference_interval is None and row.psnr_wins is None for row in rows),
+            "had neither a judge nor fewer steps to be compared with",
+        ),
+    ]
+    said = "; ".join(f"{count} {words}" for count, words in reasons if count)
+    text = f"No method is shown here to keep the quality. Of {len(rows)}: {said}."
+    z = quantile(results.conditions.level)
+    needed = math.floor(z * z * (1 - MARGIN) / MARGIN) + 1
+    if reasons[0][0] and captions < needed:
+        text += f" Below {needed} captions no method can be shown to lose less than {margin}."
+    return text
+
+
+def _rival(row: Row) -> str:
+    """``15 steps``: the fewer-steps row that a method is compared with."""
+    found = FEWER_STEPS.fullmatch(row.reference_row or "")
+    return f"{found[1]} steps" if found else "fewer steps"
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.0f}\u00a0%"
 
 
 def _inside_script(text: str) -> Any:
@@ -165,7 +226,7 @@ def _whisker(results: Results, width: int = 110) -> Any:
     """A function that draws a row's accuracy interval as a small SVG; one scale for all rows, zero marked."""
     markup = require("markupsafe").Markup
     intervals = [row.accuracy_difference_interval for row in results.rows if row.accuracy_difference_interval]
-    low = min([-0.03, *(interval[0] for interval in intervals)])
+    low = min([-MARGIN, *(interval[0] for interval in intervals)])
     high = max([0.01, *(interval[1] for interval in intervals)])
 
     def x(value: float) -> float:
@@ -175,7 +236,7 @@ def _whisker(results: Results, width: int = 110) -> Any:
         interval = row.accuracy_difference_interval
         if interval is None or row.accuracy_difference is None:
             return ""
-        colour = "var(--bad)" if interval[1] < 0 else "var(--good)" if interval[0] > -0.03 else "var(--faint)"
+        colour = "var(--bad)" if interval[1] < 0 else "var(--good)" if interval[0] > -MARGIN else "var(--faint)"
         return markup(
             f'<svg class="interval" width="{width}" height="12" aria-hidden="true">'
             f'<line x1="{x(0)}" x2="{x(0)}" y1="0" y2="12" stroke="var(--line)" stroke-width="1.5"/>'
@@ -191,12 +252,14 @@ def _has(results: Results) -> dict[str, bool]:
         "accuracy",
         "latency_ms",
         "predicted_flops_speedup",
+        "predicted_latency_speedup",
         "pipeline_flops_speedup",
         "psnr_wins",
         "error_per_step",
         "accuracy_by_family",
     )
-    return {name: any(getattr(row, name) is not None for row in results.rows) for name in fields}
+    found = {name: any(getattr(row, name) is not None for row in results.rows) for name in fields}
+    return found | {"identical": any(math.isinf(row.psnr) for row in results.rows if row.kind != "uncached")}
 
 
 def _families(results: Results) -> list[str]:

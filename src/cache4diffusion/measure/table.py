@@ -63,8 +63,8 @@ def steps(row: Row) -> str:
 
 
 def settings(row: Row) -> str:
-    """``interval=5, order=1``."""
-    return ", ".join(f"{key}={value}" for key, value in row.settings.items())
+    """``interval=5, order=1``; what is unset (None, an empty list) is left out."""
+    return ", ".join(f"{key}={value}" for key, value in row.settings.items() if value not in (None, [], ()))
 
 
 def _signed(value: float) -> str:
@@ -86,23 +86,25 @@ class _Column:
 _COLUMNS = [
     _Column("method", lambda row: row.name, 0, left=True),
     _Column("fidelity", lambda row: row.fidelity, 0, left=True),
-    _Column("settings", settings, 11, optional=True, left=True),
-    _Column("full / steps", steps, 7),
+    _Column("settings", settings, 12, optional=True, left=True),
+    _Column("full / steps", steps, 8),
     _Column("FLOPs", lambda row: speedup(row.flops_speedup), 0),
-    _Column("predicted", lambda row: speedup(row.predicted_flops_speedup), 10, optional=True),
+    _Column("expected", lambda row: speedup(row.predicted_flops_speedup), 11, optional=True),
     _Column("latency", lambda row: speedup(row.latency_speedup), 0),
-    _Column("ms / image", lambda row: milliseconds(row.latency_ms), 9, optional=True),
+    _Column("expected", lambda row: speedup(row.predicted_latency_speedup), 4, optional=True),
+    _Column("ms / image", lambda row: milliseconds(row.latency_ms), 10, optional=True),
     _Column("PSNR dB", lambda row: decibels(row.psnr), 0),
-    _Column("SSIM", lambda row: f"{row.ssim:.3f}", 5),
-    _Column("FLIP", lambda row: f"{row.flip:.3f}", 6),
+    _Column("SSIM", lambda row: f"{row.ssim:.3f}", 6),
+    _Column("FLIP", lambda row: f"{row.flip:.3f}", 7),
     _Column("accuracy", lambda row: percent(row.accuracy), 1, optional=True),
     _Column(
         "Δ points", lambda row: points(row.accuracy_difference, row.accuracy_difference_interval), 2, optional=True
     ),
     _Column("PSNR wins", lambda row: percent(row.psnr_wins), 3, optional=True),
-    _Column("cache", lambda row: size(row.cache_bytes), 4),
-    _Column("peak", lambda row: size(row.peak_bytes), 8),
+    _Column("cache", lambda row: size(row.cache_bytes), 5),
+    _Column("peak", lambda row: size(row.peak_bytes), 9),
 ]
+"""An ``expected`` belongs to the speed-up on its left, which is measured."""
 
 
 def _shown(results: Results) -> list[_Column]:
