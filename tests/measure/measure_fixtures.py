@@ -165,7 +165,7 @@ def synthetic(captions: int = 480, size: int = 128) -> tuple[Results, dict[str, 
     conditions = Conditions(
         denoiser="scenes-flux", steps=50, resolution=[128, 128], batch=16, captions=captions,
         seeds=list(range(1000, 1000 + captions)), dtype="float32", device="cpu", threads=1,
-        scheduler="FlowMatchEulerDiscreteScheduler", guidance=3.5, peak_source="rss",
+        scheduler="FlowMatchEulerDiscreteScheduler", guidance=3.5, peak_source="rss", counted=2,
         versions={"cache4diffusion": "0.1.0", "torch": "2.13.0", "diffusers": "0.42.1"},
     )  # fmt: skip
     return Results(conditions=conditions, rows=rows), images, CAPTIONS

@@ -256,6 +256,7 @@ def test_libraries_are_missed_before_anything_runs(pipeline, monkeypatch):
 def test_counting_on_fewer_captions_gives_the_same_flops_per_image(pipeline):
     few, all_of_them = (run(pipeline, [Skip(pipeline, 3)], flops_captions=n).results for n in (1, None))
     assert [row.flops for row in few.rows] == [row.flops for row in all_of_them.rows]
+    assert (few.conditions.counted, all_of_them.conditions.counted) == (1, 4)
 
 
 def test_two_settings_of_one_method_get_labels(pipeline):
@@ -314,6 +315,8 @@ def test_ctrl_c_is_not_swallowed(pipeline):
         (lambda p: bench([], p, [], steps=5), "at least one caption"),
         (lambda p: bench([], p, CAPTIONS, [1, 2], steps=5), "one seed per caption"),
         (lambda p: bench([], p, CAPTIONS, steps=0), "1 or more"),
+        (lambda p: run(p, [], flops_captions=0), "flops_captions=0"),
+        (lambda p: run(p, [], level=95), "between 0 and 1"),
         (lambda p: run(p, [Skip(p, 2), Skip(p, 2)]), "same settings; give each a label"),
         (lambda p: run(p, [Skip(p, 2, "fewer-steps-6")]), "made by the bench itself"),
         (lambda p: bench([], lambda c, s, n: p(c, s, n)[:1], CAPTIONS, steps=5, progress=False), "1 images for 10"),

@@ -42,6 +42,7 @@ def test_the_conditions_strips_and_notes_are_there(page, made_up):
     cells = re.search(rf'title="{strip}">(.*?)</div>', page)[1]
     assert re.findall(r'class="(\w)', cells) == [letter.lower() for letter in strip]
     assert "coefficients not fitted to this denoiser" in page
+    assert "uncached run's after each step, over the first 2 captions. Click" in page
 
 
 def test_captions_cannot_break_out_of_the_page(page):

@@ -33,7 +33,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .. import __version__
 from .cost import FlopCounter, PeakMemory, Timer
 from .errors import MeasureError, require
-from .metrics import METRIC_LIBRARIES, as_images, as_pil, flip, paired_interval, psnr, ssim, wilson_interval
+from .metrics import METRIC_LIBRARIES, as_images, as_pil, flip, paired_interval, psnr, quantile, ssim, wilson_interval
 from .results import Conditions, Results, Row
 
 if TYPE_CHECKING:
@@ -201,6 +201,9 @@ def bench(
         raise MeasureError(f"bench needs one seed per caption and at least one caption: {len(captions)}, {len(seeds)}.")
     if steps < 1 or batch < 1:
         raise MeasureError(f"bench(steps={steps}, batch={batch}): both must be 1 or more.")
+    if flops_captions is not None and flops_captions < 1:
+        raise MeasureError(f"bench(flops_captions={flops_captions}): use 1 or more, or None for the whole batch.")
+    quantile(level)  # refuses what is no level
     batches = [slice(i, min(i + batch, len(captions))) for i in range(0, len(captions), batch)]
     families = [family(caption) for caption in captions] if family else None
     denoisers = [denoiser] if isinstance(denoiser, torch.nn.Module) else list(denoiser or ())
@@ -254,6 +257,7 @@ def bench(
             "threads": torch.get_num_threads(),
             "peak_source": baseline.peak_source,
             "flops_scope": "the denoiser's calls" if denoisers else "whole pipeline calls",
+            "counted": counted.stop,
             **{key: value for key, value in details.items() if key != "versions"},
             "versions": {**versions(), **details.get("versions", {})},
             "steps": steps,

@@ -64,7 +64,8 @@ class Conditions(_Strict):
     """Everything a number depends on besides the method.
 
     ``seeds`` has one seed per caption; ``captions`` is their number. ``batch`` is what the latencies were measured at.
-    ``peak_source`` says what ``peak_bytes`` is of, see `PeakMemory`. ``extra`` takes anything else worth stating.
+    ``peak_source`` says what ``peak_bytes`` is of, see `PeakMemory`. ``counted`` is the number of captions that FLOPs
+    and the error per step are of. ``extra`` takes anything else worth stating.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -80,6 +81,7 @@ class Conditions(_Strict):
     scheduler: str | None = None
     guidance: Finite | None = None
     flops_scope: str = "whole pipeline calls"
+    counted: PositiveInt | None = None
     peak_source: str = ""
     level: Share = 0.95
     date: str | None = None
@@ -135,7 +137,8 @@ class Row(_Strict):
         reference_row: the fewer-steps row that this method is compared with: the one of the fewest steps among those
             that cost at least as many FLOPs, so that a method never wins by a larger budget.
         psnr_wins: share of captions on which the method's PSNR is above that row's.
-        error_per_step: relative L2 distance of the latent from the uncached run's, after each step.
+        error_per_step: relative L2 distance of the latent from the uncached run's, after each step; mean over
+            ``conditions.counted`` captions.
         syncs: host synchronisations per run.
     """
 
