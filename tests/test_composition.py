@@ -29,6 +29,7 @@ GATE = {name: name for name in GATES} | {
     "schedule": "schedule(full_steps=(0, 1, 4))",
     "quadratic": "quadratic(interval=2, center=2.0)",
     "widening": "widening(warmup=1, window=2.0)",
+    "scaled": "scaled(full_steps=(0, 3), made_for=6)",
     "accumulated": "accumulated(threshold=0.2)",
     "probe": "probe(threshold=0.5)",
     "speculative": "speculative(threshold=1e9, max_run=3, warmup=0)",
@@ -49,16 +50,25 @@ def _kinds():
     return list(kinds.values())
 
 
-KINDS = _kinds()
+KINDS = [name for name in _kinds() if name not in ("mean-velocity", "two-sided")]  # which need the trajectory
+ANYWHERE = [name for name in PREDICTOR if name not in ("mean-velocity", "two-sided")]
 LOOKS_INSIDE = ("accumulated", "probe")  # gates that watch the first blocks
 
 
-def refusal(site, gate, tokens, decide):
+def refusal(site, gate, tokens, decide, predictor="reuse", cfg=None):
     """Words of the reason why two axes cannot work together, None if they can. The table of what is not possible."""
     if gate == "speculative" and site != "parts":
         return "that block has no input on a cached step"
     if gate in LOOKS_INSIDE and site == "unet_level":
         return "a U-Net has levels instead"
+    if site == "trajectory" and decide != "batch":
+        return "one for all branches and rows of a step"
+    if site == "trajectory" and (gate in LOOKS_INSIDE or cfg):
+        return "runs no branch of the denoiser"
+    if predictor == "mean-velocity":  # the site by its name alone does not see latents
+        return "predicts from latents and noise levels"
+    if (gate == "look-ahead") != (predictor == "two-sided") or (gate == "look-ahead" and site != "trajectory"):
+        return "one needs the other"
     if decide == "row" and gate in LOOKS_INSIDE and site != "span":
         return "can no longer be split by rows"
     if tokens and (decide == "row" or gate == "speculative"):
@@ -86,6 +96,7 @@ def levels():
 def axes(site, gate, predictor="reuse", tokens=None, cfg=None, decide="batch"):
     """The axes of a composition, by name."""
     named = {"site": SITE[site], "gate": GATE[gate], "predictor": PREDICTOR[predictor], "decide": decide}
+    named |= {"branches": "tied"} if site == "trajectory" else {}
     return named | ({"tokens": TOKENS[tokens]} if tokens else {}) | ({"cfg": CFG[cfg]} if cfg else {})
 
 
@@ -98,7 +109,7 @@ def blank():
 def test_a_pair_is_made_or_refused_as_the_table_says(site, gate):
     for predictor, tokens, cfg, decide in itertools.product(PREDICTOR, TOKENS, CFG, DECIDE):
         wanted = axes(site, gate, predictor, tokens, cfg, decide)
-        reason = refusal(site, gate, tokens, decide)
+        reason = refusal(site, gate, tokens, decide, predictor, cfg)
         if reason is None:
             assert isinstance(compose(blank(), wanted), Composition)
             continue
@@ -169,7 +180,7 @@ def never(denoiser, inputs):
 def test_what_can_be_made_runs_on_a_transformer(transformer, site, gate, tokens):
     inputs = flux_inputs(1)
     plain = never(transformer, inputs)
-    for predictor, cfg in itertools.product(PREDICTOR if gate == "interval" and not tokens else KINDS, CFG):
+    for predictor, cfg in itertools.product(ANYWHERE if gate == "interval" and not tokens else KINDS, CFG):
         outputs, trace = guided(transformer, inputs, compose(blank(), axes(site, gate, predictor, tokens, cfg)))
         check(outputs, trace, plain, cfg)
 
@@ -178,7 +189,7 @@ def test_what_can_be_made_runs_on_a_transformer(transformer, site, gate, tokens)
 def test_what_can_be_made_runs_on_a_unet(levels, gate):
     inputs = unet_inputs(1)
     plain = never(levels, inputs)
-    for predictor, cfg in itertools.product(PREDICTOR if gate == "interval" else KINDS, CFG):
+    for predictor, cfg in itertools.product(ANYWHERE if gate == "interval" else KINDS, CFG):
         outputs, trace = guided(levels, inputs, compose(blank(), axes("unet_level", gate, predictor, None, cfg)))
         check(outputs, trace, plain, cfg)
 
@@ -302,7 +313,7 @@ def test_sites_can_be_given_by_name_as_well():
     [
         ({"predictor": "newtn(order=1)"}, UnknownNameError, "did you mean 'newton'"),
         ({"gate": "intervall"}, UnknownNameError, "did you mean 'interval'"),
-        ({"site": "block"}, UnknownNameError, "Known: denoiser, span, parts, unet_level"),
+        ({"site": "block"}, UnknownNameError, "Known: denoiser, span, parts, trajectory, unet_level"),
         ({"tokens": "tops"}, UnknownNameError, "did you mean 'top'"),
         ({"cfg": "fastcache"}, UnknownNameError, "did you mean 'fastercache'"),
         ({"predictor": "newton(ordr=1)"}, SettingError, "did you mean 'order'"),

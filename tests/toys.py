@@ -22,6 +22,7 @@ from torch import nn
 
 import cache4diffusion as c4d
 from cache4diffusion.predictors import LinearPredictor
+from cache4diffusion.sites import Trajectory
 
 # Settings at which a method caches within a dozen steps on these small denoisers, where its defaults do not. A method
 # that is registered takes part in all general tests without a word here.
@@ -40,7 +41,9 @@ ACTIVE = {name: {} for name in c4d.METHODS} | {
 }
 # What a method that is off needs besides its registry row to fit so small a denoiser.
 FITTING = {"dbcache": {"front": 1, "warmup": 2}, "fastercache": {"warmup": 2}}
-TRANSFORMER_METHODS = sorted(set(c4d.METHODS) - {"deepcache"})
+# Methods that act on the trajectory need a scheduler: test_trajectory.py has their general tests.
+_TRAJECTORY = {name for name, cls in c4d.METHODS.items() if isinstance(cls().compose().site, Trajectory)}
+TRANSFORMER_METHODS = sorted(set(c4d.METHODS) - {"deepcache"} - _TRAJECTORY)
 
 
 def _kind(name):

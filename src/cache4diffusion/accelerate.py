@@ -17,6 +17,7 @@ from cache4diffusion.engine.compiling import TOKENS, WHOLE, hides_sites, is_comp
 from cache4diffusion.engine.finite import NanGuard
 from cache4diffusion.engine.host import no_stack
 from cache4diffusion.engine.inputs import inputs_of
+from cache4diffusion.engine.trajectory import refuse
 from cache4diffusion.errors import (
     AlreadyAcceleratedError,
     AnatomyError,
@@ -31,8 +32,9 @@ from cache4diffusion.method import METHODS, Composition, Method, method
 from cache4diffusion.predictors import PREDICTORS
 from cache4diffusion.profile import load_profile
 from cache4diffusion.run import RunTracker
+from cache4diffusion.run.taps import schedulers_of
 from cache4diffusion.settings import check_names, component
-from cache4diffusion.sites import SITES
+from cache4diffusion.sites import SITES, Trajectory
 from cache4diffusion.tokens import TOKEN_RULES
 from cache4diffusion.trace import Trace
 from cache4diffusion.wrap import owner_of
@@ -148,6 +150,9 @@ def accelerate(
             if engine.branches is not None and not isinstance(target, nn.Module):
                 engine.branches.is_guided = _guidance_of(target)
         if not isinstance(target, nn.Module):
+            if isinstance(composition.site, Trajectory):
+                for scheduler in schedulers_of(target):
+                    refuse(scheduler, composition.site)
             tracker.watch_pipeline(target)
     except BaseException:
         handle.remove()

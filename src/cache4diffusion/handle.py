@@ -79,6 +79,13 @@ class Handle:
         """
         self._engines[0].prepare(args, kwargs)
 
+    def watch_scheduler(self, scheduler: Any) -> None:
+        """Listen to the scheduler of a loop of your own: it tells steps, and is what trajectory methods act on.
+
+        The pipeline's own schedulers are listened to without this.
+        """
+        self._tracker.watch_scheduler(scheduler)
+
     def remove(self) -> None:
         """Take every wrapper away and free all memory; the denoiser is what it was. Harmless when repeated."""
         self._remove(aborted=False)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from cache4diffusion.errors import CompositionError, SettingError, UnknownNameError, closest
-from cache4diffusion.gates import Front, Gate, Guard, Signal, Verification
+from cache4diffusion.gates import Front, Gate, Guard, LookAhead, Signal, Verification
 from cache4diffusion.gates.guards import ForceLast, Warmup
 from cache4diffusion.guidance import BranchRule
-from cache4diffusion.predictors import Predictor, Reuse
+from cache4diffusion.predictors import Predictor, Reuse, TwoSided
 from cache4diffusion.settings import check, check_names, describe
-from cache4diffusion.sites import Parts, Site, Span, UNetLevel
+from cache4diffusion.sites import Parts, Site, Span, Trajectory, UNetLevel
 from cache4diffusion.tokens import TokenRule
 
 Fidelity = Literal["code", "paper", "reconstructed", "ours"]
@@ -96,6 +96,28 @@ class Composition:
             raise CompositionError(
                 "The signal is that of the denoiser's first block; with Span(per_list=True) later lists have none. "
                 "Use per_list=False."
+            )
+        if isinstance(site, Trajectory) and (self.decide != "batch" or self.branches != "tied"):
+            raise CompositionError(
+                "The trajectory is one for all branches and rows of a step, and so is the decision. Use decide='batch' "
+                "and branches='tied' with site='trajectory'."
+            )
+        if isinstance(site, Trajectory) and (self.cfg is not None or isinstance(watch, (Signal, Front))):
+            raise CompositionError(
+                "A cached step of site='trajectory' runs no branch of the denoiser, so there is none to watch or to "
+                "predict another one from. Use a gate that watches nothing, such as gate='interval', and no cfg."
+            )
+        if getattr(self.predictor, "needs_latents", False) and site != Trajectory("all", getattr(site, "solvers", ())):
+            raise CompositionError(
+                f"{type(self.predictor).__name__} predicts from latents and noise levels, which only "
+                "site=Trajectory(feature='all') sees. Use that site, or another predictor, such as 'taylor'."
+            )
+        if isinstance(self.gate, LookAhead) != isinstance(self.predictor, TwoSided) or (
+            isinstance(self.gate, LookAhead) and not isinstance(site, Trajectory)
+        ):
+            raise CompositionError(
+                "LookAhead computes steps ahead of their time and TwoSided makes use of them: one needs the other, and "
+                "both need site='trajectory'. Use all three, or another gate and predictor."
             )
         if self.decide == "row" and isinstance(watch, (Signal, Front)) and not isinstance(site, Span):
             raise CompositionError(

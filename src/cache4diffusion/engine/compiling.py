@@ -17,7 +17,7 @@ from torch import nn
 
 from cache4diffusion.gates import Front, Signal
 from cache4diffusion.method import Composition
-from cache4diffusion.sites import Denoiser
+from cache4diffusion.sites import Denoiser, Trajectory
 
 try:  # both are private; without them a denoiser compiled from outside shows in that no site is ever reached
     from torch._C._dynamo.eval_frame import get_eval_frame_callback
@@ -40,7 +40,7 @@ def hides_sites(composition: Composition) -> bool:
     """Whether compiling the denoiser as a whole would hide what the composition must reach."""
     watch = composition.gate.watch if composition.gate is not None else None
     looks_inside = isinstance(watch, (Signal, Front))
-    return looks_inside or (composition.site is not None and not isinstance(composition.site, Denoiser))
+    return looks_inside or (composition.site is not None and not isinstance(composition.site, (Denoiser, Trajectory)))
 
 
 def is_under_compile() -> bool:

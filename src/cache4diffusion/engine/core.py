@@ -30,6 +30,7 @@ from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.leaves import specs_of
 from cache4diffusion.engine.runner import SiteRunner
 from cache4diffusion.engine.state import BranchState, Context
+from cache4diffusion.engine.trajectory import TrajectoryDriver
 from cache4diffusion.errors import Cache4DiffusionError, RunError
 from cache4diffusion.gates import Step
 from cache4diffusion.method import Composition
@@ -81,6 +82,8 @@ class Engine:
             self.runner = SiteRunner(self.host, composition.site, finite)
         if composition.cfg is not None:
             self.branches = BranchDriver(self.host, composition.cfg, batch_order, finite, self.run_branch)
+        if isinstance(self.driver, TrajectoryDriver):
+            tracker.steer(self)
         self.attachment = Attachment(self.host, self.runner, self._on_denoiser, owner)
 
     @property
@@ -118,6 +121,22 @@ class Engine:
         with self._lock:
             self.attachment.remove()
             self._forget(None)
+
+    # -- around scheduler.step -------------------------------------------------------------------------------------
+
+    def before_step(self, run: Run, scheduler: Any, arguments: dict[str, Any]) -> None:
+        """Act on what the scheduler is given."""
+        assert isinstance(self.driver, TrajectoryDriver)
+        with self._lock:
+            self.driver.before_step(run, scheduler, arguments)
+
+    def after_step(self, run: Run, scheduler: Any, arguments: dict[str, Any], result: Any) -> Any:
+        """Act on what it makes of that, and take note of what is held now."""
+        assert isinstance(self.driver, TrajectoryDriver)
+        with self._lock:
+            result = self.driver.after_step(run, scheduler, arguments, result)
+            self.account()
+        return result
 
     # -- memory ----------------------------------------------------------------------------------------------------
 

@@ -8,14 +8,16 @@ from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.level import LevelDriver
 from cache4diffusion.engine.parts import PartsDriver
 from cache4diffusion.engine.span import SpanDriver
+from cache4diffusion.engine.trajectory import TrajectoryDriver
 from cache4diffusion.errors import CompositionError
-from cache4diffusion.sites import Denoiser, Parts, Site, Span, UNetLevel
+from cache4diffusion.sites import Denoiser, Parts, Site, Span, Trajectory, UNetLevel
 
 DRIVERS: dict[type[Site], type[Driver]] = {
     Denoiser: DenoiserDriver,
     Span: SpanDriver,
     Parts: PartsDriver,
     UNetLevel: LevelDriver,
+    Trajectory: TrajectoryDriver,
 }
 
 

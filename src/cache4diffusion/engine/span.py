@@ -194,7 +194,7 @@ class SpanDriver(Driver):
         if passage.is_spoilt:
             self._copies = True
             self.host.note("streams are written into between blocks; copies are compared.")
-        if passage.is_spoilt and verdict.is_full and self.site.feature == "residual":
+        if passage.is_spoilt and verdict.is_full and self.site.form == "residual":
             context.state.sites.pop(stretch.name, None)
             return output
         features = [self._feature(passage, i) for i in self._kept(stretch)]
@@ -204,17 +204,17 @@ class SpanDriver(Driver):
         rows = [context.rows[r] if context.rows else r for r in verdict.full_rows]
         cached = [context.rows[r] if context.rows else r for r in verdict.cached_rows]
         for i, leaf in zip(self._kept(stretch), self.forecast(context, stretch.name, cached), strict=True):
-            if self.site.feature == "residual":
+            if self.site.form == "residual":
                 leaf = passage.out[i][verdict.cached_rows] + leaf
             passage.out[i][verdict.cached_rows] = leaf
-        if not passage.is_spoilt or self.site.feature == "output":
+        if not passage.is_spoilt or self.site.form == "output":
             fresh = [select_rows(feature, verdict.full_rows) for feature in features]
             self.keep(context, stretch.name, fresh, rows)
         return output
 
     def _feature(self, passage: Passage, i: int) -> Tensor:
         """What is recorded of one stream."""
-        if self.site.feature == "output":
+        if self.site.form == "output":
             return passage.left[i]
         residual, glue = passage.left[i] - passage.entered[i], passage.glue[i]
         return residual if glue is None else residual - glue
@@ -248,10 +248,10 @@ class SpanDriver(Driver):
             return self.host.pass_through(position, args, kwargs)
         values = self.host.stream_inputs(position, args, kwargs)
         leaves = self.forecast(context, stretch.name)
-        if self.site.feature == "output":
+        if self.site.form == "output":
             leaves = own(leaves, context.state.sites[stretch.name])
         for i, leaf in zip(self._kept(stretch), leaves, strict=True):
-            values[i] = values[i] + leaf if self.site.feature == "residual" else leaf
+            values[i] = values[i] + leaf if self.site.form == "residual" else leaf
         return self.host.blocks[position].rebuild(values)
 
     def bypassed(self) -> list[str]:

@@ -2,10 +2,11 @@
 
 from cache4diffusion.gates.accumulated import AccumulatedChange
 from cache4diffusion.gates.base import Front, Gate, Signal, StaticGate, Step, Verification, Watch
-from cache4diffusion.gates.guards import ForceLast, FullFrom, Guard, Mask, MaxAccumulated, MaxRun, MaxTotal, Warmup
+from cache4diffusion.gates.guards import ForceLast, Guard, Mask, MaxAccumulated, MaxRun, MaxTotal, Warmup, Window
 from cache4diffusion.gates.interval import FixedInterval
+from cache4diffusion.gates.look_ahead import LookAhead
 from cache4diffusion.gates.quadratic import Quadratic
-from cache4diffusion.gates.schedule import Schedule
+from cache4diffusion.gates.schedule import ScaledSchedule, Schedule
 from cache4diffusion.gates.speculative import Speculative
 from cache4diffusion.gates.threshold import ProbeThreshold
 from cache4diffusion.gates.widening import WideningInterval
@@ -14,6 +15,8 @@ from cache4diffusion.gates.widening import WideningInterval
 GATES = {
     "interval": FixedInterval,
     "schedule": Schedule,
+    "scaled": ScaledSchedule,
+    "look-ahead": LookAhead,
     "quadratic": Quadratic,
     "widening": WideningInterval,
     "accumulated": AccumulatedChange,
@@ -27,15 +30,16 @@ __all__ = [
     "FixedInterval",
     "ForceLast",
     "Front",
-    "FullFrom",
     "Gate",
     "Guard",
+    "LookAhead",
     "Mask",
     "MaxAccumulated",
     "MaxRun",
     "MaxTotal",
     "ProbeThreshold",
     "Quadratic",
+    "ScaledSchedule",
     "Schedule",
     "Signal",
     "Speculative",
@@ -45,4 +49,5 @@ __all__ = [
     "Warmup",
     "Watch",
     "WideningInterval",
+    "Window",
 ]

@@ -85,29 +85,33 @@ class ForceLast(_Stateless):
 
 
 @dataclass(frozen=True)
-class FullFrom(_Stateless):
-    """Full from the fraction ``start`` of the run on: ``FullFrom(0.5)`` caches in the first half only (GOC).
+class Window(_Stateless):
+    """Full outside a part of the run: ``Window(0.0, 0.5)`` caches in the first half only. Needs the run's length.
 
-    Needs the length of the run; ``start=1`` forces nothing.
+    Args:
+        start: fraction of the steps before which all are full.
+        stop: fraction of the steps from which all are full; 1 for none.
     """
 
-    start: float = 1.0
+    start: float = 0.0
+    stop: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.start <= 1:
-            raise SettingError(f"FullFrom(start={self.start}): start must be a fraction of the run, 0 to 1.")
+        if not 0 <= self.start <= self.stop <= 1:
+            raise SettingError(f"Window(start={self.start}, stop={self.stop}): 0 <= start <= stop <= 1.")
 
     @property
     def needs_num_steps(self) -> bool:
         """A fraction of what?"""
-        return self.start < 1
+        return self.start > 0 or self.stop < 1
 
     def overrule(self, state: Any, step: Step) -> bool | None:
-        """Full in the rest of the run."""
-        if self.start == 1:
+        """Full outside."""
+        if not self.needs_num_steps:
             return None
         assert step.num_steps is not None  # the engine refuses to begin without it
-        return False if step.index >= self.start * step.num_steps else None
+        is_inside = self.start * step.num_steps <= step.index < self.stop * step.num_steps
+        return None if is_inside else False
 
 
 @dataclass(frozen=True)

@@ -46,3 +46,43 @@ class Schedule(StaticGate):
     def propose(self, state: Any, step: Step, score: float | None) -> bool:
         """Cached unless listed."""
         return step.index not in self.full_steps
+
+
+@dataclass(frozen=True)
+class ScaledSchedule(StaticGate):
+    """A schedule made for one run length, stretched to the run's. Needs the length of the run.
+
+    Step ``i`` of the list becomes ``round(i * num_steps / made_for)``. ``ScaledSchedule((0, 1, 5), made_for=10)`` over
+    20 steps is full at 0, 2 and 10.
+
+    Args:
+        full_steps: indices of the full steps, rising from 0; None computes every step.
+        made_for: the run length the list was made for.
+
+    Raises:
+        SettingError: the list is empty, not rising, does not begin with 0 or goes beyond ``made_for``.
+    """
+
+    full_steps: tuple[int, ...] | None = (0,)
+    made_for: int = 50
+
+    def __post_init__(self) -> None:
+        if self.full_steps is not None:
+            Schedule(self.full_steps, self.made_for)
+
+    @property
+    def needs_num_steps(self) -> bool:
+        """To be stretched."""
+        return self.full_steps is not None
+
+    @property
+    def never_caches(self) -> bool:
+        """Whether every step is full."""
+        return self.full_steps is None
+
+    def propose(self, state: Any, step: Step, score: float | None) -> bool:
+        """Cached unless listed."""
+        if self.full_steps is None:
+            return False
+        assert step.num_steps is not None  # the engine refuses to begin without it
+        return all(round(i * step.num_steps / self.made_for) != step.index for i in self.full_steps)

@@ -12,13 +12,17 @@ from cache4diffusion.methods.fora import Fora
 from cache4diffusion.methods.freqca import FreqCa
 from cache4diffusion.methods.goc import GOC
 from cache4diffusion.methods.hicache import HiCache
+from cache4diffusion.methods.meancache import MeanCache
 from cache4diffusion.methods.newton import Newton
 from cache4diffusion.methods.speca import SpeCa
 from cache4diffusion.methods.spectrum import Spectrum
+from cache4diffusion.methods.taocache import TaoCache
 from cache4diffusion.methods.taylorseer import TaylorSeer
 from cache4diffusion.methods.taylorseer_lite import TaylorSeerLite
 from cache4diffusion.methods.teacache import TeaCache
 from cache4diffusion.methods.toca import ToCa
+from cache4diffusion.methods.waveex import WaveEx
+from cache4diffusion.methods.z_cache import ZCache
 
 __all__ = [
     "DMD",
@@ -33,11 +37,15 @@ __all__ = [
     "Fora",
     "FreqCa",
     "HiCache",
+    "MeanCache",
     "Newton",
     "SpeCa",
     "Spectrum",
+    "TaoCache",
     "TaylorSeer",
     "TaylorSeerLite",
     "TeaCache",
     "ToCa",
+    "WaveEx",
+    "ZCache",
 ]

@@ -65,4 +65,4 @@ class FreqCa(Method):
             first_difference_step=self.warmup - 1,
         )
         gate = FixedInterval(self.interval, anchor="warmup", warmup=self.warmup)
-        return Composition(site=Span(feature="output"), gate=gate, predictor=predictor)
+        return Composition(site=Span(form="output"), gate=gate, predictor=predictor)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from cache4diffusion.gates import FixedInterval, FullFrom
+from cache4diffusion.gates import FixedInterval, Window
 from cache4diffusion.method import Composition, Method, MethodInfo
 from cache4diffusion.predictors import Delta
 from cache4diffusion.settings import setting
@@ -59,5 +59,5 @@ class GOC(Method):
             site=Parts(),
             gate=FixedInterval(self.interval),
             predictor=Delta(self.eta, self.delta_steps),
-            guards=(FullFrom(self.start_full),),
+            guards=(Window(stop=self.start_full),),
         )

@@ -56,7 +56,7 @@ class Spectrum(Method):
     def compose(self) -> Composition:
         """Output of all blocks x widening interval x Chebyshev regression."""
         return Composition(
-            site=Span(feature="output"),
+            site=Span(form="output"),
             gate=WideningInterval(self.warmup, self.window, self.growth),
             predictor=Chebyshev(self.degree, self.ridge, self.blend),
         )

@@ -9,10 +9,14 @@ from cache4diffusion.predictors.dmd import DynamicModes
 from cache4diffusion.predictors.foca import ForecastCalibrate
 from cache4diffusion.predictors.hermite import Hermite
 from cache4diffusion.predictors.history import History, weighted_sum
+from cache4diffusion.predictors.mean_velocity import MeanVelocity
 from cache4diffusion.predictors.momentum import AdaptedMomentum, Momentum
 from cache4diffusion.predictors.newton import Newton
 from cache4diffusion.predictors.reuse import Reuse
+from cache4diffusion.predictors.tao import ScaledDelta
 from cache4diffusion.predictors.taylor import Taylor
+from cache4diffusion.predictors.two_sided import TwoSided
+from cache4diffusion.predictors.wavelet import WaveletExtrapolation
 
 # Names under which a predictor can be given in a composition, as in predictor="newton(order=2)".
 PREDICTORS = {
@@ -28,6 +32,10 @@ PREDICTORS = {
     "bands": Bands,
     "chebyshev": Chebyshev,
     "dmd": DynamicModes,
+    "scaled-delta": ScaledDelta,
+    "two-sided": TwoSided,
+    "mean-velocity": MeanVelocity,
+    "wavelet": WaveletExtrapolation,
 }
 
 __all__ = [
@@ -42,11 +50,15 @@ __all__ = [
     "Hermite",
     "History",
     "LinearPredictor",
+    "MeanVelocity",
     "Momentum",
     "Newton",
     "Predictor",
     "RecursivePredictor",
     "Reuse",
+    "ScaledDelta",
     "Taylor",
+    "TwoSided",
+    "WaveletExtrapolation",
     "weighted_sum",
 ]

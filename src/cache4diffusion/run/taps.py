@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -76,12 +77,23 @@ def wrap_set_timesteps(original: Callable[..., Any], tap: Tap) -> Callable[..., 
 
 
 def wrap_step(original: Callable[..., Any], tap: Tap) -> Callable[..., Any]:
-    """Tell that a step is over, or that the run failed."""
+    """Let what steers the trajectory act; tell that a step is over, or that the run failed."""
+
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
     def step(*args: Any, **kwargs: Any) -> Any:
         try:
-            result = original(*args, **kwargs)
+            steered = [tracker for tracker in tap.trackers() if tracker.is_steering]
+            if not steered:
+                result = original(*args, **kwargs)
+            else:
+                call = signature.bind(*args, **kwargs)
+                for tracker in steered:
+                    tracker._step_called(tap.shadow.owner, call.arguments)
+                result = original(*call.args, **call.kwargs)
+                for tracker in steered:
+                    result = tracker._step_made(tap.shadow.owner, call.arguments, result)
         except BaseException:
             for tracker in tap.trackers():
                 tracker.fail()

@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -21,6 +21,18 @@ from cache4diffusion.run.taps import (
     wrap_set_timesteps,
     wrap_step,
 )
+
+
+class Steering(Protocol):
+    """Acts on the trajectory, around ``scheduler.step``."""
+
+    def before_step(self, run: Run, scheduler: Any, arguments: dict[str, Any]) -> None:
+        """``scheduler.step`` is called with these arguments; entries may be replaced."""
+        ...
+
+    def after_step(self, run: Run, scheduler: Any, arguments: dict[str, Any], result: Any) -> Any:
+        """``scheduler.step`` has made ``result`` of them; what is returned goes to the loop."""
+        ...
 
 
 class RunTracker:
@@ -43,6 +55,7 @@ class RunTracker:
         self._threads: dict[int, ThreadState] = {}
         self._lock = threading.Lock()
         self._taps: list[weakref.ref[Tap]] = []
+        self._steerings: list[Steering] = []
         self._keys: weakref.WeakKeyDictionary[Any, Hashable] = weakref.WeakKeyDictionary()  # of watched denoisers
 
     # ------------------------------------------------------------------ what the engine calls
@@ -149,6 +162,15 @@ class RunTracker:
             if position is not None:
                 del names[position]
 
+    def steer(self, steering: Steering) -> None:
+        """Let ``steering`` act around every ``scheduler.step`` of a run, until `unwatch`."""
+        self._steerings.append(steering)
+
+    @property
+    def is_steering(self) -> bool:
+        """Whether anything acts on the trajectory."""
+        return bool(self._steerings)
+
     # ------------------------------------------------------------------ what is listened to
 
     def watch_pipeline(self, pipe: Any) -> None:
@@ -178,6 +200,7 @@ class RunTracker:
         """Stop listening, restore what was found, and end the runs of all threads."""
         with self._lock:
             taps, self._taps = self._taps, []
+            self._steerings = []
             threads = list(self._threads.values())
             self._threads.clear()
         for reference in taps:
@@ -198,6 +221,19 @@ class RunTracker:
 
     def _timesteps_set(self, scheduler: Any) -> None:
         self._announce(self._thread(), "scheduler").follow(scheduler)
+
+    def _step_called(self, scheduler: Any, arguments: dict[str, Any]) -> None:
+        path = self._thread().path
+        if path is not None and path.has_begun:
+            for steering in self._steerings:
+                steering.before_step(path.run, scheduler, arguments)
+
+    def _step_made(self, scheduler: Any, arguments: dict[str, Any], result: Any) -> Any:
+        path = self._thread().path
+        if path is not None and path.has_begun:
+            for steering in self._steerings:
+                result = steering.after_step(path.run, scheduler, arguments, result)
+        return result
 
     def _step_returned(self, scheduler: Any) -> None:
         path = self._thread().path

@@ -55,11 +55,11 @@ class Span(Site):
         back: last blocks that always run, 0 or more.
         per_list: one span, gate state and decision for each list of blocks (double- and single-stream blocks of
             FLUX), as cache-dit does, instead of one over all lists. ``front`` and ``back`` then count in every list.
-        feature: ``"residual"``, what the span adds to what enters it; or ``"output"``, what leaves it (with ``back=0``:
-            what enters the final norm), whatever enters.
+        form: what is predicted: the ``"residual"``, which is added to what enters; or the ``"output"``, whatever enters
+            (with ``back=0``: what the final norm is given).
 
     Raises:
-        SettingError: a count is negative, or an unknown feature.
+        SettingError: a count is negative, or another form.
     """
 
     name: ClassVar[str] = "span"
@@ -68,13 +68,13 @@ class Span(Site):
     front: int = 0
     back: int = 0
     per_list: bool = False
-    feature: Literal["residual", "output"] = "residual"
+    form: Literal["residual", "output"] = "residual"
 
     def __post_init__(self) -> None:
         if self.front < 0 or self.back < 0:
             raise SettingError(f"Span(front={self.front}, back={self.back}): both must be 0 or more blocks.")
-        if self.feature not in ("residual", "output"):
-            raise SettingError(f"Span(feature={self.feature!r}): feature must be 'residual' or 'output'.")
+        if self.form not in ("residual", "output"):
+            raise SettingError(f"Span(form={self.form!r}): form must be 'residual' or 'output'.")
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,36 @@ class Parts(Site):
         unknown = [kind for kind in self.kinds if kind not in PART_KINDS]
         if unknown or not self.kinds:
             raise SettingError(f"Parts(kinds={self.kinds}): use one or more of {', '.join(PART_KINDS)}.")
+
+
+@dataclass(frozen=True)
+class Trajectory(Site):
+    """The sampling trajectory: what reaches ``scheduler.step`` after guidance, and the latent it makes of that.
+
+    A cached step runs nothing of the denoiser, in no branch; its calls return placeholders, and what the loop makes of
+    them is replaced at the scheduler. For solvers without a history only: a solver that remembers earlier outputs would
+    remember placeholders' too. All branches of a step are decided together.
+
+    Memory: the predictor's snapshots, once per run and not per branch.
+
+    Args:
+        feature: ``"velocity"``, the output after guidance; ``"state"``, the latent after the step; ``"all"``, the
+            velocity, the latent before and the latent after, of which the velocity is predicted.
+        solvers: classes of schedulers it works with.
+
+    Raises:
+        SettingError: an unknown feature.
+    """
+
+    name: ClassVar[str] = "trajectory"
+    words: ClassVar[str] = "the trajectory"
+
+    feature: Literal["velocity", "state", "all"] = "velocity"
+    solvers: tuple[str, ...] = ("FlowMatchEulerDiscreteScheduler", "EulerDiscreteScheduler", "DDIMScheduler")
+
+    def __post_init__(self) -> None:
+        if self.feature not in ("velocity", "state", "all"):
+            raise SettingError(f"Trajectory(feature={self.feature!r}): feature must be 'velocity', 'state' or 'all'.")
 
 
 @dataclass(frozen=True)
