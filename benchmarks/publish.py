@@ -27,18 +27,21 @@ def changed_settings(row: Row) -> str:
 
 
 def short_table(results: Results) -> str:
-    """The columns that a first look needs."""
+    """The columns that a first look needs; *expected* is the speed-up of the latency on its left."""
     lines = [
-        "| method | full / steps | FLOPs | latency | PSNR dB | accuracy | difference, points | PSNR wins | cache |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| method | fidelity | full / steps | FLOPs | latency | expected | PSNR dB | accuracy | difference, points | "
+        "PSNR wins | cache |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in results.rows:
         settings = changed_settings(row) if row.kind == "method" else ""
         cells = [
             f"`{row.method}({settings})`" if settings else f"`{row.method}`",
+            row.fidelity,
             steps(row),
             speedup(row.flops_speedup),
             speedup(row.latency_speedup),
+            speedup(row.predicted_latency_speedup),
             decibels(row.psnr),
             percent(row.accuracy),
             points(row.accuracy_difference, row.accuracy_difference_interval),

@@ -29,10 +29,18 @@ def test_without_its_markers_a_file_is_left_alone(made_up, text):
 
 
 def test_a_row_shows_the_settings_that_are_not_defaults(made_up):
-    row = made_up[0].rows[-1].model_copy(
-        update={"method": "fora", "settings": method("fora", interval=7).settings}
-    )
+    row = made_up[0].rows[-1].model_copy(update={"method": "fora", "settings": method("fora", interval=7).settings})
     assert publish.changed_settings(row) == "interval=7"
+
+
+def test_the_short_table_has_fidelity_and_both_speedups(made_up):
+    lines = publish.short_table(made_up[0]).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    row = made_up[0].row("speca")
+    (line,) = [line for line in lines if line.startswith("| `speca")]
+    cells = [cell.strip() for cell in line.split("|")]
+    assert cells[2] == "paper"
+    assert cells[4:7] == [f"{x:.2f}×" for x in (row.flops_speedup, row.latency_speedup, row.predicted_latency_speedup)]  # noqa: RUF001
 
 
 def test_the_page_has_every_row_and_family(made_up):

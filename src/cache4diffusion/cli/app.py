@@ -81,16 +81,23 @@ def _options(
 
 
 @command
-def methods(as_json: JsonOption = False) -> None:
+def methods(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of the README.")] = False,
+    as_json: JsonOption = False,
+) -> None:
     """List the methods.
 
     Example: c4d methods --json
     """
+    from cache4diffusion.cli.show import methods_table, source_of
     from cache4diffusion.method import METHODS
 
-    rows = [METHODS[name].row() for name in sorted(METHODS)]
+    rows = [{**METHODS[name].row(), "citation": METHODS[name].info.citation} for name in sorted(METHODS)]
     if as_json:
         _print_json(rows)
+        return
+    if markdown:
+        typer.echo(methods_table(rows))
         return
     from rich.table import Table
 
@@ -99,8 +106,7 @@ def methods(as_json: JsonOption = False) -> None:
         table.add_column(column, overflow="fold")
     for row in rows:
         predictor = row["predictor"] + (f", tokens: {row['tokens']}" if row["tokens"] else "")
-        source = f"arXiv:{row['arxiv']}" if row["arxiv"] else "released code"
-        table.add_row(row["name"], row["site"], row["gate"], predictor, row["fidelity"], source)
+        table.add_row(row["name"], row["site"], row["gate"], predictor, row["fidelity"], source_of(row))
     _console().print(table)
 
 

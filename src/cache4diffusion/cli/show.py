@@ -19,6 +19,26 @@ def published_of(info: MethodInfo) -> list[dict[str, Any]]:
     ]
 
 
+def source_of(row: dict[str, Any]) -> str:
+    """Where a method of the registry is from, in a word: its paper's number, or what there is instead."""
+    if row["arxiv"]:
+        return f"arXiv:{row['arxiv']}"
+    return {"code": "released code", "ours": "ours"}.get(row["fidelity"], row["citation"])
+
+
+def methods_table(rows: list[dict[str, Any]]) -> str:
+    """The registry as a markdown table, as it stands in the README."""
+    lines = ["| name | when to take it | site x gate x predictor | fidelity | source |", "|---|---|---|---|---|"]
+    for row in rows:
+        axes = [row[axis] for axis in ("site", "gate", "predictor", "tokens") if row[axis]]
+        source = source_of(row)
+        if row["arxiv"]:
+            source = f"[{row['arxiv']}](https://arxiv.org/abs/{row['arxiv']})"
+        cells = (f"`{row['name']}`", row["use"], " x ".join(axes), row["fidelity"], source)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def quotes_published(settings: list[dict[str, Any]]) -> bool:
     """Whether the line of a setting quotes a paper or its code."""
     return any(source in entry["doc"] for entry in settings for source in ("Code:", "Paper:"))
