@@ -23,7 +23,7 @@ def source_of(row: dict[str, Any]) -> str:
     """Where a method of the registry is from, in a word: its paper's number, or what there is instead."""
     if row["arxiv"]:
         return f"arXiv:{row['arxiv']}"
-    return {"code": "released code", "ours": "ours"}.get(row["fidelity"], row["citation"])
+    return str({"code": "released code", "ours": "ours"}.get(row["fidelity"], row["citation"]))
 
 
 def methods_table(rows: list[dict[str, Any]]) -> str:
