@@ -35,7 +35,7 @@ SAMPLING: dict[str, Any] = {
     "num_inference_steps": 50,
     "max_sequence_length": TEXT_LENGTH,
     "negative_prompt": "",
-    "true_cfg_scale": 3.0,
+    "true_cfg_scale": 2.0,
 }
 """Arguments of a call that fit ``scenes-flux``. With ``true_cfg_scale=1`` guidance is off and a step costs half."""
 
