@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,33 +21,39 @@ class _Enough(BaseException):
     """What was to be seen has been seen."""
 
 
-def first_step(denoiser: nn.Module, scheduler: Any, sample: Callable[[], Any]) -> list[Call]:
-    """Arguments of the denoiser's calls in the first step of ``sample()``, which goes no further.
+def first_step(denoiser: nn.Module, schedulers: Sequence[Any], sample: Callable[[], Any]) -> list[Call]:
+    """Arguments of the denoiser's calls in the first step of ``sample()`` that has any; it goes no further.
 
     Args:
         denoiser: whose calls are noted.
-        scheduler: its ``step`` ends the step; None: the first call alone, which is then not run.
+        schedulers: the ``step`` of any of them ends the step; none: the first call alone, which is then not run.
         sample: runs the pipeline.
     """
     calls: list[Call] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append((args, dict(kwargs)))
-        if scheduler is None:
+        if not schedulers:
             raise _Enough
 
-    def stop(*args: Any, **kwargs: Any) -> None:
-        raise _Enough
+    def watched(step: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(step)  # hosts inspect the signature
+        def stop(*args: Any, **kwargs: Any) -> Any:
+            if calls:
+                raise _Enough
+            return step(*args, **kwargs)  # of a step that was another denoiser's
+
+        return stop
 
     hook = denoiser.register_forward_pre_hook(note, with_kwargs=True)
-    shadow = Shadow(scheduler, "step", stop) if scheduler is not None else None
+    shadows = [Shadow(scheduler, "step", watched(scheduler.step)) for scheduler in schedulers]
     try:
         sample()
     except _Enough:
         pass
     finally:
         hook.remove()
-        if shadow is not None:
+        for shadow in shadows:
             shadow.remove()
     return calls
 

@@ -72,15 +72,15 @@ class MethodVariant:
         chosen: the method or composition.
         axes: parts of its composition that are replaced.
         label: tells two of one name apart; found from the settings if empty.
-        call: of the denoiser: attached before the clock starts, as for a user who samples more than once.
+        calls: of the denoisers, by name: attached before the clock starts, as for a user who samples more than once.
     """
 
     pipe: Any
     chosen: Method | Composition
     axes: dict[str, Any] = field(default_factory=dict)
     label: str = ""
-    call: Call | None = None
-    anatomy: Anatomy | None = None  # of the denoiser, once seen
+    calls: dict[str, Call] = field(default_factory=dict)
+    anatomies: dict[str, Anatomy | None] = field(default_factory=dict)  # of the denoisers, once seen
 
     @property
     def name(self) -> str:
@@ -103,10 +103,10 @@ class MethodVariant:
         """Accelerate for the time of one run."""
         with warnings.catch_warnings(), accelerate(self.pipe, self.chosen, **self.axes) as handle:
             warnings.filterwarnings("ignore", message=NOTHING_CACHED)  # it becomes a note of the row
-            if self.call is not None:
-                engine = handle._engines[0]
-                engine.prepare(*self.call, anatomy=self.anatomy)
-                self.anatomy = engine.host.anatomy
+            for engine in handle._engines:
+                if engine.name in self.calls:
+                    engine.prepare(*self.calls[engine.name], anatomy=self.anatomies.get(engine.name))
+                    self.anatomies[engine.name] = engine.host.anatomy
             yield Seen(handle)
 
 
@@ -175,7 +175,7 @@ def check_methods(methods: Sequence[Any]) -> None:
         compose(*_choose(None, {}, name, settings))
 
 
-def variants_of(pipe: Any, methods: Sequence[Any], call: Call | None = None) -> list[Any]:
+def variants_of(pipe: Any, methods: Sequence[Any]) -> list[Any]:
     """Make a variant of each entry: a name, ``"name(setting=value)"``, a method, a composition, or a variant already.
 
     Raises:
@@ -190,7 +190,7 @@ def variants_of(pipe: Any, methods: Sequence[Any], call: Call | None = None) -> 
         name, settings = parse_method(entry) if isinstance(entry, str) else (entry, {})
         chosen, axes = _choose(pipe, found, name, settings)
         compose(chosen, axes)
-        variants.append(MethodVariant(pipe, chosen, axes, call=call))
+        variants.append(MethodVariant(pipe, chosen, axes))
     return variants
 
 
@@ -271,16 +271,17 @@ def compare(
     variants = variants_of(pipe, methods)
     sample = sampler(pipe, call)
     with quiet(pipe):
-        part = prompts[:batch]
+        first = prompts[:batch], seeds[:batch], steps
         try:
-            calls = first_step(next(iter(found.values())), None, lambda: sample(part, seeds[:batch], steps))
+            seen = {name: first_step(each, (), lambda: sample(*first)) for name, each in found.items()}
         except Exception as error:  # the host's own code may raise anything
             raise MeasureError(
                 f"{type(pipe).__name__} fails without any method, on {prompts[0]!r}: {type(error).__name__}: {error}"
             ) from error
+        calls = {name: calls[0] for name, calls in seen.items() if calls}
         for variant in variants:
-            if isinstance(variant, MethodVariant) and calls:
-                variant.call = calls[0]
+            if isinstance(variant, MethodVariant):
+                variant.calls = calls
                 with variant.attach():
                     pass
         measured = bench(

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from cache4diffusion.engine import Engine
+from cache4diffusion.errors import RunError, SettingError, closest
 from cache4diffusion.method import Method
 from cache4diffusion.run import Run, RunTracker
 from cache4diffusion.trace import FULL, Trace
@@ -69,15 +70,38 @@ class Handle:
         with self._tracker.run(timesteps=timesteps, num_steps=num_steps):
             yield
 
-    def prepare(self, *args: Any, **kwargs: Any) -> None:
+    def prepare(self, *args: Any, denoiser: str | None = None, **kwargs: Any) -> None:
         """Attach now, from the arguments of a call of the denoiser, instead of at its first call.
 
-        What cannot work then fails here, and the first run is as fast as the second. With several denoisers: the first.
+        What cannot work then fails here, and the first run is as fast as the second.
+
+        Args:
+            *args, **kwargs: of the call.
+            denoiser: which one, by its attribute of the pipeline, where several take different arguments (a prior and
+                a U-Net). None: all of them, as experts that share the steps take the same ones.
 
         Raises:
-            AnatomyError: the denoiser lacks what the method needs; nothing is left attached.
+            RunError: the handle was removed.
+            SettingError: there is no such denoiser.
+            AnatomyError: a denoiser lacks what the method needs; nothing is attached by this call.
         """
-        self._engines[0].prepare(args, kwargs)
+        if self._is_removed:
+            raise RunError(f"{self!r}: nothing can be attached any more. Call accelerate() again.")
+        chosen = {engine.name: engine for engine in self._engines if denoiser in (None, engine.name)}
+        if not chosen:
+            names = [engine.name for engine in self._engines]
+            raise SettingError(
+                f"prepare(denoiser={denoiser!r}): there is none{closest(str(denoiser), names) or '.'} "
+                f"Accelerated are: {', '.join(names)}."
+            )
+        fresh = [engine for engine in chosen.values() if not engine.attachment.is_installed]
+        try:
+            for engine in fresh:
+                engine.prepare(args, kwargs)
+        except BaseException:
+            for engine in fresh:
+                engine.attachment.uninstall()
+            raise
 
     def watch_scheduler(self, scheduler: Any) -> None:
         """Listen to the scheduler of a loop of your own: it tells steps, and is what trajectory methods act on.

@@ -171,10 +171,14 @@ class Engine:
 
     def account(self) -> None:
         """Bring the ledger up to date."""
+        self.ledger.set(unique_bytes(self.tensors()))
+
+    def tensors(self) -> list[Tensor]:
+        """Every cached tensor."""
         tensors = [tensor for state in self._states.values() for tensor in self.tensors_of(state)]
         if self.branches is not None:
             tensors += list(self.branches.tensors())
-        self.ledger.set(unique_bytes(tensors))
+        return tensors
 
     def tensors_of(self, state: BranchState) -> list[Tensor]:
         """Every cached tensor of a branch."""

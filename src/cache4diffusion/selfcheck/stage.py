@@ -1,0 +1,227 @@
+"""Where checks run: each denoiser with the arguments of its calls in one step, and whole runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from cache4diffusion.accelerate import accelerate, compose, denoisers_of
+from cache4diffusion.anatomy import Anatomy
+from cache4diffusion.calls import Call, check_call, first_step, sampler, subject
+from cache4diffusion.engine.inputs import inputs_of
+from cache4diffusion.engine.leaves import get_argument, with_arguments
+from cache4diffusion.errors import SettingError
+from cache4diffusion.handle import Handle
+from cache4diffusion.method import Composition, Method
+from cache4diffusion.run.taps import schedulers_of
+from cache4diffusion.selfcheck.values import tensors
+from cache4diffusion.wrap import owner_of
+
+_PROMPTS = {
+    "prompt": ["a red circle on a gray background", "a blue star left of a green square on a white background"],
+    "class_labels": [0, 1],
+}
+
+
+class Failed(Exception):
+    """An invariant does not hold."""
+
+    def __init__(self, detail: str, site: str | None = None) -> None:
+        super().__init__(detail)
+        self.site = site
+
+
+class NotApplicable(Exception):
+    """An invariant says nothing here."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method as the checks use it."""
+
+    chosen: Method | Composition
+    axes: dict[str, Any]
+
+    def forced(self, steps: int) -> Case:
+        """Caches early and on every score; gains that change a constant are set to 1."""
+        if not isinstance(self.chosen, Method):
+            return self
+        wanted = {
+            "warmup": min(self.chosen.settings.get("warmup", 2), 2),
+            "cooldown": 0,
+            "threshold": 1e9,
+            "min_run": steps,
+            "low_gain": 1.0,
+            "high_gain": 1.0,
+        }
+        known = {name: value for name, value in wanted.items() if name in self.chosen.settings}
+        if self.chosen.is_off():
+            known.pop("threshold", None)
+        return dataclasses.replace(self, chosen=dataclasses.replace(self.chosen, **known))
+
+    def off(self) -> Case:
+        """At the registry's off settings."""
+        if not isinstance(self.chosen, Method):
+            raise NotApplicable("a composition of your own has no registered off settings")
+        short = {"warmup": min(self.chosen.settings.get("warmup", 2), 2)} if "warmup" in self.chosen.settings else {}
+        return dataclasses.replace(self, chosen=dataclasses.replace(self.chosen, **{**short, **self.chosen.info.off}))
+
+    @property
+    def composition(self) -> Composition:
+        """What runs."""
+        return compose(self.chosen, self.axes)
+
+    @property
+    def settings(self) -> str:
+        """Those that turn the method off, in words."""
+        if not isinstance(self.chosen, Method):
+            return "its settings"
+        return ", ".join(f"{name}={self.chosen.settings[name]}" for name in self.chosen.info.off)
+
+
+class Subject:
+    """One denoiser under test.
+
+    Args:
+        name: attribute of the pipeline.
+        denoiser: the network.
+        calls: arguments of its calls in the first step that has any; none where a run does not call it.
+        steps: of each run.
+    """
+
+    def __init__(self, name: str, denoiser: nn.Module, calls: list[Call], steps: int) -> None:
+        self.name, self.denoiser, self.calls, self.steps = name, denoiser, calls, steps
+        self.anatomy: Anatomy | None = None  # seen once
+        with torch.no_grad():
+            self.truth = [self.compute(call) for call in calls]
+
+    def compute(self, call: Call) -> Any:
+        """Call the denoiser; it may take entries out of the dictionaries it is given, so it gets its own."""
+        args, kwargs = pytree.tree_map(lambda leaf: leaf, call)
+        return self.denoiser(*args, **kwargs)
+
+    def attach(self, case: Case, **more: Any) -> Handle:
+        """Accelerate this denoiser alone, and attach at once.
+
+        Raises:
+            AnatomyError, CompositionError: the method cannot serve it.
+        """
+        return _attached(accelerate(self.denoiser, case.chosen, **case.axes, **more), [self])
+
+    def release(self) -> None:
+        """Remove whatever handle is still on it."""
+        owner = owner_of(self.denoiser)
+        if owner is not None:
+            owner.remove()
+
+    def frozen(self, handle: Handle, calls: list[Call] | None = None) -> Iterator[tuple[int, int, Any, str]]:
+        """Call the denoiser with the same arguments at every step: step, call of the step, output, letter."""
+        with torch.no_grad(), handle.run(num_steps=self.steps):
+            for step in range(self.steps):
+                for number, call in enumerate(calls or self.calls):
+                    # No name for the output: nothing here may keep it alive.
+                    yield step, number, self.compute(call), handle.trace.records[-1].symbol
+
+
+class Stage:
+    """A pipeline with all its denoisers, or a denoiser in a small loop.
+
+    Args:
+        target: the pipeline or denoiser.
+        inputs: arguments of one call of a bare denoiser.
+        call: arguments of the pipeline's call.
+        steps: of each run.
+
+    Raises:
+        SettingError: a bare denoiser came without inputs, an argument is not known, or a run calls no denoiser.
+    """
+
+    def __init__(self, target: Any, inputs: Any, call: dict[str, Any], steps: int) -> None:
+        self.target, self.steps = target, steps
+        self.is_pipeline = not isinstance(target, nn.Module)
+        found = denoisers_of(target)
+        if self.is_pipeline:
+            check_call(target, call)
+            name, embeddings = subject(target), call.get("prompt_embeds")
+            prompts = call.pop(name, _PROMPTS[name] if embeddings is None else None)
+            self.prompts = [prompts] if isinstance(prompts, (str, int)) else prompts
+            self.rows = len(embeddings) if self.prompts is None else len(self.prompts)  # type: ignore[arg-type]
+            call = {key: value for key, value in call.items() if key != "num_inference_steps"}
+            self._sample = sampler(target, {**call, "output_type": "latent"})
+            schedulers = schedulers_of(target)
+            with torch.no_grad():
+                calls = {name: first_step(module, schedulers, self._run) for name, module in found.items()}
+            if not any(calls.values()):
+                raise SettingError(
+                    f"A run of {type(target).__name__} with {steps} steps calls none of {', '.join(found)}: nothing "
+                    "can be checked."
+                )
+        elif inputs is None:
+            raise SettingError("selfcheck(denoiser) needs inputs=...: the arguments of one call, a tuple or a dict.")
+        else:
+            (name,) = found
+            calls = {name: [((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})]}
+        self.subjects = [Subject(name, module, calls[name], steps) for name, module in found.items()]
+
+    def _run(self) -> Any:
+        return self._sample(self.prompts, list(range(self.rows)), self.steps)
+
+    def attach(self, case: Case) -> Handle:
+        """Accelerate the target, and attach at once to all its denoisers that a run calls.
+
+        Raises:
+            AnatomyError, CompositionError: the method cannot serve one of them.
+        """
+        return _attached(accelerate(self.target, case.chosen, **case.axes), self.subjects)
+
+    def release(self) -> None:
+        """Remove whatever handle is still on its denoisers."""
+        for each in self.subjects:
+            each.release()
+
+    def sample(self, handle: Handle | None = None) -> list[Tensor]:
+        """A whole run: of the pipeline, or of a small loop around the denoiser."""
+        with torch.no_grad():
+            if self.is_pipeline:
+                return tensors(self._run())
+            with handle.run(num_steps=self.steps) if handle is not None else nullcontext():
+                return self._loop(*self.subjects)
+
+    def _loop(self, subject: Subject) -> list[Tensor]:
+        roles = inputs_of(subject.denoiser)
+        args, kwargs = subject.calls[0]
+        clock = get_argument(roles.module, args, kwargs, (roles.timestep,))
+        latent, outputs = get_argument(roles.module, args, kwargs, (roles.latent,)), []
+        half = latent.shape[0] // 2
+        is_guided = half * 2 == latent.shape[0] and torch.equal(latent[:half], latent[half:])  # both branches at once
+        for index in range(self.steps):
+            time = clock * (self.steps - index) / self.steps
+            if isinstance(clock, Tensor):
+                time = time.to(clock.dtype)
+            changed = {(roles.timestep,): time, (roles.latent,): latent}
+            outputs += tensors(subject.compute(with_arguments(roles.module, args, kwargs, changed)))
+            last = outputs[-1]
+            latent = latent - 0.1 * last if last.shape == latent.shape else 0.97 * latent
+            if is_guided:
+                latent = torch.cat([latent[:half], latent[:half]])
+        return outputs
+
+
+def _attached(handle: Handle, subjects: list[Subject]) -> Handle:
+    """The handle, attached to each subject by the arguments of its own calls."""
+    try:
+        for engine, subject in zip(handle._engines, subjects, strict=True):
+            if subject.calls:
+                engine.prepare(*subject.calls[0], anatomy=subject.anatomy)
+                subject.anatomy = engine.host.anatomy
+    except BaseException:
+        handle.remove()
+        raise
+    return handle
