@@ -3,13 +3,14 @@
 The metrics need the extra ``measure``; they are imported where they are used, and say so when they are missing.
 """
 
-from .bench import Bench, Variant, bench, generators
+from .bench import Bench, bench, generators
 from .cost import FlopCounter, PeakMemory, Timer, count_flops, flux_block_flops, synchronize
 from .errors import MeasureError, MissingExtraError
 from .metrics import as_images, as_pil, flip, paired_interval, psnr, ssim, wilson_interval
 from .report import write_report
 from .results import Conditions, Results, Row
 from .table import console_table, markdown_table
+from .variant import Variant
 
 __all__ = [
     "Bench",
