@@ -9,15 +9,9 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from torch import nn
 
+from weights import ready
+
 Case = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
-
-
-def _ready(module: nn.Module) -> nn.Module:
-    """Zero-initialised weights become noise: a gate of zero would hide what it gates."""
-    for parameter in module.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.2)
-    return module.eval().requires_grad_(False)
 
 
 def flux(batch: int = 2, *, controlnet: bool = False, ip_adapter: bool = False, guidance: bool = True) -> Case:
@@ -51,7 +45,7 @@ def flux(batch: int = 2, *, controlnet: bool = False, ip_adapter: bool = False, 
         for block in module.transformer_blocks:
             block.attn.set_processor(FluxIPAdapterAttnProcessor(hidden_size=16, cross_attention_dim=14))
         kwargs["joint_attention_kwargs"] = {"ip_hidden_states": [torch.randn(batch, 4, 14)]}
-    return _ready(module), (), kwargs
+    return ready(module), (), kwargs
 
 
 def dit(batch: int = 2) -> Case:
@@ -67,7 +61,7 @@ def dit(batch: int = 2) -> Case:
         num_embeds_ada_norm=10,
     )
     kwargs = {"timestep": torch.full((batch,), 3), "class_labels": torch.ones(batch, dtype=torch.long)}
-    return _ready(module), (torch.randn(batch, 4, 8, 8),), kwargs
+    return ready(module), (torch.randn(batch, 4, 8, 8),), kwargs
 
 
 def pixart(batch: int = 2) -> Case:
@@ -90,7 +84,7 @@ def pixart(batch: int = 2) -> Case:
         "encoder_attention_mask": torch.ones(batch, 5),
         "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
     }
-    return _ready(module), (torch.randn(batch, 4, 8, 8),), kwargs
+    return ready(module), (torch.randn(batch, 4, 8, 8),), kwargs
 
 
 def sd3(batch: int = 2) -> Case:
@@ -115,7 +109,7 @@ def sd3(batch: int = 2) -> Case:
         "pooled_projections": torch.randn(batch, 10),
         "timestep": torch.full((batch,), 3.0),
     }
-    return _ready(module), (torch.randn(batch, 4, 8, 8),), kwargs
+    return ready(module), (torch.randn(batch, 4, 8, 8),), kwargs
 
 
 def wan(batch: int = 2) -> Case:
@@ -139,7 +133,7 @@ def wan(batch: int = 2) -> Case:
         "timestep": torch.full((batch,), 3),
         "encoder_hidden_states": torch.randn(batch, 5, 14),
     }
-    return _ready(module), (), kwargs
+    return ready(module), (), kwargs
 
 
 def qwen(batch: int = 2) -> Case:
@@ -161,7 +155,7 @@ def qwen(batch: int = 2) -> Case:
         "timestep": torch.full((batch,), 0.5),
         "img_shapes": [[(1, 4, 5)]] * batch,
     }
-    return _ready(module), (), kwargs
+    return ready(module), (), kwargs
 
 
 def hunyuan_video(batch: int = 2) -> Case:
@@ -189,7 +183,7 @@ def hunyuan_video(batch: int = 2) -> Case:
         "pooled_projections": torch.randn(batch, 8),
         "guidance": torch.ones(batch),
     }
-    return _ready(module), (), kwargs
+    return ready(module), (), kwargs
 
 
 def cogvideox(batch: int = 2) -> Case:
@@ -216,7 +210,7 @@ def cogvideox(batch: int = 2) -> Case:
         "timestep": torch.full((batch,), 3),
         "image_rotary_emb": (torch.randn(48, 8), torch.randn(48, 8)),
     }
-    return _ready(module), (), kwargs
+    return ready(module), (), kwargs
 
 
 def hunyuan_dit(batch: int = 2) -> Case:
@@ -245,7 +239,7 @@ def hunyuan_dit(batch: int = 2) -> Case:
         "style": torch.zeros(batch, dtype=torch.long),
         "image_rotary_emb": (torch.randn(16, 8), torch.randn(16, 8)),
     }
-    return _ready(module), (torch.randn(batch, 4, 8, 8), torch.full((batch,), 3.0)), kwargs
+    return ready(module), (torch.randn(batch, 4, 8, 8), torch.full((batch,), 3.0)), kwargs
 
 
 def lumina2(batch: int = 2) -> Case:
@@ -270,7 +264,7 @@ def lumina2(batch: int = 2) -> Case:
         "encoder_hidden_states": torch.randn(batch, 5, 12),
         "encoder_attention_mask": torch.ones(batch, 5, dtype=torch.bool),
     }
-    return _ready(module), (), kwargs
+    return ready(module), (), kwargs
 
 
 def unet(batch: int = 2, *, mid: bool = True, controlnet: bool = False) -> Case:
@@ -293,7 +287,7 @@ def unet(batch: int = 2, *, mid: bool = True, controlnet: bool = False) -> Case:
         shapes = [(8, 16), (8, 16), (8, 16), (8, 8), (24, 8), (24, 8)]
         kwargs["down_block_additional_residuals"] = [torch.randn(batch, c, n, n) for c, n in shapes]
         kwargs["mid_block_additional_residual"] = torch.randn(batch, 24, 8, 8)
-    return _ready(module), (torch.randn(batch, 4, 16, 16), torch.tensor(3)), kwargs
+    return ready(module), (torch.randn(batch, 4, 16, 16), torch.tensor(3)), kwargs
 
 
 def unet2d(batch: int = 2) -> Case:
@@ -309,7 +303,7 @@ def unet2d(batch: int = 2) -> Case:
         attention_head_dim=8,
         norm_num_groups=4,
     )
-    return _ready(module), (torch.randn(batch, 4, 16, 16), torch.tensor(3)), {}
+    return ready(module), (torch.randn(batch, 4, 16, 16), torch.tensor(3)), {}
 
 
 # A denoiser in the style of a research repository: nothing here is known to any library ----
@@ -368,4 +362,4 @@ class PlainDiT(nn.Module):
 def plain(batch: int = 2, block: type[nn.Module] = PlainBlock) -> Case:
     torch.manual_seed(0)
     args = (torch.randn(batch, 4, 8, 8), torch.full((batch,), 3), torch.ones(batch, dtype=torch.long))
-    return _ready(PlainDiT(block=block)), args, {}
+    return ready(PlainDiT(block=block)), args, {}

@@ -11,21 +11,14 @@ from torch.overrides import TorchFunctionMode
 
 import cache4diffusion as c4d
 from cache4diffusion.engine import host
+from weights import ready
 
 TEXT, IMAGE = 5, 12
 
 
-def _ready(module: nn.Module) -> nn.Module:
-    """Zero-initialised weights become noise: a gate of zero would hide what it gates."""
-    for parameter in module.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.2)
-    return module.eval().requires_grad_(False)
-
-
 def flux(double: int = 2, single: int = 3) -> nn.Module:
     torch.manual_seed(1)
-    return _ready(
+    return ready(
         diffusers.FluxTransformer2DModel(
             in_channels=8,
             num_layers=double,
@@ -68,7 +61,7 @@ def flux_inputs(batch: int = 1, seed: int = 0, controlnet: nn.Module | None = No
 
 def dit(layers: int = 3) -> nn.Module:
     torch.manual_seed(1)
-    return _ready(
+    return ready(
         diffusers.DiTTransformer2DModel(
             num_attention_heads=2,
             attention_head_dim=16,
@@ -89,7 +82,7 @@ def dit_inputs(batch: int = 1) -> dict:
 
 def unet() -> nn.Module:
     torch.manual_seed(1)
-    return _ready(
+    return ready(
         diffusers.UNet2DConditionModel(
             sample_size=8,
             in_channels=4,

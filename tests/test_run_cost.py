@@ -10,14 +10,6 @@ from cache4diffusion.flops import FlopCounter
 from toys import branch_loop, dit, dit_loop, flux, flux_inputs, flux_loop, flux_pipeline, generate
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def counted(denoiser, run):
     with torch.no_grad(), FlopCounter(denoiser) as counter:
         run()

@@ -22,14 +22,6 @@ from toys import MLP, dit, flux, flux_inputs, flux_pipeline
 STEPS = 6
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def denoiser():
     return flux()

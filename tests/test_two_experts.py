@@ -34,14 +34,6 @@ class Experts:
         return (image[..., None].expand(-1, -1, -1, 3).numpy(),)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def pipe():
     return Experts()

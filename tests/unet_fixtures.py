@@ -3,15 +3,6 @@ import torch
 
 from cache4diffusion.engine import host
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 SEEN = {}
 
 

@@ -8,14 +8,6 @@ from cache4diffusion.reference.networks import build_vae
 from cache4diffusion.reference.training.flow import FlowModel
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory):
     """A folder like that of scenes-flux, tiny and untrained."""

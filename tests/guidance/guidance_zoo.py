@@ -18,17 +18,12 @@ from diffusers import (
 )
 from torch import nn
 
-
-def _ready(module: nn.Module) -> nn.Module:
-    for parameter in module.parameters():
-        if not parameter.any():  # a gate of zero would hide what it gates
-            nn.init.normal_(parameter, std=0.2)
-    return module.eval().requires_grad_(False)
+from weights import ready
 
 
 def dit() -> DiTTransformer2DModel:
     torch.manual_seed(0)
-    return _ready(
+    return ready(
         DiTTransformer2DModel(
             num_attention_heads=2,
             attention_head_dim=8,
@@ -44,7 +39,7 @@ def dit() -> DiTTransformer2DModel:
 
 def unet() -> UNet2DConditionModel:
     torch.manual_seed(0)
-    return _ready(
+    return ready(
         UNet2DConditionModel(
             sample_size=10,
             block_out_channels=(8, 16),
@@ -60,7 +55,7 @@ def unet() -> UNet2DConditionModel:
 
 def flux() -> FluxTransformer2DModel:
     torch.manual_seed(0)
-    return _ready(
+    return ready(
         FluxTransformer2DModel(
             in_channels=16,
             num_layers=2,
@@ -76,7 +71,7 @@ def flux() -> FluxTransformer2DModel:
 
 def vae() -> AutoencoderKL:
     torch.manual_seed(2)
-    return _ready(AutoencoderKL(block_out_channels=(4,), latent_channels=4, norm_num_groups=2, sample_size=10))
+    return ready(AutoencoderKL(block_out_channels=(4,), latent_channels=4, norm_num_groups=2, sample_size=10))
 
 
 class Guided:

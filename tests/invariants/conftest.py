@@ -8,14 +8,6 @@ _KNOWN = {}
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
 def anatomies_are_observed_once(monkeypatch):
     """An anatomy is frozen facts that depend on the denoiser's class, sizes and arguments; observing is slow."""
     observe = host.observe

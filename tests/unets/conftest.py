@@ -1,3 +1,3 @@
-from unet_fixtures import one_thread, seen_once
+from unet_fixtures import seen_once
 
-__all__ = ["one_thread", "seen_once"]
+__all__ = ["seen_once"]
