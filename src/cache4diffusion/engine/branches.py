@@ -39,12 +39,25 @@ class GuidanceState:
     source: list[Tensor] = field(default_factory=list)  # the source branch's output maps of this step (sequential)
     source_branch: str | None = None
     is_source_new: bool = False  # its conditioning was replaced at this step
-    template: Any = None
-    grid: Grid | None = None
+    template: Any = None  # how an output is made of tensors
+    grid: Grid | None = None  # how its tokens lie in the image
     shape: Any = None  # of the latents the rule's state belongs to
     pairs: int = 0  # steps at which both branches were seen, run or not
     skipped: int = 0  # steps at which one of them was not run
     unread_finite: Tensor | None = None  # finite check of the last prediction, not read yet
+
+
+@dataclass(frozen=True)
+class GuidedCall:
+    """One call of the denoiser, and what is remembered of its run."""
+
+    state: GuidanceState
+    step: Step
+    call: Call
+    latent: Tensor
+    inner: Inner
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 class BranchDriver:
@@ -103,29 +116,28 @@ class BranchDriver:
     def run(self, call: Call, latent: Tensor, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call of the denoiser, whole or in part."""
         state = self._states.setdefault(call.run.id, GuidanceState(self.rule.init()))
-        step = Step(call.step, call.run.num_steps)
         if not self.finite.passed(state):
             self._start_anew(state)
-        if self._may_be_batched(state, call, latent):
-            return self._batched(state, step, call, latent, inner, args, kwargs)
-        return self._sequential(state, step, call, latent, inner, args, kwargs)
+        now = GuidedCall(state, Step(call.step, call.run.num_steps), call, latent, inner, args, kwargs)
+        return self._batched(now) if self._may_be_batched(now) else self._sequential(now)
 
-    def _may_be_batched(self, state: GuidanceState, call: Call, latent: Tensor) -> bool:
-        rows = latent.shape[0]
+    def _may_be_batched(self, now: GuidedCall) -> bool:
+        rows = now.latent.shape[0]
         if rows == 0 or rows % 2 or self.rule.layout == "sequential":
             return False
         if self.rule.layout == "batched":
             return True
-        if call.ordinal > 0 or _kind(call.branch) is not None or self.is_guided() is False:
+        if now.call.ordinal > 0 or _kind(now.call.branch) is not None or self.is_guided() is False:
             return False
-        return state.layouts.get(latent.shape, True)
+        return now.state.layouts.get(now.latent.shape, True)
 
-    def _is_batched(self, state: GuidanceState, latent: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _is_batched(self, now: GuidedCall) -> bool:
         """Whether a call that may hold both branches does."""
         if self.rule.layout == "batched":
             return True
+        state, latent = now.state, now.latent
         if latent.shape not in state.layouts:
-            conditioning = self.host.inputs.split(args, kwargs)[2]
+            conditioning = self.host.inputs.split(now.args, now.kwargs)[2]
             half = latent.shape[0] // 2
             verdict = (latent[:half] == latent[half:]).all()
             if self.is_guided() is None:  # a pipeline that says yes may do so with equal prompts
@@ -135,117 +147,106 @@ class BranchDriver:
             state.layouts[latent.shape] = bool(verdict)
         return state.layouts[latent.shape]
 
-    def _fit(self, state: GuidanceState, latent: Tensor) -> None:
-        if state.shape != latent.shape:
-            state.rule, state.shape = self.rule.init(), latent.shape
+    def _fit(self, now: GuidedCall) -> None:
+        if now.state.shape != now.latent.shape:
+            now.state.rule, now.state.shape = self.rule.init(), now.latent.shape
+
+    def _run(self, now: GuidedCall) -> Any:
+        """The call as it is."""
+        return self.run_branch(now.call, now.latent, now.inner, now.args, now.kwargs)
 
     # -- both branches in one call ---------------------------------------------------------------------------------
 
-    def _batched(
-        self,
-        state: GuidanceState,
-        step: Step,
-        call: Call,
-        latent: Tensor,
-        inner: Inner,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def _batched(self, now: GuidedCall) -> Any:
+        state, step, latent = now.state, now.step, now.latent
         batch, half = latent.shape[0], latent.shape[0] // 2
-        self._fit(state, latent)
+        self._fit(now)
         halves = (list(range(half)), list(range(half, batch)))
         predicted_rows, source_rows = halves if self.batch_order == "uncond-cond" else halves[::-1]
-        is_cached = self.rule.is_cached(state.rule, step) and not is_new_conditioning(call)
-        if is_cached and not self._is_batched(state, latent, args, kwargs):
+        is_cached = self.rule.is_cached(state.rule, step) and not is_new_conditioning(now.call)
+        if is_cached and not self._is_batched(now):
             state.rule = self.rule.init()
-            return self._sequential(state, step, call, latent, inner, args, kwargs)
+            return self._sequential(now)
         if not is_cached:
-            output = self.run_branch(call, latent, inner, args, kwargs)
-            maps, _ = self._maps(state, output, args, kwargs)
+            output = self._run(now)
+            maps = self._maps(now, output)
             source, other = ([m[rows[0] : rows[-1] + 1] for m in maps] for rows in (source_rows, predicted_rows))
             self.rule.update(state.rule, step, source, other)
             if self.rule.layout == "batched" or state.layouts.get(latent.shape):
                 state.pairs += 1
             else:  # a second call in this step would show that each branch has its own
-                self._keep_source(state, step, call, maps)
+                self._keep_source(now, maps)
             return output
-        sub_args, sub_kwargs = self.host.rows(args, kwargs, source_rows, batch)
+        sub_args, sub_kwargs = self.host.rows(now.args, now.kwargs, source_rows, batch)
         sub_latent = latent[source_rows[0] : source_rows[-1] + 1]
-        output = self.run_branch(call, sub_latent, inner, sub_args, sub_kwargs, is_half=True)
-        maps, restore = self._maps(state, output, args, kwargs)
+        output = self.run_branch(now.call, sub_latent, now.inner, sub_args, sub_kwargs, is_half=True)
+        maps = self._maps(now, output)
         self.rule.commit(state.rule, step)
         others = self.rule.predict(state.rule, step, maps)
         state.pairs, state.source = state.pairs + 1, []
         if self._is_finite(state, others):
             state.skipped += 1
         else:
-            other_args, other_kwargs = self.host.rows(args, kwargs, predicted_rows, batch)
-            others, _ = self._maps(state, inner(*other_args, **other_kwargs), args, kwargs)
+            other_args, other_kwargs = self.host.rows(now.args, now.kwargs, predicted_rows, batch)
+            others = self._maps(now, now.inner(*other_args, **other_kwargs))
             self.rule.update(state.rule, step, maps, others)
         pairs = [(u, c) if self.batch_order == "uncond-cond" else (c, u) for u, c in zip(others, maps, strict=True)]
-        return restore([torch.cat(pair) for pair in pairs])
+        return self._output(state, [torch.cat(pair) for pair in pairs])
 
     # -- one call per branch ---------------------------------------------------------------------------------------
 
-    def _keep_source(self, state: GuidanceState, step: Step, call: Call, maps: list[Tensor]) -> None:
+    def _keep_source(self, now: GuidedCall, maps: list[Tensor]) -> None:
         # Copies: the host may write into an output before it calls the other branch.
-        state.source, state.source_step, state.source_branch = [m.clone() for m in maps], step.index, call.branch
+        state = now.state
+        state.source, state.source_step = [m.clone() for m in maps], now.step.index
+        state.source_branch = now.call.branch
 
-    def _sequential(
-        self,
-        state: GuidanceState,
-        step: Step,
-        call: Call,
-        latent: Tensor,
-        inner: Inner,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        kind = _kind(call.branch)
-        if call.ordinal == 0:
+    def _sequential(self, now: GuidedCall) -> Any:
+        state, step, latent, kind = now.state, now.step, now.latent, _kind(now.call.branch)
+        if now.call.ordinal == 0:
             if kind == "uncond" and not self.is_off:
                 raise self._wrong_order()
-            output = self.run_branch(call, latent, inner, args, kwargs)
-            self._keep_source(state, step, call, self._maps(state, output, args, kwargs)[0])
-            state.is_source_new = is_new_conditioning(call)
+            output = self._run(now)
+            self._keep_source(now, self._maps(now, output))
+            state.is_source_new = is_new_conditioning(now.call)
             return output
-        is_target = kind == "uncond" or (call.ordinal == 1 and kind is None)
+        is_target = kind == "uncond" or (now.call.ordinal == 1 and kind is None)
         has_source = state.source_step == step.index and bool(state.source)
         if not is_target or not has_source or state.source[0].shape[0] != latent.shape[0]:
-            return self.run_branch(call, latent, inner, args, kwargs)
+            return self._run(now)
         if self.rule.batch_order == "uncond-cond" and kind is None and not self.is_off:
             raise self._wrong_order()
         if latent.shape[0] % 2 == 0 and state.layouts.get(latent.shape) is None:
             state.layouts[latent.shape], state.rule = False, self.rule.init()
-        self._fit(state, latent)
+        self._fit(now)
         state.pairs += 1
-        is_new = state.is_source_new or is_new_conditioning(call)
+        is_new = state.is_source_new or is_new_conditioning(now.call)
         if self.rule.is_cached(state.rule, step) and not is_new:
             start = time.perf_counter()
             self.rule.commit(state.rule, step)
             maps = self.rule.predict(state.rule, step, state.source)
             if self._is_finite(state, maps):
-                return self._skip(state, step, call, maps, start)
-        output = self.run_branch(call, latent, inner, args, kwargs)
-        maps, _ = self._maps(state, output, args, kwargs)
-        self.rule.update(state.rule, step, state.source, maps)
+                return self._skip(now, maps, start)
+        output = self._run(now)
+        self.rule.update(state.rule, step, state.source, self._maps(now, output))
         state.source = []
         return output
 
-    def _skip(self, state: GuidanceState, step: Step, call: Call, maps: list[Tensor], start: float) -> Any:
+    def _skip(self, now: GuidedCall, maps: list[Tensor], start: float) -> Any:
         """Answer a call from the other branch's output of this step."""
-        output = self._restore(state, maps)
+        state, call = now.state, now.call
+        output = self._output(state, maps)
         state.skipped, state.source = state.skipped + 1, []
         if _kind(call.branch) is None and self.rule.batch_order == "auto":
             self.host.note(
-                f"the first of a step's calls was taken for the conditional branch "
-                f"({state.source_branch}); say batch_order='cond-uncond' to confirm."
+                f"the first of a step's calls was taken for the conditional branch ({state.source_branch}); say "
+                "batch_order='cond-uncond' to confirm."
             )
         self.host.trace.add(
             Record(
                 self.host.name,
                 call.run.id,
-                step.index,
+                now.step.index,
                 call.branch,
                 CACHED,
                 f"predicted from {state.source_branch}",
@@ -276,10 +277,9 @@ class BranchDriver:
 
     # -- layouts ---------------------------------------------------------------------------------------------------
 
-    def _maps(
-        self, state: GuidanceState, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
-        """The output's tensors as maps, and the way back."""
+    def _maps(self, now: GuidedCall, output: Any) -> list[Tensor]:
+        """The output's tensors as maps; the state keeps the way back."""
+        state = now.state
         leaves, spec = flatten(output)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         state.template = ([None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves], spec)
@@ -287,14 +287,13 @@ class BranchDriver:
             state.grid = None
         elif state.grid is None or state.grid.height * state.grid.width != tensors[0].shape[1]:
             denoiser = getattr(self.host.denoiser, "_orig_mod", self.host.denoiser)
-            ids, shapes = (get_argument(denoiser, args, kwargs, (name,)) for name in ("img_ids", "img_shapes"))
+            ids, shapes = (get_argument(denoiser, now.args, now.kwargs, (name,)) for name in ("img_ids", "img_shapes"))
             self.host.trace.syncs += isinstance(ids, Tensor)
             state.grid = grid_of(type(denoiser).__name__, tensors[0], ids, shapes)
-        grid = state.grid
-        maps = tensors if grid is None else [grid.to_maps(tensor) for tensor in tensors]
-        return maps, lambda maps: self._restore(state, maps)
+        return tensors if state.grid is None else [state.grid.to_maps(tensor) for tensor in tensors]
 
-    def _restore(self, state: GuidanceState, maps: list[Tensor]) -> Any:
+    def _output(self, state: GuidanceState, maps: list[Tensor]) -> Any:
+        """An output like the last one, around ``maps``."""
         grid = state.grid
         tensors = iter(maps if grid is None else [grid.to_tokens(m) for m in maps])
         constants, spec = state.template

@@ -33,7 +33,8 @@ from cache4diffusion.reference.networks import (
     vocabulary,
 )
 from cache4diffusion.reference.scenes import TRAINING_MIX, draw_scene, render
-from cache4diffusion.reference.training.parallel import Trainer, TrainSettings
+from cache4diffusion.reference.training.options import facts_of, settings_of, training_parser
+from cache4diffusion.reference.training.parallel import Trainer
 
 CAPTION_DROPOUT = 0.1
 SIGMA_MEAN, SIGMA_STD = 0.5, 1.2  # of the logit of the noise level
@@ -300,20 +301,8 @@ def _mix_of(text: str) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = training_parser(__doc__, minutes=240.0, cooldown=0.3, batch=16, seed=2)
     parser.add_argument("--vae", type=Path, required=True, help="folder of the trained autoencoder")
-    parser.add_argument("--folder", type=Path, required=True, help="checkpoints and loss curve go here")
-    parser.add_argument("--minutes", type=float, default=240.0, help="wall-clock budget of this call")
-    parser.add_argument("--updates", type=int, default=-1)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--warmup", type=int, default=100)
-    parser.add_argument("--cooldown", type=float, default=0.3)
-    parser.add_argument("--batch", type=int, default=16, help="scenes per microbatch")
-    parser.add_argument("--microbatches", type=int, default=4)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=2)
-    parser.add_argument("--save-minutes", type=float, default=5.0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--compile", action="store_true", help="compile the blocks: a minute's wait, then a quarter faster"
     )
@@ -321,31 +310,16 @@ def main(argv: list[str] | None = None) -> None:
         "--mix", type=_mix_of, default=TRAINING_MIX, help="shares of the families, e.g. position=0.5,color_attr=0.5"
     )
     parser.add_argument("--sigma-mean", type=float, default=SIGMA_MEAN, help="of the logit of the noise level")
-    parser.add_argument("--resume", choices=("auto", "ema"), default="auto")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    settings = TrainSettings(
-        folder=args.folder,
-        minutes=args.minutes,
-        updates=args.updates,
-        lr=args.lr,
-        warmup=args.warmup,
-        cooldown=args.cooldown,
-        microbatches=args.microbatches,
-        workers=args.workers,
-        seed=args.seed,
-        save_minutes=args.save_minutes,
-        device=args.device,
-        resume=args.resume,
-    )
-    facts = {"batch": args.batch * args.microbatches, "seed": args.seed, "lr": args.lr, "workers": args.workers}
+    facts = facts_of(args)
     vae = load_vae(args.vae).to(args.device)
     facts |= {"shift_factor": vae.config["shift_factor"], "scaling_factor": vae.config["scaling_factor"]}
     model = FlowModel(args.seed)
     if args.compile:
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
         model.transformer.compile_repeated_blocks(dynamic=False)
-    trainer = Trainer(model, lambda *_: (torch.zeros(()), {}), settings, is_matrix, facts, lr_scale)
+    trainer = Trainer(model, lambda *_: (torch.zeros(()), {}), settings_of(args), is_matrix, facts, lr_scale)
     pool = LatentPool(vae, trainer.history["updates"], args.batch, args.microbatches, mix=args.mix)
     trainer.loss = FlowLoss(pool, sigma_mean=args.sigma_mean)
     with plain_attention() if args.device == "cpu" else contextlib.nullcontext():

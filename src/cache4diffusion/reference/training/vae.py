@@ -7,9 +7,7 @@ Loss: L1 of pixels, plus L1 of neighbouring differences (edges), plus a small KL
 
 from __future__ import annotations
 
-import argparse
 import random
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,8 @@ from torch import Tensor
 
 from cache4diffusion.reference.networks import build_vae
 from cache4diffusion.reference.scenes import draw_scene, render
-from cache4diffusion.reference.training.parallel import Trainer, TrainSettings
+from cache4diffusion.reference.training.options import facts_of, settings_of, training_parser
+from cache4diffusion.reference.training.parallel import Trainer
 
 EDGE_WEIGHT = 0.5
 KL_WEIGHT = 5e-4
@@ -65,35 +64,12 @@ class VaeLoss:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="checkpoints, log and loss curve go here")
-    parser.add_argument("--minutes", type=float, default=30.0, help="wall-clock budget of this call")
-    parser.add_argument("--updates", type=int, default=-1)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--cooldown", type=float, default=0.6)
-    parser.add_argument("--batch", type=int, default=4, help="images per microbatch")
-    parser.add_argument("--microbatches", type=int, default=4)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--resume", choices=("auto", "ema"), default="auto")
-    args = parser.parse_args(argv)
+    args = training_parser(__doc__, minutes=30.0, cooldown=0.6, batch=4, seed=1).parse_args(argv)
     torch.set_num_threads(1)
-    settings = TrainSettings(
-        folder=args.folder,
-        minutes=args.minutes,
-        updates=args.updates,
-        lr=args.lr,
-        cooldown=args.cooldown,
-        microbatches=args.microbatches,
-        workers=args.workers,
-        seed=args.seed,
-        device=args.device,
-        resume=args.resume,
-    )
-    facts = {"batch": args.batch * args.microbatches, "seed": args.seed, "lr": args.lr, "workers": args.workers}
     loss = VaeLoss(args.batch, args.device)
-    Trainer(build_vae(args.seed), loss, settings, is_matrix=lambda name, p: ".conv" in name, facts=facts).run()
+    Trainer(
+        build_vae(args.seed), loss, settings_of(args), is_matrix=lambda name, p: ".conv" in name, facts=facts_of(args)
+    ).run()
 
 
 if __name__ == "__main__":
