@@ -8,12 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cache4diffusion as c4d
-from cache4diffusion.engine.tokens import AttentionCapture, put, take
+from cache4diffusion.engine.attention import AttentionCapture
+from cache4diffusion.engine.tokens import put, take
 from cache4diffusion.errors import SettingError
 from cache4diffusion.gates import FixedInterval, Step
 from cache4diffusion.predictors import Reuse, Taylor
 from cache4diffusion.sites import Parts
 from cache4diffusion.tokens import TOKEN_RULES, Segment, TokenPlace, TokenRule, TopScore
+from cache4diffusion.tokens.topk import _FACTORS
 from small_denoisers import (
     IMAGE,
     TEXT,
@@ -102,7 +104,7 @@ def test_permuting_tokens_permutes_the_selection(order):
         assert torch.equal(order[two].sort().values, one)
 
 
-@given(st.floats(0, 1), st.integers(0, 27), st.integers(3, 49), st.sampled_from(["constant", "flux", "dit"]))
+@given(st.floats(0, 1), st.integers(0, 27), st.integers(3, 49), st.sampled_from(list(_FACTORS)))
 def test_the_number_of_tokens_depends_on_step_layer_and_part_only(ratio, layer, step, schedule):
     rule = TopScore(ratio, schedule=schedule)
     shapes = set()
@@ -176,7 +178,10 @@ def test_every_token_rule_of_the_table_keeps_the_contract(name):
         ({"age_weight": -1.0}, "age_weight must be 0"),
         ({"interval": 0}, "interval 1 or more"),
         ({"schedule": "sdxl"}, "'constant', 'flux', 'dit'"),
-        ({"score": "norm"}, "'attention', 'random'"),
+        ({"score": "norm"}, "'attention', 'value_norm', 'random'"),
+        ({"cross_weight": 1.5}, "cross_weight must be 0 to 1"),
+        ({"bonus": -0.1}, "bonus 0 or more"),
+        ({"window": 0}, "window 1 token or more"),
     ],
 )
 def test_bad_settings_are_refused_in_words(settings, words):
@@ -208,12 +213,12 @@ def test_captured_attention_is_the_column_mean_of_the_softmax():
     mask = torch.rand(2, 1, 7, 7) > 0.3
     mask[..., 0] = True
     for attn_mask in (None, mask, torch.randn(2, 1, 7, 7)):
-        with AttentionCapture(chunk=3) as seen:
+        with AttentionCapture("attention", chunk=3) as capture:
             out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask)
         logits = query @ key.transpose(-1, -2) / 5**0.5
         if attn_mask is not None:
             logits = logits.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else logits + attn_mask
-        torch.testing.assert_close(seen.received, logits.softmax(-1).mean((1, 2)))
+        torch.testing.assert_close(capture.seen["attention"], logits.softmax(-1).mean((1, 2)))
         torch.testing.assert_close(out, logits.softmax(-1) @ value)
 
 

@@ -35,7 +35,13 @@ class Grid:
         return tokens.reshape(b, self.height * self.width, -1)
 
 
-def grid_of(denoiser_name: str, tokens: Tensor, ids: Any = None, shapes: Any = None) -> Grid:
+def grid_of(
+    denoiser_name: str,
+    tokens: Tensor,
+    ids: Any = None,
+    shapes: Any = None,
+    wanted: str = "FasterCache cannot filter them by frequency",
+) -> Grid:
     """The grid of output tokens, row by row.
 
     Args:
@@ -44,6 +50,7 @@ def grid_of(denoiser_name: str, tokens: Tensor, ids: Any = None, shapes: Any = N
         ids: positions of the tokens ``[N, 3]`` or ``[B, N, 3]`` (FLUX's ``img_ids``: frame, row, column), if the host
             passes any. Reading them is a host sync.
         shapes: ``[[(frames, height, width), ...], ...]`` (``img_shapes``), if the host passes them.
+        wanted: what cannot be done without it, for the error.
 
     Raises:
         AnatomyError: nothing tells the grid.
@@ -65,6 +72,32 @@ def grid_of(denoiser_name: str, tokens: Tensor, ids: Any = None, shapes: Any = N
         if side * side == count:
             return Grid(side, side, patch)
     raise AnatomyError(
-        f"{denoiser_name} returns {count} tokens, and how they lie in the image is not known (no position ids of one "
-        "image, row by row, and not a square), so FasterCache cannot filter them by frequency."
+        f"{denoiser_name} has {count} image tokens, and how they lie in the image is not known (no position ids of one "
+        f"image, row by row, and not a square), so {wanted}."
+    )
+
+
+def patch_grid(denoiser_name: str, latent: Tensor, count: int, patch: int | None, wanted: str) -> tuple[int, int, int]:
+    """Frames, rows and columns of the ``count`` tokens a latent ``[..., H, W]`` was cut into.
+
+    Args:
+        denoiser_name: class name.
+        latent: an image ``[B, C, H, W]``, or a video whose last two axes are rows and columns.
+        count: number of tokens.
+        patch: side of a token's patch, if the denoiser says it.
+        wanted: what cannot be done without it, for the error.
+
+    Raises:
+        AnatomyError: no square patch gives that many tokens.
+    """
+    height, width = latent.shape[-2:]
+    for side in (patch,) if patch is not None else (1, 2, 4, 8, 16):
+        per_frame = (height // side) * (width // side)
+        if height % side or width % side or per_frame == 0 or count % per_frame:
+            continue
+        if count == per_frame or (latent.ndim == 5 and patch is not None):
+            return count // per_frame, height // side, width // side
+    raise AnatomyError(
+        f"{denoiser_name} cuts a latent of {height} x {width} into {count} tokens, and how they lie in the image is "
+        f"not known, so {wanted}."
     )

@@ -80,7 +80,7 @@ class PartSite:
                 return tokens.run(site, found, args, kwargs) if tokens.handles(site) else site.given()
             if not switch.is_on or not is_captured:
                 return forward(*args, **kwargs)
-            output = tokens.capture(site.position, found, args, kwargs)
+            output = tokens.capture(site.position, site.part.kind, found, args, kwargs)
             site.take(output)
             return output
 
@@ -151,7 +151,10 @@ class RestingModule:
             if not switch.is_on or is_norm:
                 return found(*args, **kwargs)
             position = tokens.position_of(rest) if is_captured else None
-            output = found(*args, **kwargs) if position is None else tokens.capture(position, found, args, kwargs)
+            if position is None:
+                output = found(*args, **kwargs)
+            else:
+                output = tokens.capture(position, rest.inner.kind, found, args, kwargs)
             rest.shapes = shapes_of(output)
             tokens.took_inner(rest, output)
             return output
@@ -248,7 +251,7 @@ class PartsDriver(Driver):
     def run(self, context: Context, inner: InnerCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Set the switch, run the host's code, collect what compiled blocks kept."""
         switch = self.switch
-        switch.context = context
+        switch.context, context.scratch["call"] = context, (args, kwargs)
         try:
             if context.verdict is not None:
                 self._turn(context)

@@ -7,16 +7,19 @@ its projection is shared with the MLP.
 
 from __future__ import annotations
 
+import dataclasses
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from cache4diffusion.anatomy import Anatomy
+from cache4diffusion.engine.attention import OBSERVED, AttentionCapture
 from cache4diffusion.engine.leaves import get_argument, own, with_arguments
-from cache4diffusion.engine.state import Context
+from cache4diffusion.engine.maps import grid_of, patch_grid
+from cache4diffusion.engine.state import BranchState, Context
+from cache4diffusion.errors import AnatomyError
 from cache4diffusion.gates import Step
 from cache4diffusion.predictors import Reuse
 from cache4diffusion.tokens import Segment, TokenPlace, TokenRule
@@ -29,52 +32,16 @@ if TYPE_CHECKING:
 _IMAGE_FIRST = ("HunyuanVideo", "Mochi", "SD3")
 
 
-class AttentionCapture(TorchFunctionMode):
-    """Sees every scaled-dot-product attention within, and notes how much attention each key token receives.
-
-    ``received[b, j] = mean over heads and queries of softmax(q k^T)[b, h, i, j]``, float32, in chunks of queries. The
-    attention itself runs as always.
-    """
-
-    def __init__(self, chunk: int = 512) -> None:
-        super().__init__()
-        self.received: Tensor | None = None
-        self.chunk = chunk
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.scaled_dot_product_attention and self.received is None:
-            query = kwargs.get("query", args[0] if args else None)
-            key = kwargs.get("key", args[1] if len(args) > 1 else None)
-            if isinstance(query, Tensor) and isinstance(key, Tensor):
-                mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
-                self.received = self._column_mean(query, key, mask, kwargs.get("scale"))
-        return func(*args, **kwargs)
-
-    def _column_mean(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-        factor = query.shape[-1] ** -0.5 if scale is None else scale
-        if key.shape[1] != query.shape[1]:
-            key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        total = torch.zeros(key.shape[0], key.shape[2], device=key.device)
-        for start in range(0, query.shape[2], self.chunk):
-            logits = query[:, :, start : start + self.chunk].float() @ key.float().transpose(-1, -2) * factor
-            if mask is not None:
-                part = mask if mask.shape[-2] == 1 else mask[..., start : start + self.chunk, :]
-                logits = logits.masked_fill(~part, float("-inf")) if part.dtype == torch.bool else logits + part
-            total += logits.softmax(-1).sum((1, 2))
-        return total / (query.shape[1] * query.shape[2])
-
-
 class WatchedAttention:
-    """An attention that is not cached itself; on full steps its map is captured to rank the tokens of other parts."""
+    """An attention that is not cached itself; on full steps it is looked at to rank the tokens of other parts."""
 
-    def __init__(self, module: nn.Module, position: int, tokens: TokenDriver) -> None:
+    def __init__(self, module: nn.Module, position: int, kind: str, tokens: TokenDriver) -> None:
         switch = tokens.driver.switch
 
         def make(found: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 if switch.is_on and not switch.is_cached:
-                    return tokens.capture(position, found, args, kwargs)
+                    return tokens.capture(position, kind, found, args, kwargs)
                 return found(*args, **kwargs)
 
             return forward
@@ -91,6 +58,7 @@ class TokenDriver:
         self._site_of_inner: dict[str, PartSite] = {}
         self._is_text_first = True
         self._watched: list[WatchedAttention] = []
+        self._lead: tuple[int, weakref.ref[BranchState]] | None = None  # run and state of the branch that selected last
 
     def install(self, anatomy: Anatomy, resting: dict[str, RestingModule]) -> None:
         """Note where blocks and fused parts are."""
@@ -105,19 +73,28 @@ class TokenDriver:
                 for inner in site.part.inner:
                     self._site_of_inner[inner.path] = site
 
-        if "attention" in self.rule.observes:
+        if any(self.captures(kind) for kind in OBSERVED):
             self._watch_attention(anatomy)
 
     def _watch_attention(self, anatomy: Anatomy) -> None:
-        """Attentions whose map ranks tokens, but which are not among the cached parts."""
+        """Attentions that rank tokens, but are not among the cached parts.
+
+        Raises:
+            AnatomyError: tokens are to be ranked by cross-attention, and there is none.
+        """
         positions = {site.position for site in self.driver.sites if self.handles(site)}
         wrapped = {site.part.path for site in self.driver.sites}
         blocks = [block for stack in anatomy.main for block in stack.blocks]
+        if self.captures("cross_attn") and not any(p.kind == "cross_attn" for block in blocks for p in block.parts):
+            raise AnatomyError(
+                f"{type(self.rule).__name__} ranks tokens by their cross-attention to the text, and {anatomy.denoiser} "
+                "has none: text and image meet in one attention, or there is no text. Use cross_weight=0."
+            )
         for position in sorted(positions):
             for part in blocks[position].parts:
-                if part.kind == "attn" and part.path not in wrapped:
+                if self.captures(part.kind) and part.path not in wrapped:
                     module = self.driver.host.denoiser.get_submodule(part.path)
-                    self._watched.append(WatchedAttention(module, position, self))
+                    self._watched.append(WatchedAttention(module, position, part.kind, self))
 
     def uninstall(self) -> None:
         """Unwrap."""
@@ -136,17 +113,16 @@ class TokenDriver:
         return self._layers[site.position]
 
     def captures(self, kind: str) -> bool:
-        """Whether to capture attention on full steps in modules of this kind."""
-        return kind == "attn" and "attention" in self.rule.observes
+        """Whether to look at attention on full steps in modules of this kind."""
+        return not self.rule.observes.isdisjoint(OBSERVED.get(kind, ()))
 
-    def capture(self, position: int, found: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def capture(self, position: int, kind: str, found: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run an attention module and keep what it shows, for the parts of the same block."""
         context = self.driver.switch.context
         assert context is not None
-        with AttentionCapture() as seen:
+        with AttentionCapture(next(what for what in OBSERVED[kind] if what in self.rule.observes)) as capture:
             output = found(*args, **kwargs)
-        if seen.received is not None:
-            context.state.extra[f"attention.{position}"] = seen.received
+        context.scratch.setdefault(("attention", position), {}).update(capture.seen)
         return output
 
     # -- full steps ------------------------------------------------------------------------------------------------
@@ -163,20 +139,21 @@ class TokenDriver:
             context.state.extra[f"inner.{rest.inner.path}"] = output.clone()
 
     def finish_full(self, context: Context) -> None:
-        """After a full step: hand the captured scores to the rule; every token is fresh."""
+        """After a full step: hand what was seen to the rule; every token is fresh."""
+        wanted = [what for kinds in OBSERVED.values() for what in kinds if what in self.rule.observes]
         for site in self.driver.sites:
             if self.handles(site) and site.name in context.state.sites:
                 place = self._place(context, site)
                 state = context.state.tokens.setdefault(site.name, self.rule.init())
-                received = context.state.extra.get(f"attention.{site.position}")
-                if received is None and "attention" in self.rule.observes:
-                    self.driver.host.note(
-                        f"no attention map was seen around {site.name}, so its tokens are ranked by age alone."
-                    )
-                seen = {} if received is None else {"attention": self._own_tokens(received, place, site, context)}
-                self.rule.observe(state, place, seen)
-        for key in [key for key in context.state.extra if str(key).startswith("attention.")]:
-            del context.state.extra[key]
+                seen = context.scratch.get(("attention", site.position), {})
+                for what in wanted:
+                    if what not in seen:
+                        self.driver.host.note(
+                            f"no {what.replace('_', '-')} was seen around {site.name}, so its tokens are ranked "
+                            "without it."
+                        )
+                own = {what: self._own_tokens(values, place, site, context) for what, values in seen.items()}
+                self.rule.observe(state, place, own)
 
     def _own_tokens(self, received: Tensor, place: TokenPlace, site: PartSite, context: Context) -> Tensor:
         """Of a joint attention's tokens, those of the part's own stream."""
@@ -197,21 +174,73 @@ class TokenDriver:
             seam = text if first == "text" else image
             second = "image" if first == "text" else "text"
             segments = (Segment(first, 0, seam), Segment(second, seam, length))
+        if "grid" in self.rule.observes:
+            segments = tuple(
+                dataclasses.replace(s, grid=self._grid(context, s.stop - s.start)) if s.kind == "image" else s
+                for s in segments
+            )
         layer, layers = self._layers[site.position]
         step: Step = context.step
         return TokenPlace(site.name, site.part.kind, layer, layers, step, segments, batch)
 
+    def _grid(self, context: Context, count: int) -> tuple[int, int, int]:
+        """Frames, rows and columns of the image tokens; found once per branch and run."""
+        known = context.state.extra.setdefault("grids", {})
+        if count not in known:
+            host, (args, kwargs) = self.driver.host, context.scratch["call"]
+            name, wanted = type(host.inputs.module).__name__, "no bonus can be given by neighbourhood; use bonus=0"
+            latent = host.inputs.split(args, kwargs)[1]
+            if latent.ndim == 3:
+                ids, shapes = (
+                    get_argument(host.inputs.module, args, kwargs, (key,)) for key in ("img_ids", "img_shapes")
+                )
+                host.trace.syncs += isinstance(ids, Tensor)
+                grid = grid_of(name, latent[:, :count], ids, shapes, wanted)
+                known[count] = (1, grid.height, grid.width)
+            else:
+                patch = getattr(getattr(host.inputs.module, "config", None), "patch_size", None)
+                side = patch[-1] if isinstance(patch, (tuple, list)) else patch
+                known[count] = patch_grid(name, latent, count, side if isinstance(side, int) else None, wanted)
+        return known[count]
+
     # -- partial steps ---------------------------------------------------------------------------------------------
 
     def _index(self, context: Context, site: PartSite) -> Tensor:
-        """The selection of this step, made once."""
+        """The selection of this step, made once; branches that are tied take that of the first one."""
         plans = context.scratch.setdefault("plans", {})
         if site.name not in plans:
-            place = self._place(context, site)
-            state = context.state.tokens.setdefault(site.name, self.rule.init())
-            device = context.state.sites[site.name].buffers[0].device
-            plans[site.name] = self.rule.select(state, place, device)
+            place, is_tied = self._place(context, site), self.driver.host.composition.branches == "tied"
+            index = self._selection_of_the_lead(context, place) if is_tied else None
+            if index is None:
+                place = dataclasses.replace(place, twins=self._twins(context))
+                state = context.state.tokens.setdefault(site.name, self.rule.init())
+                index = self.rule.select(state, place, context.state.sites[site.name].buffers[0].device)
+                if is_tied:
+                    self._lead = (context.call.run.id, weakref.ref(context.state))
+                    context.state.extra.setdefault("selected", {})[site.name] = index
+                    context.state.extra.setdefault("selected_at", {})[site.name] = place
+            plans[site.name] = index
         return plans[site.name]
+
+    def _selection_of_the_lead(self, context: Context, place: TokenPlace) -> Tensor | None:
+        """What the first branch of this step selected in a part, if it did and the tokens are the same ones."""
+        if self._lead is None or self._lead[0] != context.call.run.id:
+            return None
+        lead = self._lead[1]()
+        if lead is None or lead is context.state or lead.extra.get("selected_at", {}).get(place.part) != place:
+            return None
+        return lead.extra["selected"][place.part]
+
+    def _twins(self, context: Context) -> Tensor | None:
+        """Which rows of this call are the halves of batched guidance: two that denoise the same latent. No sync."""
+        if "twins" not in context.scratch:
+            args, kwargs = context.scratch["call"]
+            latent = self.driver.host.inputs.split(args, kwargs)[1]
+            half, odd = divmod(latent.shape[0], 2)
+            context.scratch["twins"] = None
+            if half and not odd:
+                context.scratch["twins"] = (latent[:half] == latent[half:]).flatten(1).all(1).repeat(2)
+        return context.scratch["twins"]
 
     def run(self, site: PartSite, found: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Compute the selected tokens of a part and write them into its prediction."""

@@ -5,6 +5,7 @@ from cache4diffusion.gates.base import Front, Gate, Signal, StaticGate, Step, Ve
 from cache4diffusion.gates.guards import ForceLast, Guard, Mask, MaxAccumulated, MaxRun, MaxTotal, Warmup, Window
 from cache4diffusion.gates.interval import FixedInterval
 from cache4diffusion.gates.look_ahead import LookAhead
+from cache4diffusion.gates.modulated import ModulatedInterval
 from cache4diffusion.gates.quadratic import Quadratic
 from cache4diffusion.gates.schedule import ScaledSchedule, Schedule
 from cache4diffusion.gates.speculative import Speculative
@@ -14,6 +15,7 @@ from cache4diffusion.gates.widening import WideningInterval
 # Names under which a gate can be given in a composition, as in gate="interval(interval=3)".
 GATES = {
     "interval": FixedInterval,
+    "modulated": ModulatedInterval,
     "schedule": Schedule,
     "scaled": ScaledSchedule,
     "look-ahead": LookAhead,
@@ -37,6 +39,7 @@ __all__ = [
     "MaxAccumulated",
     "MaxRun",
     "MaxTotal",
+    "ModulatedInterval",
     "ProbeThreshold",
     "Quadratic",
     "ScaledSchedule",

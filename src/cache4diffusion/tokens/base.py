@@ -9,12 +9,16 @@ The contract, drawn once::
 
 Everything that acts per token (norms, modulation, MLP, projections) is exact on a gathered subset; attention is not,
 and is predicted as a whole.
+
+The two halves of batched guidance must compute the same tokens: their outputs are subtracted from each other, and a
+token that is fresh in one half and stale in the other would be amplified by the guidance scale. `TokenPlace.twins`
+says which rows are such halves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -25,11 +29,12 @@ from cache4diffusion.gates.base import Step
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens ``start .. stop - 1`` of a part's sequence: ``"image"``, ``"text"`` or ``"joint"``."""
+    """Tokens ``start .. stop - 1`` of a part's sequence: ``"image"`` or ``"text"``."""
 
     kind: str
     start: int
     stop: int
+    grid: tuple[int, int, int] | None = None  # frames, rows, columns of image tokens, if a rule asked for it
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,9 @@ class TokenPlace:
     step: Step
     segments: tuple[Segment, ...]
     batch: int  # rows B
+    twins: Tensor | None = field(default=None, compare=False)
+    """[B] bool: whether rows b and b + B/2 denoise the same latent, as the halves of batched guidance do. On cached
+    steps; None where B is odd."""
 
     @property
     def length(self) -> int:
@@ -61,7 +69,14 @@ class TokenRule(Protocol):
 
     @property
     def observes(self) -> frozenset[str]:
-        """What to capture on full steps: ``"attention"``, the mean attention that each token receives."""
+        """What the engine must find out, by name.
+
+        On full steps, for the tokens of a part, as ``[B, N]`` in float32: ``"attention"``, the attention each receives
+        in its block's self-attention, averaged over heads and queries; ``"value_norm"``, ``sum_h (1 - ||v_h||)`` of
+        its values there; ``"cross_attention"``, the entropy ``-sum_j a_j log(a_j + 1e-7)`` of its attention ``a`` to
+        the text, averaged over heads, and as ``"cross_attention_of_twins"`` that of the mean of rows b and b + B/2.
+        Further ``"grid"``: `Segment.grid` is filled in.
+        """
         ...
 
     def init(self) -> Any:
@@ -69,7 +84,7 @@ class TokenRule(Protocol):
         ...
 
     def observe(self, state: Any, place: TokenPlace, seen: dict[str, Tensor]) -> None:
-        """Take in a full step: captured scores ``[B, N]`` in float32 by name."""
+        """Take in a full step: what was asked for and seen, by name."""
         ...
 
     def select(self, state: Any, place: TokenPlace, device: torch.device) -> Tensor:

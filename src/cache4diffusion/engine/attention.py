@@ -1,0 +1,82 @@
+"""Looking at the attention of a full step, for rules that rank tokens by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+# What is noted of an attention, by the kind of part it is.
+OBSERVED: dict[str, tuple[Literal["attention", "value_norm", "cross_attention"], ...]] = {
+    "attn": ("attention", "value_norm"),
+    "cross_attn": ("cross_attention",),
+}
+
+
+class AttentionCapture(TorchFunctionMode):
+    """Sees the first scaled-dot-product attention within, which runs as always, and notes one thing about it.
+
+    With ``a = softmax(q k^T)`` per head, all in float32 and in chunks of queries:
+
+    - ``"attention"``: what each key token receives, ``mean over heads and queries of a``, ``[B, M]``;
+    - ``"cross_attention"``: the entropy ``-sum_j a_ij log(a_ij + 1e-7)`` of each query's attention, heads averaged
+      first, ``[B, N]``; where B is even, also that of the mean over rows b and b + B/2;
+    - ``"value_norm"``: ``sum over heads of 1 - ||v||``, ``[B, M]``; no attention map is made.
+
+    Args:
+        what: which of them.
+        chunk: queries at a time.
+    """
+
+    def __init__(self, what: Literal["attention", "value_norm", "cross_attention"], chunk: int = 512) -> None:
+        super().__init__()
+        self.what, self.chunk = what, chunk
+        self.seen: dict[str, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention and not self.seen:
+            names = ("query", "key", "value", "attn_mask")
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            if all(isinstance(given.get(name), Tensor) for name in names[:3]):
+                self._look(given["query"], given["key"], given["value"], given.get("attn_mask"), given.get("scale"))
+        return func(*args, **kwargs)
+
+    def _look(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> None:
+        if self.what == "value_norm":
+            self.seen["value_norm"] = (1 - value.float().norm(dim=-1)).sum(1)
+        elif self.what == "attention":
+            received = torch.zeros(key.shape[0], key.shape[2], device=key.device)
+            for maps in self._maps(query, key, mask, scale):
+                received += maps.sum((1, 2))
+            self.seen["attention"] = received / (query.shape[1] * query.shape[2])
+        else:
+            own, of_twins = [], []
+            for maps in self._maps(query, key, mask, scale):
+                mean = maps.mean(1)
+                own.append(entropy(mean))
+                if mean.shape[0] % 2 == 0:
+                    of_twins.append(entropy((mean + mean.roll(mean.shape[0] // 2, 0)) / 2))
+            self.seen["cross_attention"] = torch.cat(own, 1)
+            if of_twins:
+                self.seen["cross_attention_of_twins"] = torch.cat(of_twins, 1)
+
+    def _maps(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None) -> Iterator[Tensor]:
+        """``softmax(q k^T)``, ``[B, heads, chunk, M]``, chunk by chunk."""
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        if key.shape[1] != query.shape[1]:
+            key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        for start in range(0, query.shape[2], self.chunk):
+            logits = query[:, :, start : start + self.chunk].float() @ key.float().transpose(-1, -2) * factor
+            if mask is not None:
+                part = mask if mask.shape[-2] == 1 else mask[..., start : start + self.chunk, :]
+                logits = logits.masked_fill(~part, float("-inf")) if part.dtype == torch.bool else logits + part
+            yield logits.softmax(-1)
+
+
+def entropy(maps: Tensor) -> Tensor:
+    """``-sum_j a_j log(a_j + 1e-7)`` over the last axis; the guard is that of ToCa's code."""
+    return -(maps * (maps + 1e-7).log()).sum(-1)
