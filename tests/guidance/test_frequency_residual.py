@@ -8,6 +8,7 @@ from cache4diffusion.errors import AnatomyError, SettingError
 from cache4diffusion.gates import Step
 from cache4diffusion.guidance import FrequencyResidual
 from cache4diffusion.guidance.frequency import low_pass
+from cache4diffusion.methods import FasterCache
 
 
 def run(rule, pairs):
@@ -113,6 +114,25 @@ def test_the_skipped_steps_are_those_of_cogvideox():
     assert skipped == [n for n in range(18, 51) if n % 5]
 
 
+SCRIPTS = {  # steps; interval, warm-up; low gain and its last call, high gain and its first call, counted from 1
+    "CogVideoX, 50 steps": (50, 5, 17, 1.1, 40, 1.1, 30),
+    "Latte, 50 steps": (50, 5, 17, 1.1, 44, 1.1, 45),
+    "Open-Sora 1.2, 30 steps": (30, 5, 11, 1.15, 25, 1.15, 20),
+    "Open-Sora-Plan, 150 steps": (150, 6, 39, 1.1, 130, 1.2, 131),
+    "Vchitect-2.0, 100 steps": (100, 5, 30, 1.05, 79, 1.1, 61),
+}
+
+
+def test_published_windows_and_gains_are_the_scripts():
+    assert SCRIPTS.keys() == FasterCache.info.published.keys()
+    for name, (steps, *script) in SCRIPTS.items():
+        rule, given = FasterCache(**FasterCache.info.published[name]).compose().cfg, pairs(steps, (1, 1, 6, 6))
+        for ours, theirs in zip(run(rule, given), slow(given, *script), strict=True):
+            assert (ours is None) == (theirs is None), name
+            if ours is not None:
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_an_old_difference_is_not_used():
     rule = FrequencyResidual(interval=5, warmup=0)
     state = rule.init()
@@ -160,5 +180,5 @@ def test_grids_that_are_not_told_are_refused():
     for ids in (torch.zeros(16, 3), torch.rand(16, 3), torch.stack([torch.arange(16.0)] * 3, 1)):
         with pytest.raises(AnatomyError, match="how they lie in the image is not known"):
             grid_of("FluxTransformer2DModel", tokens, ids)
-    with pytest.raises(AnatomyError, match="15 tokens"):
+    with pytest.raises(AnatomyError, match="15 image tokens"):
         grid_of("Anything", tokens[:, :15])

@@ -37,6 +37,10 @@ CARD = {  # FORA, TaylorSeer ... as on their cards; a set may say more
     ("fbcache", "FLUX.1-dev"): {"threshold": 0.08},
     ("teacache", "flux, 1.8x"): {"threshold": 0.4, "coefficients": "flux"},
     ("deepcache", "Stable Diffusion, demo"): {"interval": 5, "schedule": "quadratic", "center": 15, "power": 1.4},
+    ("toca", "DiT-XL/2, 50 DDIM steps"): {"interval": 3, "recompute_ratio": 0.07, "bonus": 0.6, "window": 2},
+    ("toca", "DiT-XL/2, 250 DDPM steps"): {"interval": 4, "recompute_ratio": 0.07, "schedule": "dit-ddpm"},
+    ("toca", "PixArt-alpha, 20 steps"): {"interval": 3, "recompute_ratio": 0.3, "bonus": 0.4, "window": 4},
+    ("toca", "Open-Sora 1.2"): {"interval": 3, "recompute_ratio": 0.1, "cross_weight": 1.0, "warmup": 3},
 }
 
 
@@ -54,6 +58,7 @@ def test_published_sets_are_the_cards(name, what):
         ("dbcache", "default, F8B0_W8_R0.08"),
         ("fbcache", "FLUX.1-dev"),
         ("fastercache", "CogVideoX, 50 steps"),
+        ("toca", "FLUX.1-dev (intervals 4 to 6)"),
     ],
 )
 def test_these_defaults_are_a_published_set(name, what):

@@ -297,6 +297,7 @@ def test_an_interval_of_1_is_never_modulated(rule):
     gate = ModulatedInterval(1, rule)
     assert strip(gate, 50) == "F" * 50
     assert not gate.needs_num_steps
+    ToCa(interval=1, full_steps=rule, warmup=3).compose().check_run(2)  # the warm-up is no contradiction then
 
 
 @pytest.mark.parametrize(

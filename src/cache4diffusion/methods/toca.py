@@ -114,7 +114,8 @@ class ToCa(Method):
         elif self.recompute_ratio == 0:
             gate = FixedInterval(self.interval, "last" if self.full_steps == "dit" else "first", self.warmup)
         else:
-            gate, guards = ModulatedInterval(self.interval, self.full_steps), (Warmup(self.warmup),)
+            gate = ModulatedInterval(self.interval, self.full_steps)
+            guards = (Warmup(self.warmup),) if self.interval > 1 else ()  # 1 never caches, however short the run
         return Composition(
             site=Parts(),
             gate=gate,
