@@ -114,7 +114,7 @@ def test_accuracy_counts_per_family_and_demand(folder):
 
 TINY = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1}
 ONE_UPDATE = {"minutes": 1, "updates": 1, "workers": 1, "microbatches": 1, "log_every": 1}
-FACTS = {"batch": 4, "workers": 1, "seed": 3, "lr": 0.002}
+FACTS = {"batch": 4, "workers": 1, "seed": 3, "lr": 0.002, "mix": {"position": 0.5, "counting": 1}, "sigma_mean": 0.5}
 
 
 @pytest.fixture
@@ -140,6 +140,7 @@ def test_building_writes_a_card_from_what_was_recorded(trained, tiny_flow, tmp_p
     card = (out / "README.md").read_text()
     assert "| updates | 1 | 1 |" in card
     assert "| seed of data and noise | 3 | 3 |" in card
+    assert "with the weights position 0.5, counting 1, and noise levels whose logit has the mean 0.5." in card
     assert "Weights: Apache-2.0. Scenes and captions: CC0." in card
     assert "| position | 1 | 0.0 % |" in card
     assert json.loads((out / "facts.json").read_text())["accuracy"]["accuracy"] == built["accuracy"]["accuracy"]

@@ -146,6 +146,7 @@ def model_card(facts: dict[str, Any]) -> str:
         f"| seed of data and noise | {vae['facts'].get('seed')} | {flow['facts'].get('seed')} |",
         f"| learning rate of the last stretch | {vae['facts'].get('lr')} | {flow['facts'].get('lr')} |",
         "",
+        *_last_stretch(flow["facts"]),
         "Scenes are drawn afresh all the time; weights are averages over the last updates (EMA).",
         f"{facts['held_out']} combinations of words are never drawn in training; they follow from the seed "
         f"{facts['held_out_seed']} (`cache4diffusion.reference.scenes.held_out_combinations`).",
@@ -191,6 +192,18 @@ def model_card(facts: dict[str, Any]) -> str:
             lines.append(f"| {family} | {shares} | {row['psnr']} dB |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _last_stretch(facts: dict[str, Any]) -> list[str]:
+    """Which scenes and noise levels the denoiser was trained on last, where that was recorded."""
+    if "mix" not in facts:
+        return []
+    shares = ", ".join(f"{family} {share:g}" for family, share in facts["mix"].items())
+    return [
+        f"The last stretch drew families with the weights {shares}, and noise levels whose logit has the mean "
+        f"{facts['sigma_mean']:g}.",
+        "",
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:

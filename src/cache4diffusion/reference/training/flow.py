@@ -312,7 +312,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sigma-mean", type=float, default=SIGMA_MEAN, help="of the logit of the noise level")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    facts = facts_of(args)
+    facts = facts_of(args) | {"mix": dict(args.mix), "sigma_mean": args.sigma_mean}
     vae = load_vae(args.vae).to(args.device)
     facts |= {"shift_factor": vae.config["shift_factor"], "scaling_factor": vae.config["scaling_factor"]}
     model = FlowModel(args.seed)
