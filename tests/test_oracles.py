@@ -51,4 +51,4 @@ def test_the_test_exists(cell):
 
 
 def test_the_table_names_methods_only():
-    assert {method for method, _, _ in ROWS} == set(METHODS)
+    assert {method for method, _, _ in ROWS} <= set(c4d.METHODS)

@@ -26,7 +26,8 @@ class TaylorSeer(Method):
     Cost: ``order + 1`` copies of every part's output; a prediction is their weighted sum.
     Differences from the code: it keeps the differences, we keep the full steps' features and put the recursion into
     the weights: the same numbers, without rounding the differences to the feature's dtype. fp16 is not clipped to its
-    range; a prediction that leaves it is recomputed.
+    range; a prediction that leaves it is recomputed. diffusers' port is another method by its schedule (full at 0, 1,
+    2, 4, 9, 14 for interval 5) and by its sites (attention only).
     """
 
     interval: int = setting(6, "distance of two full steps; 1 never caches. Code: 6 (FLUX)", ge=1)
