@@ -120,7 +120,8 @@ class Row(_Strict):
         flops_speedup, latency_speedup: baseline over this row, measured; 1 for the baseline, higher is better.
         psnr (dB), ssim, flip: against the uncached images of the same seeds; ``psnr`` is infinite (JSON: ``null``) if
             all are identical, else the mean over those that differ.
-        accuracy: share of images that meet their caption's demands; None without a judge.
+        accuracy: share of images that meet their caption's demands, 0..1; None without a judge. ``accuracy_interval``
+            is Wilson's; ``accuracy_by_family`` has the share per task family.
         cache_bytes: held by the method's caches at their largest.
         peak_bytes: peak memory of the process or device during the runs, see `PeakMemory`.
         strip: one letter per step: ``F`` full, ``c`` cached, ``p`` partial.
@@ -133,13 +134,17 @@ class Row(_Strict):
         predicted_latency_speedup: expected from that and from the measured share ``s`` of the uncached run's time that
             lies in its sampling steps: ``1 / (1 - s + s / predicted_flops_speedup)``. What ``latency_speedup`` lacks of
             it is what caching itself costs. None without a fewer-steps row, which is what ``s`` is measured with.
-        accuracy_difference: this row's accuracy minus the baseline's, on the same captions and seeds.
+        accuracy_difference: this row's accuracy minus the baseline's, on the same captions and seeds, -1..1; its
+            interval is Tango's for paired outcomes. ``accuracy_vs_reference``: the same, minus the ``reference_row``'s.
         reference_row: the fewer-steps row that this method is compared with: the one of the fewest steps among those
             that cost at least as many FLOPs, so that a method never wins by a larger budget.
-        psnr_wins: share of captions on which the method's PSNR is above that row's.
+        psnr_wins: share of captions on which the method's PSNR is above that row's, 0..1; a tie is no win. Its interval
+            is Wilson's.
         error_per_step: relative L2 distance of the latent from the uncached run's, after each step; mean over
             ``conditions.counted`` captions.
+        psnr_per_caption, correct_per_caption: what the means are of, in the order of the captions.
         syncs: host synchronisations per run.
+        notes: what was unusual, such as images with NaN; a report prints them.
     """
 
     method: Annotated[str, Field(min_length=1)]
