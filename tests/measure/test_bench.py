@@ -199,6 +199,19 @@ def test_the_reference_row_never_has_the_smaller_budget(pipeline):
         assert results.row(row.reference_row).flops >= row.flops
 
 
+def test_what_is_done_once_per_run_does_not_lower_the_reference(pipeline):
+    """Work of eight steps, once per call of the pipeline: 4 full steps still stand beside 4 steps."""
+
+    def generate(captions, seeds, steps, on_step=None):
+        torch.zeros(1, 768) @ torch.zeros(768, 8 * 2 * 64)
+        return pipeline(captions, seeds, steps, on_step)
+
+    made = bench(
+        [Skip(pipeline, 3)], generate, CAPTIONS, steps=STEPS, batch=4, denoiser=pipeline.denoiser, progress=False
+    )
+    assert made.results.row("skip").reference_row == "fewer-steps-4"
+
+
 def test_a_reference_row_that_the_timed_runs_ask_for_is_run_afterwards(pipeline):
     class Cautious(Skip):
         runs = 0

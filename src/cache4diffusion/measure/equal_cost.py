@@ -24,7 +24,7 @@ class CostLine:
         few = min(2, baseline.steps - 1)
         if few < 1:
             return cls(0.0, baseline.counted_flops, baseline.steps)
-        short = runner.flops_of_one(Entry.plain(few))
+        short = runner.flops_per_image(Entry.plain(few))
         per_step = (baseline.counted_flops - short) / (baseline.steps - few)
         return cls(baseline.counted_flops - baseline.steps * per_step, per_step, baseline.steps)
 

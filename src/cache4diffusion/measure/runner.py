@@ -96,11 +96,11 @@ class Runner:
             entry.errors = [_relative_error(x, y) for x, y in zip(latents, reference, strict=True)]
         return latents
 
-    def flops_of_one(self, entry: Entry) -> int:
-        """FLOPs of one image."""
+    def flops_per_image(self, entry: Entry) -> float:
+        """FLOPs per image of one run on the counted captions: as many, so that what is done per run weighs the same."""
         with FlopCounter() as counter:
-            self._run(entry, slice(0, 1))
-        return counter.total
+            self._run(entry, slice(0, self.counted))
+        return counter.total / self.counted
 
     def time(self, entries: list[Entry]) -> None:
         """Time ``entries``, in turn on every batch, and measure their images against those of the first."""
