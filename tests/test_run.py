@@ -1,5 +1,6 @@
 """Which run, step and branch a call belongs to: every situation a host can be in, told from what the host shows."""
 
+import contextlib
 import copy
 import gc
 import inspect
@@ -30,6 +31,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retri
 
 from cache4diffusion.errors import RunError, SettingError
 from cache4diffusion.run import Run, RunTracker
+from cache4diffusion.run.branches import Sample
 
 
 class Log:
@@ -781,6 +783,106 @@ def test_conditioning_edited_in_mid_run_keeps_its_branch(log):
             log.call(t, prompt, torch.full((1, 4, 2), float(i)))
     assert log.trace == [(0, i, f"branch-{b}") for i in range(4) for b in range(2)]
     assert [c.how for c in log.calls] == ["new"] * 2 + ["identity"] * 2 + ["ordinal"] * 2 + ["identity"] * 2
+    assert [c.is_edited for c in log.calls] == [False] * 4 + [True] * 2 + [False] * 2
+
+
+def guided(log, steps, names=("cond", "uncond")):
+    """One list of prompts per step, one named call for each."""
+    for i, bank in enumerate(steps):
+        for name, prompt in zip(names, bank, strict=True):
+            with log.tracker.branch(name):
+                log.call(9 - i, prompt, torch.full((1, 4, 2), float(i)))
+
+
+def edits(log):
+    """For every step, one letter per call: ``e`` edited, ``.`` not."""
+    steps = {}
+    for call in log.calls:
+        steps[call.step] = steps.get(call.step, "") + ("e" if call.is_edited else ".")
+    return " ".join(steps.values())
+
+
+@pytest.mark.parametrize("is_fresh", [False, True], ids=["same-tensors", "fresh-cat"])
+def test_conditioning_edited_within_a_named_branch_is_noticed_at_once(is_fresh, log):
+    cond, uncond = prompts()
+    steps = [(cond, uncond)] * 2 + [(cond + 1, uncond)] * 2 + [(cond + 1, uncond - 1), (cond, uncond - 1)]
+    if is_fresh:
+        steps = [tuple(torch.cat([prompt]) for prompt in bank) for bank in steps]
+    guided(log, steps)
+    assert edits(log) == ".. .. e. .. .e e."
+    assert log.trace == [(0, i, name) for i in range(6) for name in ("cond", "uncond")]
+    assert {c.how for c in log.calls} == {"new", "name"}
+
+
+def test_equal_prompts_under_two_names_are_never_edits(log):
+    same = torch.ones(1, 3)
+    guided(log, [(same, same), (same.clone(), same), (same, same.clone()), (same.clone(), same.clone())])
+    assert edits(log) == ".. .. .. .."
+
+
+def test_a_name_used_twice_in_a_step_goes_by_the_conditioning(log):
+    scheduler = DDIMScheduler()
+    log.tracker.watch_scheduler(scheduler)
+    scheduler.set_timesteps(4)
+    one, two = prompts()
+    x = torch.zeros(1, 4, 2)
+    for t, bank in zip(scheduler.timesteps, [(one, two), (two, one), (two.clone(), one), (one, two + 1)], strict=True):
+        for prompt in bank:
+            with log.tracker.branch("cond"):
+                log.call(t, prompt, x)
+        scheduler.step(x, t, x)
+    assert [c.branch for c in log.calls] == ["cond", "cond#2", "cond#2", "cond", "cond#2", "cond", "cond", "cond#2"]
+    assert edits(log) == ".. .. .. .e"
+
+
+@pytest.mark.parametrize("names", [("cond", "uncond"), (None, None)], ids=["named", "unnamed"])
+def test_conditioning_written_into_is_noticed(names, log):
+    cond, uncond = prompts()
+    for i in range(5):
+        if i == 3:
+            cond[:, 1:] = 7.0
+        for name, prompt in zip(names, (cond, uncond), strict=True):
+            log.call(9 - i, prompt, key="x") if name is None else guided_call(log, name, 9 - i, prompt)
+    assert edits(log) == ".. .. .. e. .."
+
+
+def guided_call(log, name, t, prompt):
+    with log.tracker.branch(name):
+        log.call(t, prompt)
+
+
+def test_two_branches_that_share_one_buffer_are_told_apart(log):
+    """Static inputs, as for CUDA graphs: the host copies each branch's prompt into the same tensor."""
+    buffer, bank = torch.empty(1, 3, 8), prompts()
+    for i in range(3):
+        for prompt in bank:
+            buffer.copy_(prompt)
+            log.call(9 - i, buffer, torch.full((1, 4, 2), float(i)))
+    assert log.trace == [(0, i, f"branch-{b}") for i in range(3) for b in range(2)]
+    assert edits(log) == ".. .. .."
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_values_of_conditioning_are_read_only_where_the_tensors_are_others(is_named, log, monkeypatch):
+    """On an accelerator every read waits. The same tensors, or the same slices of them, need none."""
+    reads = []
+    monkeypatch.setattr(Sample, "is_same", lambda self, other: reads.append(self) or self.values == other.values)
+    scheduler = DDIMScheduler()
+    log.tracker.watch_scheduler(scheduler)
+    scheduler.set_timesteps(6)
+    both, x = torch.cat(prompts()), torch.zeros(1, 4, 2)
+    counts = []
+    for i, t in enumerate(scheduler.timesteps):
+        for name, prompt in zip(("cond", "uncond"), both.chunk(2), strict=True):
+            prompt = prompt.clone() if i == 4 else prompt
+            with log.tracker.branch(name) if is_named else contextlib.nullcontext():
+                log.call(t, [prompt, both], x)
+        counts.append(len(reads))
+        scheduler.step(x, t, x)
+    assert edits(log) == " ".join([".."] * 6)
+    at_first = 0 if is_named else 1  # the second branch without a name is compared with the first
+    assert counts[:4] == [at_first] * 4
+    assert counts[4] > at_first
 
 
 def test_an_edit_to_another_length_is_a_new_branch(log):

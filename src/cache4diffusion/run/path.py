@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from cache4diffusion.run.branches import Branches, Evidence, How, sample
+from cache4diffusion.run.branches import Branches, Evidence, How, Sample
 
 Source = Literal["pipeline", "scheduler", "explicit", "timesteps"]
 
@@ -45,6 +45,7 @@ class Call:
         is_first_of_step: no denoiser of this run was called before in this step.
         how: how the branch was told. "ordinal": only by its place within the step, the conditioning was never seen
             before (edited mid-run, or a new branch in an old one's place). "new": first call of this branch.
+        is_edited: the branch's conditioning is another than at its last call: what is cached belongs to another.
     """
 
     run: Run
@@ -53,6 +54,7 @@ class Call:
     ordinal: int
     is_first_of_step: bool
     how: How
+    is_edited: bool = False
 
 
 class Path:
@@ -145,21 +147,21 @@ class Path:
         if branches.step != run.step:
             branches.open(run.step)
         evidence = branches.inspect(name, conditioning)
-        is_new_step, latent_values = self.is_step_over, ()
+        is_new_step, seen = self.is_step_over, None
         if not self.is_driven and value is not None:
-            latent_values = sample(latent)
-            is_new_step = self._is_new_step(branches, evidence, value, latent_values)
+            seen = Sample([latent])
+            is_new_step = self._is_new_step(branches, evidence, value, seen)
         if is_new_step:
             run.step += 1
             branches.open(run.step)
         self.is_step_over = False
         ordinal = len(branches.called)
         if ordinal == 0:
-            branches.shape, branches.latent_values = latent.shape, latent_values
-        branch, how = branches.take(evidence)
-        return Call(run, run.step, branch.name, ordinal, is_new_step, how)
+            branches.shape, branches.latent = latent.shape, seen
+        branch, how, is_edited = branches.take(evidence)
+        return Call(run, run.step, branch.name, ordinal, is_new_step, how, is_edited)
 
-    def _is_new_step(self, branches: Branches, evidence: Evidence, value: float, latent_values: tuple) -> bool:
+    def _is_new_step(self, branches: Branches, evidence: Evidence, value: float, latent: Sample) -> bool:
         """Tell a new step from the call alone, while no scheduler has fired."""
         if self.run.step < 0:
             self.first = self.last = value
@@ -173,7 +175,7 @@ class Path:
         # A known branch again at an equal timestep. Another latent: the next step, its timestep was rounded. The same
         # latent: another branch of this step (equal prompts; a host that calls one twice), unless a bare loop repeats
         # the very same input.
-        if latent_values != branches.latent_values:
+        if branches.latent is None or not latent.is_same(branches.latent):
             return True
         return not self.is_hosted and evidence.how != "values"
 
