@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from unet_zoo import CASES, LEVELS, call, clone, counting, inputs, sd_like, two_paths
+from unet_zoo import CASES, LEVELS, call, cast, clone, counting, inputs, sd_like, two_paths
 
 import cache4diffusion as c4d
 from cache4diffusion.errors import AnatomyError, RunError, SettingError
@@ -74,6 +74,28 @@ def test_off_is_off_and_only_what_is_shallow_runs_on_a_frozen_input(case):
             expected = {path for path in everything if not any((path + ".").startswith(f"{rest}.") for rest in rests)}
             assert steps[0] == everything
             assert steps[1:] == [expected] * 2, (block, layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("case", CASES)
+def test_half_precision_is_off_when_off_and_exact_on_a_frozen_input(case, dtype):
+    make, kind = CASES[case]
+    denoiser = make().to(dtype)
+    given = [cast(inputs(kind, step=step), dtype) for step in range(2)]
+    plain = [call(denoiser, step) for step in given]
+    assert {output.dtype for output in plain} == {dtype}
+    assert all(output.isfinite().all() for output in plain)
+    for block, layer in ((0, 0), (1, 1)):
+        with c4d.accelerate(denoiser, "deepcache", interval=1, block=block, layer=layer) as handle:
+            for step, expected in zip(given, plain, strict=True):
+                assert torch.equal(call(denoiser, step), expected)
+            assert handle.trace.strip() == "FF"
+        with c4d.accelerate(denoiser, "deepcache", interval=3, block=block, layer=layer) as handle:
+            for _ in range(3):
+                output = call(denoiser, given[0])
+                assert output.dtype == dtype
+                assert torch.equal(output, plain[0])
+            assert handle.trace.strip() == "Fcc"
 
 
 def test_at_the_outermost_level_a_cached_step_runs_one_up_layer():

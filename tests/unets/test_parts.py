@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from unet_zoo import call, counting, inputs, sd_like, sdxl_like, unconditional
+from unet_zoo import call, counting, inputs, ip_adapter_like, sd_like, sdxl_like, unconditional
 
 import cache4diffusion as c4d
 from cache4diffusion.errors import AnatomyError
@@ -13,7 +13,9 @@ PARTS = ("attn1", "attn2", "ff")
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize(("make", "kind"), [(sd_like, "sd"), (sdxl_like, "sdxl"), (sd_like, "controlnet")])
+@pytest.mark.parametrize(
+    ("make", "kind"), [(sd_like, "sd"), (sdxl_like, "sdxl"), (sd_like, "controlnet"), (ip_adapter_like, "ip-adapter")]
+)
 def test_parts_inside_levels_are_off_when_off_and_exact_on_a_frozen_input(name, make, kind):
     unet = make()
     plain = [call(unet, inputs(kind, step=i)) for i in range(3)]

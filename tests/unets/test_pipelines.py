@@ -1,6 +1,8 @@
 """DeepCache in stock pipelines: schedulers, guidance, batches, run after run."""
 
+import copy
 import gc
+import itertools
 
 import pytest
 import torch
@@ -13,33 +15,34 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
-from unet_zoo import controlnet, counting, sd_like, vae
+from unet_zoo import controlnet, counting, ip_adapter_like, sd_like, text_parts, vae
 
 import cache4diffusion as c4d
 
-PARTS = {"text_encoder": None, "tokenizer": None, "safety_checker": None, "feature_extractor": None}
+TEXT = text_parts()
+PROMPTS = ("a red circle", "a blue star on a red background", "a star and a circle", "blue")
 
 
 def pipeline(kind=StableDiffusionPipeline, scheduler=DDIMScheduler, unet=None, **more):
     pipe = kind(
-        vae=vae(), unet=unet or sd_like(), scheduler=scheduler(), requires_safety_checker=False, **PARTS, **more
+        vae=vae(),
+        unet=unet or sd_like(),
+        scheduler=scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        **copy.deepcopy(TEXT),
+        **more,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def embeds(batch: int, seed: int = 0) -> dict:
-    rng = torch.Generator().manual_seed(seed)
-    return {
-        "prompt_embeds": torch.randn(batch, 5, 12, generator=rng),
-        "negative_prompt_embeds": torch.randn(batch, 5, 12, generator=rng),
-    }
-
-
 def sample(pipe, batch=1, steps=6, seed=0, **more):
     size = {} if "image" in more and "strength" in more else {"height": 8, "width": 8}
     return pipe(
-        **embeds(batch, seed),
+        [PROMPTS[(seed + row) % len(PROMPTS)] for row in range(batch)],
+        negative_prompt=["a background"] * batch,
         num_inference_steps=steps,
         generator=torch.Generator().manual_seed(seed),
         output_type="latent",
@@ -73,6 +76,45 @@ def test_every_scheduler_with_batched_guidance(name):
             assert cached.isfinite().all()
             assert not torch.equal(cached, plain)
         assert torch.equal(sample(pipe, batch), plain)
+
+
+def test_every_prompt_gives_another_image():
+    """Else what follows could not tell one prompt's run from another's."""
+    pipe = pipeline()
+    assert not torch.equal(*(pipe.encode_prompt(p, "cpu", 1, False)[0] for p in PROMPTS[:2]))
+    noise = torch.randn(1, 4, 8, 8)
+    images = [sample(pipe, seed=seed, latents=noise) for seed in range(len(PROMPTS))]
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(images, 2))
+
+
+def test_a_prompt_replaced_midway_is_a_full_step():
+    """Guidance in one call, whose branch has no name: the callback hands the loop another prompt of equal length."""
+    pipe = pipeline()
+    other, negative = pipe.encode_prompt("a blue star", "cpu", 1, True)
+    other = torch.cat([negative, other])
+
+    def swap(pipe, step, timestep, kwargs):
+        return {**kwargs, "prompt_embeds": other} if step == 3 else kwargs
+
+    call = {"callback_on_step_end": swap, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    pipe._callback_tensor_inputs = ["latents", "prompt_embeds"]
+    with c4d.accelerate(pipe, "deepcache", interval=5) as handle:
+        sample(pipe, steps=9, **call)
+        assert handle.trace.strip() == "FcccFFccc"
+
+
+def test_an_ip_adapters_image_prompt():
+    pipe = pipeline(unet=ip_adapter_like())
+    embeds = [torch.randn(2, 1, 10, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    plain = [sample(pipe, ip_adapter_image_embeds=[image]) for image in embeds]
+    assert not torch.equal(*plain)
+    with c4d.accelerate(pipe, "deepcache", interval=1):
+        assert torch.equal(sample(pipe, ip_adapter_image_embeds=[embeds[0]]), plain[0])
+    with c4d.accelerate(pipe, "deepcache", interval=3) as handle:
+        cached = [sample(pipe, ip_adapter_image_embeds=[image]) for image in embeds]
+        assert handle.trace.strip() == "FccFcc"
+        assert not torch.equal(*cached)
+    assert torch.equal(sample(pipe, ip_adapter_image_embeds=[embeds[1]]), plain[1])
 
 
 def test_no_run_sees_another():

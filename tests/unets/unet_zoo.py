@@ -7,7 +7,9 @@ from contextlib import contextmanager
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel, UNet2DModel
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 WIDTHS = (8, 16, 16)
 SKIPS = [(8, 8), (8, 8), (8, 8), (8, 4), (16, 4), (16, 4), (16, 2), (16, 2), (16, 2)]
@@ -52,6 +54,22 @@ def freeu_like() -> UNet2DConditionModel:
     unet = sd_like()
     unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
     return unet
+
+
+def ip_adapter_like() -> UNet2DConditionModel:
+    """With an IP-adapter of random weights, loaded as diffusers does it: parts get the text along with images."""
+    unet = sd_like()
+    rng = torch.Generator().manual_seed(3)
+
+    def weights(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        return {name.replace("__", "."): torch.randn(*shape, generator=rng) for name, shape in shapes.items()}
+
+    projection = weights(proj__weight=(4 * 12, 10), proj__bias=(4 * 12,), norm__weight=(12,), norm__bias=(12,))
+    attentions = [name.removesuffix(".processor") for name in unet.attn_processors if "attn2" in name]
+    widths = [unet.get_submodule(name).inner_dim for name in attentions]
+    sizes = {f"{2 * i + 1}__to_{kind}_ip__weight": (width, 12) for i, width in enumerate(widths) for kind in "kv"}
+    unet._load_ip_adapter_weights({"image_proj": projection, "ip_adapter": weights(**sizes)}, low_cpu_mem_usage=False)
+    return _ready(unet)
 
 
 def unconditional() -> UNet2DModel:
@@ -132,6 +150,8 @@ def inputs(kind: str = "sd", batch: int = 2, step: int = 0, size: int = 8) -> di
             "text_embeds": torch.randn(batch, 10, generator=fixed),
             "time_ids": torch.tensor([[8.0, 8.0, 0.0, 0.0, 8.0, 8.0]] * batch),
         }
+    elif kind == "ip-adapter":
+        given["added_cond_kwargs"] = {"image_embeds": [torch.randn(batch, 1, 10, generator=fixed)]}
     elif kind == "controlnet":  # another value for every block
         given["down_block_additional_residuals"] = [randn(*shape) * (1 + i) for i, shape in enumerate(maps)]
         given["mid_block_additional_residual"] = randn(*maps[-1])
@@ -143,6 +163,36 @@ def inputs(kind: str = "sd", batch: int = 2, step: int = 0, size: int = 8) -> di
         ]
         given["down_intrablock_additional_residuals"] = [randn(*shape) for shape in shapes]
     return given
+
+
+WORDS = ("a", "on", "and", "background", "red", "blue", "circle", "star")
+
+
+def text_parts() -> dict:
+    """CLIP's tokenizer and text encoder in miniature, of random weights: tokens ``[B, 6]`` to ``[B, 6, 12]``."""
+    marks = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
+    ids = {word: i for i, word in enumerate(("<s>", "</s>", "<unk>", *WORDS))}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[(mark, ids[mark]) for mark in ("<s>", "</s>")]
+    )
+    torch.manual_seed(4)
+    config = CLIPTextConfig(
+        vocab_size=len(ids),
+        hidden_size=12,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=6,
+        bos_token_id=ids["<s>"],
+        eos_token_id=ids["</s>"],
+        pad_token_id=ids["</s>"],
+    )
+    return {
+        "tokenizer": PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=6, **marks),
+        "text_encoder": _ready(CLIPTextModel(config)),
+    }
 
 
 @contextmanager
@@ -161,6 +211,15 @@ def counting(denoiser: nn.Module):
             handle.remove()
 
 
+def cast(value, dtype: torch.dtype):
+    """Arguments with every floating-point tensor in another type."""
+    if isinstance(value, dict):
+        return {key: cast(item, dtype) for key, item in value.items()}
+    if isinstance(value, list):
+        return [cast(item, dtype) for item in value]
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
 def clone(given: dict) -> dict:
     """The same arguments in containers of their own: T2I adapters' lists are used up by the call."""
     return {key: list(value) if isinstance(value, list) else value for key, value in given.items()}
@@ -175,6 +234,7 @@ CASES = {
     "sd": (sd_like, "sd"),
     "sdxl": (sdxl_like, "sdxl"),
     "unconditional": (unconditional, "unconditional"),
+    "ip-adapter": (ip_adapter_like, "ip-adapter"),
     "no-mid": (lambda: sd_like(mid=None), "sd"),
     "freeu": (freeu_like, "sd"),
     "controlnet": (sd_like, "controlnet"),
