@@ -269,8 +269,19 @@ def dit_loop(denoiser, batch=1, num_steps=10, seed=0, scale=2.0, frozen=False):
     return outputs
 
 
+# FLUX.1-dev's: noise levels are shifted by how many tokens the image has.
+FLUX_SCHEDULE = {
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+}
+
+
 @seeded
-def flux_pipeline(transformer=None) -> FluxPipeline:
+def flux_pipeline(transformer=None, scheduler=None) -> FluxPipeline:
     """A stock pipeline without text encoders: prompts come as embeddings, images leave as latents."""
     vae = AutoencoderKL(
         block_out_channels=(8, 8),
@@ -278,7 +289,7 @@ def flux_pipeline(transformer=None) -> FluxPipeline:
         latent_channels=2, norm_num_groups=4, layers_per_block=1, sample_size=16,
     )  # fmt: skip
     pipe = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
+        scheduler=FlowMatchEulerDiscreteScheduler() if scheduler is None else scheduler,
         vae=vae.eval(),
         text_encoder=None,
         tokenizer=None,

@@ -1,6 +1,7 @@
 """NaN never survives, gradients pass through, types are kept, nothing is shared, and the ledger tells the truth."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 import cache4diffusion as c4d
 import toys
+from cache4diffusion.gates import Mask, MaxRun, MaxTotal
 
 methods = toys.distinct_methods
 BRANCHES = [toys.flux_inputs(seed=0), toys.flux_inputs(seed=1)]
@@ -74,6 +76,84 @@ def test_nan_read_at_the_next_step_makes_that_one_full(name):
         assert not found[step][index].isfinite().all()
         assert torch.equal(found[step + 1][index], plain[step + 1][index])
     assert all(output.isfinite().all() for outputs in found[step + 1 :] for output in outputs)
+
+
+RECOMPUTED = {
+    "teacache": {"threshold": 0.3},
+    "fbcache": {"threshold": 0.5},
+    "dbcache": {"threshold": 0.5, "front": 1, "back": 1, "warmup": 2},
+    "speca": {"threshold": 1e9, "decay": 1.0, "max_run": 4},
+    "fora": {"interval": 4},
+    "taylorseer-lite": {"interval": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "decide"),
+    [*((name, {}) for name in RECOMPUTED), *((n, {"decide": "row"}) for n in ("teacache", "fbcache", "speca"))],
+)
+def test_a_recomputed_step_counts_as_the_full_step_it_was(name, decide):
+    """Gates, guards, what they compare with, and the trace: as if a guard had made the step full."""
+    inputs, limits = toys.flux_inputs(3), (MaxRun(3), MaxTotal(6))
+
+    @torch.no_grad()
+    def run(forced=None, poisoned=None):
+        denoiser = toys.flux()
+        composition = c4d.METHODS[name](**RECOMPUTED[name], **decide).compose()
+        mask = Mask(() if forced is None else tuple(i in (0, forced) for i in range(forced + 1)))
+        composition = dataclasses.replace(composition, guards=(mask, *composition.guards, *limits))
+        with toys.accelerated(denoiser, composition, {}, num_steps=12) as handle:
+            engine = handle._engines[0]
+            for i, t in enumerate(toys.timesteps(12)):
+                if i == poisoned:
+                    poison(engine)
+                x = inputs["hidden_states"] * 0.97**i
+                output = denoiser(**{**inputs, "hidden_states": x}, timestep=torch.full((3,), t)).sample
+                assert output.isfinite().all()
+            (state,) = engine._states.values()
+            return handle.trace.of(), [(unit.gate, unit.guards) for unit in state.units[0]]
+
+    records, _ = run()
+    step = next(r.step for r in records if r.symbol in "cm" and r.step > 3)
+    found, units = run(poisoned=step)
+    expected, wanted = run(forced=step)
+    assert found[step].reason == "not finite, recomputed"
+    assert [r.symbol for r in found] == [r.symbol for r in expected]
+    assert [r.rows for r in found] == [r.rows for r in expected]
+    assert [r.symbol for r in found] != [r.symbol for r in records] or records[step].symbol == "m"
+    assert units == wanted
+
+
+def test_branches_that_follow_a_recomputed_one_are_full_as_well():
+    denoiser = toys.flux()
+    settings = {**toys.ACTIVE["dbcache"], "threshold": 9.0, "branches": "tied"}
+    with toys.accelerated(denoiser, "dbcache", settings, num_steps=6) as handle, torch.no_grad():
+        for i, t in enumerate(toys.timesteps(6)):
+            if i == 4:
+                for history in next(iter(handle._engines[0]._states.values())).sites.values():
+                    history.buffers[0].fill_(float("nan"))
+            for inputs in BRANCHES:
+                denoiser(**inputs, timestep=torch.tensor([t]))
+        assert set(handle.stats["strips"].values()) == {"FFccFc"}
+
+
+def test_a_batched_branch_that_was_recomputed_is_a_full_step():
+    denoiser = toys.dit()
+    settings = {"interval": 4, "warmup": 1}
+
+    def run(at):
+        x, labels = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 10])
+        with toys.accelerated(denoiser, "fastercache", settings, num_steps=8) as handle, torch.no_grad():
+            for i in range(8):
+                if i == at:
+                    poison(handle._engines[0])
+                time = torch.full((2,), 999 - 90 * i)
+                output = denoiser(torch.cat([x, x]) * 0.9**i, timestep=time, class_labels=labels).sample
+                assert output.isfinite().all()
+            return [record.symbol for record in handle.trace.of()]
+
+    assert "".join(run(at=None)) == "FhhFhhhF"
+    assert "".join(run(at=5)) == "FhhFhFhF"
 
 
 def test_nan_of_the_denoiser_itself_is_not_hidden():
@@ -299,6 +379,52 @@ def test_a_host_that_writes_between_blocks(no_grad):
                     assert torch.allclose(found, plain, atol=1e-5)
                 assert handle.stats["strip"].count("c") >= 4
     assert not torch.allclose(plain, moved)
+
+
+class Adds(toys.Blocks):
+    """Blocks that write into what they are given, and a host that does so between them."""
+
+    class Block(toys.Blocks.Block):
+        def forward(self, x, gate):
+            return x.add_(gate * self.ff(self.norm(x)))
+
+    def forward(self, x, timestep, context):
+        hidden, gate = self.embed(x) + context, torch.cos(timestep)[:, None, None]
+        for block in self.blocks:
+            hidden = block(hidden, gate)
+            hidden += 0.1 * context
+        return self.out(hidden)
+
+
+@pytest.mark.parametrize("no_grad", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("front", [1, 2])
+def test_scores_of_blocks_that_write_into_their_input(no_grad, front):
+    """They are what they would be of blocks and a host that do not."""
+
+    class Plain(Adds):
+        Block = toys.Blocks.Block
+
+        def forward(self, x, timestep, context):
+            hidden, gate = self.embed(x) + context, torch.cos(timestep)[:, None, None]
+            for block in self.blocks:
+                hidden = block(hidden, gate) + 0.1 * context
+            return self.out(hidden)
+
+    g = torch.Generator().manual_seed(0)
+    x, context = torch.randn(2, 6, 4, generator=g), torch.randn(1, 1, 8, generator=g)
+    scores, weights = [], toys.randomise(Adds(count=4)).state_dict()
+    for kind in (Adds, Plain):
+        denoiser = kind(count=4).eval()
+        denoiser.load_state_dict(weights)
+        settings = {"threshold": 1e-9, "front": front, "warmup": 1}
+        nothing = pytest.warns(UserWarning, match="0 of 5 steps")
+        with nothing, toys.accelerated(denoiser, "dbcache", settings, num_steps=5) as handle, no_grad():
+            for i in range(5):
+                denoiser(x * 0.9**i, torch.full((2,), 0.5 + 0.1 * i), context)
+            scores.append([record.scores[0] for record in handle.trace.of()])
+    inplace, plain = scores
+    assert None not in plain[1:]
+    assert inplace[2:] == pytest.approx(plain[2:], rel=1e-4)  # the first step shows that copies are needed
 
 
 class Mood(torch.nn.Module):

@@ -1,14 +1,18 @@
 """Nothing of one run is seen by another: each equals what a fresh process gives."""
 
+import contextlib
 import copy
+import itertools
 import threading
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 import cache4diffusion as c4d
 import toys
+from cache4diffusion.engine.state import BranchState
 
 methods = toys.distinct_methods
 STEPS = 9  # of runs in bare loops
@@ -93,6 +97,24 @@ def test_a_run_aborted_at_step_7(name, error, where):
         assert torch.equal(toys.generate(pipe, **GUIDED), truth)
 
 
+@pytest.mark.parametrize("name", ["taylorseer", "dbcache"])
+def test_20_then_50_steps_then_an_abort_at_step_7_then_another_resolution(name):
+    """Under FLUX.1-dev's own schedule of noise, which depends on the resolution; one static and one adaptive method."""
+    pipe = toys.flux_pipeline(scheduler=FlowMatchEulerDiscreteScheduler(**toys.FLUX_SCHEDULE))
+    runs = [{"num_steps": 20}, {"num_steps": 50}, {"side": 32}]
+    truth = pipe_alone(pipe, name, *runs)
+
+    def stop(pipe, step, timestep, kwargs):
+        return toys.fail(KeyboardInterrupt) if step == 7 else kwargs
+
+    with c4d.accelerate(pipe, name, **toys.ACTIVE[name]) as handle:
+        assert_same([toys.generate(pipe, **run) for run in runs[:2]], truth[:2])
+        with pytest.raises(KeyboardInterrupt):
+            toys.generate(pipe, 20, callback_on_step_end=stop)
+        assert handle.memory["held"] == 0
+        assert_same([toys.generate(pipe, **run) for run in (runs[2], *runs)], (truth[2], *truth))
+
+
 @methods
 def test_two_pipelines_of_one_class_enable_both_remove_one(name):
     one, other = toys.flux_pipeline(toys.flux(seed=1)), toys.flux_pipeline(toys.flux(seed=2))
@@ -166,6 +188,37 @@ def test_two_threads_on_one_denoiser(name):
 
         for found, right in zip(in_threads([lambda b=b: sample(b) for b in prompts]), truth, strict=True):
             assert_same(found, right)
+
+
+def test_a_run_that_ends_does_not_disturb_the_run_of_another_thread(monkeypatch):
+    """At its end a run looks at all that is held, and meanwhile another may begin."""
+    denoiser, prompts = toys.flux(), [toys.flux_inputs(seed=s) for s in (0, 1)]
+    truth = alone(denoiser, "fora", lambda d: toys.flux_loop(d, prompts[1], STEPS))
+    with c4d.accelerate(denoiser, "fora", interval=3) as handle:
+        tensors, found = BranchState.tensors, []
+
+        def other():
+            with handle.run(num_steps=STEPS):
+                found.append(toys.flux_loop(denoiser, prompts[1], STEPS))
+
+        threads = [threading.Thread(target=other)]
+
+        def look(state):
+            if threads and threading.current_thread() is threading.main_thread():
+                thread = threads.pop()
+                thread.start()
+                thread.join()
+            return tensors(state)
+
+        with handle.run(num_steps=STEPS), torch.no_grad():
+            call = {**prompts[0], "timestep": torch.tensor([1.0])}
+            denoiser(**call)
+            with denoiser.cache_context("second"):
+                denoiser(**call)
+            monkeypatch.setattr(BranchState, "tensors", look)
+            handle._engines[0].account()
+        assert not threads
+        assert_same(found[0], truth)
 
 
 @methods
@@ -321,6 +374,46 @@ def test_timesteps_that_round_to_equal_neighbours(name):
         assert_same(inferred, told)
 
 
+@pytest.mark.parametrize("name", ["taylorseer", "dbcache"])
+def test_timesteps_in_bf16_of_flux_at_2048_by_2048(name):
+    """Of 50 steps 16 begin at the timestep of the one before. The loop is told by its latents, listing or scheduler."""
+    denoiser, inputs = toys.flux().bfloat16(), toys.flux_inputs(dtype=torch.bfloat16)
+    scheduler = FlowMatchEulerDiscreteScheduler(**toys.FLUX_SCHEDULE)
+    mu = calculate_shift((2048 // 16) ** 2)
+    scheduler.set_timesteps(sigmas=[1 - i / 50 for i in range(50)], mu=mu)
+    listed = scheduler.timesteps
+    passed = [t.expand(1).to(torch.bfloat16) / 1000 for t in listed]  # as the pipeline does
+    assert sum(bool(a == b) for a, b in itertools.pairwise(passed)) == 16
+
+    @torch.no_grad()
+    def loop(scheduler):
+        scheduler.set_timesteps(sigmas=[1 - i / 50 for i in range(50)], mu=mu)
+        x, found = inputs["hidden_states"], []
+        for t, time in zip(scheduler.timesteps, passed, strict=True):
+            found.append(denoiser(**{**inputs, "hidden_states": x}, timestep=time).sample)
+            x = scheduler.step(found[-1], t, x).prev_sample
+        return found
+
+    def sample(accelerated, scheduler, **told):
+        with (
+            c4d.accelerate(accelerated, name, **toys.ACTIVE[name]) as handle,
+            handle.run(**told) if told else contextlib.nullcontext(),
+        ):
+            return loop(scheduler), handle.stats["strip"]
+
+    pipe = toys.flux_pipeline(denoiser, scheduler)
+    found = [
+        sample(denoiser, copy.deepcopy(scheduler)),
+        sample(denoiser, copy.deepcopy(scheduler), timesteps=listed),
+        sample(pipe, scheduler),
+    ]
+    outputs, strip = found[0]
+    assert len(strip) == 50 and set(strip) == {"F", "c"}
+    for others, its in found[1:]:
+        assert its == strip
+        assert_same(others, outputs)
+
+
 @methods
 def test_one_timestep_per_token(name):
     """Their maximum is the clock."""
@@ -410,6 +503,60 @@ def test_bare_runs_in_a_row_without_any_announcement(name):
             assert_same(toys.flux_loop(denoiser, inputs, STEPS), right)
             with pytest.raises(KeyboardInterrupt):
                 toys.flux_loop(denoiser, inputs, STEPS, fail_at=7, error=KeyboardInterrupt)
+
+
+@methods
+@pytest.mark.parametrize("edited", [0, 1])
+@pytest.mark.parametrize("names", [("cond", "uncond"), None], ids=["named", "unnamed"])
+def test_a_prompt_replaced_midway_leaves_nothing_of_the_old_one(name, names, edited):
+    """At equal length. From there on all is as it would be had the old prompt been any other."""
+    denoiser = toys.flux()
+    first, second, *others = (toys.flux_inputs(seed=s) for s in range(4))
+    x = [first["hidden_states"] * (1 + 0.02 * i) for i in range(STEPS)]
+
+    @torch.no_grad()
+    def loop(d, before, after):
+        found = [[], []]
+        for i, t in enumerate(toys.timesteps(STEPS)):
+            branches = [first, second]
+            branches[edited] = before if i < 4 else after
+            for b, inputs in enumerate(branches):
+                with d.cache_context(names[b]) if names else contextlib.nullcontext():
+                    call = {**inputs, "hidden_states": x[i], "timestep": torch.tensor([t])}
+                    found[b].append(d(**call).sample)
+        return found
+
+    def sample(before, after):
+        with toys.accelerated(copy.deepcopy(denoiser), name, num_steps=STEPS) as handle:
+            found = loop(handle._engines[0].host.denoiser, before, after)
+            return found, [*handle.stats["strips"].values()]
+
+    plain = loop(denoiser, *others)
+    concerned = 1 if name == "fastercache" else edited  # it predicts the second branch, from the first
+    found, strips = sample(*others)
+    assert strips[concerned][4] == "F"
+    assert torch.equal(found[edited][4], plain[edited][4])
+    again, _ = sample((first, second)[edited], others[1])
+    assert_same(found[edited][4:], again[edited][4:])
+    unedited, strips = sample(others[1], others[1])
+    assert strips[concerned][4] != "F", "a full step anyway: nothing is tested here"
+    if name != "fastercache":
+        assert_same(found[1 - edited], unedited[1 - edited])
+
+
+def test_a_callback_replaces_the_prompt_of_a_pipeline():
+    pipe = toys.flux_pipeline()
+
+    def swap(pipe, step, timestep, kwargs):
+        return {**kwargs, "prompt_embeds": OTHER["prompt_embeds"]} if step == 3 else kwargs
+
+    call = {**GUIDED, "callback_on_step_end": swap, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    with c4d.accelerate(pipe, "taylorseer", interval=4) as handle:
+        toys.generate(pipe, 9, **call)
+        assert [handle.trace.strip(branch=name) for name in ("cond", "uncond")] == ["FFFcFcFcc", "FFFcccFcc"]
+        assert any("conditioning" in note for note in handle.trace.notes)
+        toys.generate(pipe, 9, **GUIDED)
+        assert handle.trace.strip(branch="cond") == "FFFcccFcc"
 
 
 @methods

@@ -19,12 +19,11 @@ from cache4diffusion.engine.finite import FiniteGuard
 from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.leaves import flatten, get_argument, unflatten
 from cache4diffusion.engine.maps import Grid, grid_of
-from cache4diffusion.engine.state import is_new_conditioning
 from cache4diffusion.errors import CompositionError
 from cache4diffusion.gates import Step
 from cache4diffusion.guidance import BranchRule
 from cache4diffusion.run import Call
-from cache4diffusion.trace import CACHED, Record
+from cache4diffusion.trace import CACHED, FULL, HALF, MIXED, Record
 
 _COND, _UNCOND = ("cond", "pred_cond"), ("uncond", "pred_uncond")  # what diffusers calls its branches
 
@@ -38,7 +37,6 @@ class GuidanceState:
     source_step: int = -1
     source: list[Tensor] = field(default_factory=list)  # the source branch's output maps of this step (sequential)
     source_branch: str | None = None
-    is_source_new: bool = False  # its conditioning was replaced at this step
     template: Any = None  # how an output is made of tensors
     grid: Grid | None = None  # how its tokens lie in the image
     shape: Any = None  # of the latents the rule's state belongs to
@@ -92,7 +90,9 @@ class BranchDriver:
 
     def forget(self, run: int | None) -> None:
         """Drop what is remembered of a run (of all for None)."""
-        self._states = {} if run is None else {key: state for key, state in self._states.items() if key != run}
+        for key in list(self._states):  # one by one: another thread's run may be adding to them
+            if run is None or key == run:
+                self._states.pop(key, None)
 
     def conclude(self, run: int) -> None:
         """At the end of a run: say so if nothing was skipped."""
@@ -109,7 +109,7 @@ class BranchDriver:
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything held."""
-        for state in self._states.values():
+        for state in list(self._states.values()):
             yield from state.source
             yield from self.rule.tensors(state.rule)
 
@@ -118,6 +118,8 @@ class BranchDriver:
         state = self._states.setdefault(call.run.id, GuidanceState(self.rule.init()))
         if not self.finite.passed(state):
             self._start_anew(state)
+        if call.is_edited:  # what is known of how the branches differ was seen under another conditioning
+            state.rule = self.rule.init()
         now = GuidedCall(state, Step(call.step, call.run.num_steps), call, latent, inner, args, kwargs)
         return self._batched(now) if self._may_be_batched(now) else self._sequential(now)
 
@@ -163,7 +165,7 @@ class BranchDriver:
         self._fit(now)
         halves = (list(range(half)), list(range(half, batch)))
         predicted_rows, source_rows = halves if self.batch_order == "uncond-cond" else halves[::-1]
-        is_cached = self.rule.is_cached(state.rule, step) and not is_new_conditioning(now.call)
+        is_cached = self.rule.is_cached(state.rule, step)
         if is_cached and not self._is_batched(now):
             state.rule = self.rule.init()
             return self._sequential(now)
@@ -190,6 +192,9 @@ class BranchDriver:
             other_args, other_kwargs = self.host.rows(now.args, now.kwargs, predicted_rows, batch)
             others = self._maps(now, now.inner(*other_args, **other_kwargs))
             self.rule.update(state.rule, step, maps, others)
+            record = self.host.trace.records[-1]
+            record.symbol = FULL if record.symbol == HALF else MIXED
+            record.reason = "not finite, recomputed"
         pairs = [(u, c) if self.batch_order == "uncond-cond" else (c, u) for u, c in zip(others, maps, strict=True)]
         return self._output(state, [torch.cat(pair) for pair in pairs])
 
@@ -208,7 +213,6 @@ class BranchDriver:
                 raise self._wrong_order()
             output = self._run(now)
             self._keep_source(now, self._maps(now, output))
-            state.is_source_new = is_new_conditioning(now.call)
             return output
         is_target = kind == "uncond" or (now.call.ordinal == 1 and kind is None)
         has_source = state.source_step == step.index and bool(state.source)
@@ -220,8 +224,7 @@ class BranchDriver:
             state.layouts[latent.shape], state.rule = False, self.rule.init()
         self._fit(now)
         state.pairs += 1
-        is_new = state.is_source_new or is_new_conditioning(now.call)
-        if self.rule.is_cached(state.rule, step) and not is_new:
+        if self.rule.is_cached(state.rule, step):
             start = time.perf_counter()
             self.rule.commit(state.rule, step)
             maps = self.rule.predict(state.rule, step, state.source)

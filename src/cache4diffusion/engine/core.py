@@ -144,7 +144,7 @@ class Engine:
         """Nothing survives from earlier runs of this thread."""
 
     def on_run_end(self, run: Run, aborted: bool) -> None:
-        """Forget everything of this run."""
+        """Forget everything of this run. Another thread may be in the middle of a run of its own."""
         self._checked_runs.discard(run.id)
         if self.branches is not None and not aborted:
             self.branches.conclude(run.id)
@@ -152,7 +152,9 @@ class Engine:
 
     def _forget(self, run: int | None) -> None:
         """Drop what is remembered of a run (of all for None)."""
-        self._states = {} if run is None else {key: state for key, state in self._states.items() if key[0] != run}
+        for key in list(self._states):  # one by one: another thread's run may be adding to them
+            if run is None or key[0] == run:
+                self._states.pop(key, None)
         if self.runner is not None:
             self.runner.decisions.forget(run)
         if self.branches is not None:
@@ -169,13 +171,21 @@ class Engine:
             state = self._states[run, branch] = BranchState(signature)
         return state
 
+    def _forget_conditioning(self, call: Call) -> None:
+        """What is cached for the call's branch was computed under another conditioning."""
+        states = [self._states.get((call.run.id, name)) for name in (call.branch, _source_of(call.branch))]
+        for state in states:
+            if state is not None:
+                state.forget_features()
+        self.host.note("the conditioning of a branch was replaced in a run; its history was cleared.")
+
     def account(self) -> None:
         """Bring the ledger up to date."""
         self.ledger.set(unique_bytes(self.tensors()))
 
     def tensors(self) -> list[Tensor]:
         """Every cached tensor."""
-        tensors = [tensor for state in self._states.values() for tensor in self.tensors_of(state)]
+        tensors = [tensor for state in list(self._states.values()) for tensor in self.tensors_of(state)]
         if self.branches is not None:
             tensors += list(self.branches.tensors())
         return tensors
@@ -185,7 +195,7 @@ class Engine:
         tensors = list(state.tensors())
         rule = self.composition.tokens
         if rule is not None:
-            for kept in state.tokens.values():
+            for kept in list(state.tokens.values()):
                 tensors += list(rule.tensors(kept))
         return tensors
 
@@ -210,6 +220,8 @@ class Engine:
                     self._attach(inner, args, kwargs)
                 if is_new:
                     self._check_run(call.run, args, kwargs)
+                if call.is_edited:
+                    self._forget_conditioning(call)
                 if self.branches is not None:
                     output = self.branches.run(call, latent, inner, args, kwargs)
                     self.account()
@@ -258,7 +270,7 @@ class Engine:
             output = inner(*args, **kwargs)
             record = Record(self.name, call.run.id, step.index, call.branch, FULL, "no site", None)
         else:
-            branch = f"{call.branch}/source" if is_half else call.branch
+            branch = _source_of(call.branch) if is_half else call.branch
             state = self._state(call.run.id, branch, latent, self.host.inputs.split(args, kwargs)[2])
             context = Context(call, step, state, latent.shape[0], kwargs=kwargs)
             output = self.runner.run(context, inner, args, kwargs)
@@ -274,3 +286,8 @@ class Engine:
         if record.symbol != CACHED:  # a cached step takes nothing in
             self.account()
         return output
+
+
+def _source_of(branch: str) -> str:
+    """The name under which is kept what belongs to the source half of a call that holds both CFG branches."""
+    return f"{branch}/source"

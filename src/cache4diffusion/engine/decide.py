@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -71,13 +73,33 @@ def decide(
     if composition.decide == "any" and not all(cached):
         cached = [False] * len(units)
     for unit, final, score in zip(units, cached, scores, strict=True):
-        gate.commit(unit.gate, step, final, score)
-        if not final:
-            unit.feedback = None  # what an earlier run of cached steps was worth says nothing of the next
-        for guard, state in zip(composition.guards, unit.guards, strict=True):
-            guard.commit(state, step, final, score)
+        unit.before = copy.deepcopy((unit.gate, unit.guards)) if final else None
+        _commit(composition, unit, context, final, score)
     reason = reasons[0] or (type(gate).__name__ if gate.watch is None else "score")
     return Verdict(tuple(cached), reason, tuple(scores))
+
+
+def revoke(composition: Composition, context: Context, key: int, reason: str) -> Verdict:
+    """Return the verdict of a step that was to be cached, at least in part, and was then computed in full.
+
+    Gate and guards are put back to where they were, and told of a full step instead.
+    """
+    verdict = context.verdicts[key]
+    for unit, score in zip(context.state.units[key], verdict.scores, strict=True):
+        if unit.before is not None:
+            unit.gate, unit.guards = unit.before
+            unit.before = None
+            _commit(composition, unit, context, False, score)
+    return dataclasses.replace(verdict, cached=(False,) * len(verdict.cached), reason=reason)
+
+
+def _commit(composition: Composition, unit: Unit, context: Context, cached: bool, score: float | None) -> None:
+    assert composition.gate is not None
+    composition.gate.commit(unit.gate, context.step, cached, score)
+    for guard, state in zip(composition.guards, unit.guards, strict=True):
+        guard.commit(state, context.step, cached, score)
+    if not cached:
+        unit.feedback = None  # what an earlier run of cached steps was worth says nothing of the next
 
 
 def relative_change(now: Tensor, before: Tensor, per_row: bool) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from cache4diffusion.engine.decide import decide
+from cache4diffusion.engine.decide import decide, revoke
 from cache4diffusion.engine.driver import Driver
-from cache4diffusion.engine.state import Context, Verdict, is_new_conditioning
+from cache4diffusion.engine.state import Context, Verdict
 from cache4diffusion.gates import Step, Verification
 from cache4diffusion.method import Composition
 
@@ -35,12 +35,12 @@ class Decisions:
         lead = (context.call.run.id, context.step.index, key)
         follow = self._leads.get(lead) if self.composition.branches == "tied" else None
         is_overdue = self._is_overdue(context, key)
-        is_ready = self.driver.is_ready(context, key) and not is_new_conditioning(context.call) and not is_overdue
+        is_ready = self.driver.is_ready(context, key) and not is_overdue
         verdict = decide(self.composition, context, key, is_ready, observe, follow)
         if is_overdue:
             verdict = dataclasses.replace(verdict, reason="makes up for a full step this branch missed")
         if self.composition.branches == "tied" and follow is None:
-            self._leads = {k: v for k, v in self._leads.items() if k[1] == context.step.index or k[0] != lead[0]}
+            self._drop(lambda run, step: run == lead[0] and step != lead[1])
             self._leads[lead] = verdict
         context.verdicts[key] = verdict
         return verdict
@@ -55,9 +55,22 @@ class Decisions:
             context.is_checked = any(flags)
             context.scratch["checked"] = flags
 
+    def revoke(self, context: Context, reason: str) -> None:
+        """The call was computed in full after all: gates, guards and the branches that follow are told so."""
+        for key, verdict in list(context.verdicts.items()):
+            full = context.verdicts[key] = revoke(self.composition, context, key, reason)
+            lead = (context.call.run.id, context.step.index, key)
+            if self._leads.get(lead) is verdict:
+                self._leads[lead] = full
+
     def forget(self, run: int | None) -> None:
         """Drop what branches of a run would follow (of all for None)."""
-        self._leads = {} if run is None else {key: verdict for key, verdict in self._leads.items() if key[0] != run}
+        self._drop(lambda other, step: run is None or other == run)
+
+    def _drop(self, is_over: Callable[[int, int], bool]) -> None:
+        for key in list(self._leads):  # one by one: another thread's run may be adding to them
+            if is_over(key[0], key[1]):
+                self._leads.pop(key, None)
 
     def _is_overdue(self, context: Context, key: int) -> bool:
         """Whether a schedule's full step fell where this branch was not called: its CFG rule skipped it, or guidance

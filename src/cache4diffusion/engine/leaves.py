@@ -230,6 +230,11 @@ def specs_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any,
     return map_tensors(spec, tuple(args)), map_tensors(spec, dict(kwargs))
 
 
+def version(tensor: Tensor) -> int | None:
+    """Rises when somebody writes into the tensor; None in inference mode, which does not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
 def own(leaves: Sequence[Any], state: Any) -> list[Any]:
     """The leaves, cloned where they share memory with what ``state`` keeps: a host may write into what it is given."""
     kept = {tensor.untyped_storage().data_ptr() for tensor in state.tensors()}

@@ -80,7 +80,7 @@ class SiteRunner:
 
     def _recompute(self, context: Context, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._forget(context)
-        context.verdicts = {key: Verdict((False,), "not finite, recomputed") for key in context.verdicts}
+        self.decisions.revoke(context, "not finite, recomputed")
         context.rows, context.is_checked, context.scratch = None, False, {}
         self._active = context
         return self.driver.run(context, inner, args, kwargs)

@@ -10,7 +10,7 @@ from torch import Tensor
 from cache4diffusion.anatomy import Anatomy
 from cache4diffusion.engine.driver import Driver, Inner
 from cache4diffusion.engine.host import Host
-from cache4diffusion.engine.leaves import get_output, own, select_rows
+from cache4diffusion.engine.leaves import get_output, own, select_rows, version
 from cache4diffusion.engine.state import Context, Verdict
 from cache4diffusion.errors import AnatomyError
 from cache4diffusion.sites import Span
@@ -41,11 +41,6 @@ class Passage:
     left: list[Tensor] = field(default_factory=list)  # the same, or copies
     left_versions: list[int | None] = field(default_factory=list)
     is_spoilt: bool = False  # something was written into a stream and cannot be told from the blocks' work
-
-
-def version(tensor: Tensor) -> int | None:
-    """Rises when somebody writes into the tensor; None in inference mode, which does not count."""
-    return None if tensor.is_inference() else tensor._version
 
 
 def stretches(site: Span, lengths: list[int], seams: tuple[bool, ...]) -> list[Stretch]:

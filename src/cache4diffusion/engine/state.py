@@ -19,6 +19,7 @@ class Unit:
     gate: Any
     guards: list[Any]
     feedback: float | None = None  # what a verification found at the step before
+    before: tuple[Any, list[Any]] | None = None  # gate and guards as they were before the step that is being cached
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,15 @@ class BranchState:
     unread_finite: Tensor | None = None  # finite check of the last cached output, not read yet
 
     def tensors(self) -> Iterator[Tensor]:
-        """Every cached tensor held here."""
-        yield from self.references.values()
-        for state in self.sites.values():
+        """Every cached tensor held here. Another thread may ask in the middle of a call."""
+        yield from list(self.references.values())
+        for state in list(self.sites.values()):
             yield from state.tensors()
-        for value in self.extra.values():
+        for value in list(self.extra.values()):
             if isinstance(value, Tensor):
                 yield value
             elif isinstance(value, dict):
-                yield from (leaf for leaf in value.values() if isinstance(leaf, Tensor))
+                yield from [leaf for leaf in list(value.values()) if isinstance(leaf, Tensor)]
 
     def forget_features(self) -> None:
         """Clear what predictions are made from; the next step will be full."""
@@ -88,11 +89,6 @@ class BranchState:
         self.tokens.clear()
         self.references.clear()
         self.extra.clear()
-
-
-def is_new_conditioning(call: Call) -> bool:
-    """Whether the conditioning of this branch was replaced since its last call: what is cached belongs to another."""
-    return call.how == "ordinal" and call.step > 0
 
 
 @dataclass

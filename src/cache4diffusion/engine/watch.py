@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from cache4diffusion.engine.decide import relative_change
 from cache4diffusion.engine.decisions import Decisions
 from cache4diffusion.engine.driver import Driver, Inner
 from cache4diffusion.engine.host import Host
-from cache4diffusion.engine.leaves import get_argument, get_output
+from cache4diffusion.engine.leaves import get_argument, get_output, version
 from cache4diffusion.engine.state import Context, Verdict
 from cache4diffusion.errors import AnatomyError
 from cache4diffusion.gates import Front, Signal
@@ -38,6 +39,7 @@ class Watcher:
         self.host, self.driver, self.decisions = host, driver, decisions
         self.watch = host.gate.watch if host.gate is not None else None
         self._starts: dict[int, int] = {}  # first position of each watched list -> decision key
+        self._copies = False  # whether streams are written into, so that copies must be compared
 
     @property
     def needs_blocks(self) -> bool:
@@ -72,6 +74,8 @@ class Watcher:
             if key == 0 or per_list:
                 self._starts[start] = key
             start += len(stack.blocks)
+        watched = [block for stack in anatomy.main for block in stack.blocks]
+        self._copies = any(block.mutates for block in watched)
         if isinstance(self.watch, Front) and self.watch.blocks > len(self.host.blocks):
             raise AnatomyError(
                 f"{words} watches the first {self.watch.blocks} blocks, and {anatomy.denoiser} has "
@@ -85,21 +89,22 @@ class Watcher:
         if not self.needs_blocks:
             return
         if isinstance(self.watch, Signal):
-            if position == 0 and 0 not in context.verdicts:
-                self._judge(context, 0, self._signal(args, kwargs))
+            if position == 0:
+                self._meet(context, 0, lambda: self._signal(args, kwargs))
             return
         if position in self._starts:
             key = self._starts[position]
-            context.scratch["front", key] = [self._image(position, args, kwargs), None]
+            context.scratch["front", key] = [self._kept(self._image(position, args, kwargs)), None]
             context.scratch["front_key"] = (key, position)
         elif "front_key" in context.scratch:
             key, start = context.scratch["front_key"]
             if position - start < self.watch.blocks:  # type: ignore[union-attr]
                 entered = self._image(position, args, kwargs)
-                left = context.scratch["front_left"]
-                if entered is not left:  # the host added something; it is not the blocks' own
+                left, known, stamp = context.scratch["front_left"]
+                self._copies |= entered is left and version(entered) != stamp  # of the next step on
+                if entered is not left or known is not left:  # the host added something; it is not the blocks' own
                     kept = context.scratch["front", key]
-                    kept[1] = entered - left if kept[1] is None else kept[1] + (entered - left)
+                    kept[1] = entered - known if kept[1] is None else kept[1] + (entered - known)
 
     def after(
         self, context: Context, position: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -112,11 +117,14 @@ class Watcher:
             return
         stream = self.host.blocks[position].streams[0]
         left = get_output(output, stream.output) if stream.output is not None else self._image(position, args, kwargs)
-        context.scratch["front_left"] = left
-        if position - start == self.watch.blocks - 1 and key not in context.verdicts and key in self.driver.keys:
+        context.scratch["front_left"] = (left, self._kept(left), version(left))
+        if position - start == self.watch.blocks - 1 and key in self.driver.keys:
             entered, glue = context.scratch["front", key]
-            residual = left - entered
-            self._judge(context, key, residual if glue is None else residual - glue)
+            self._meet(context, key, lambda: left - entered if glue is None else left - entered - glue)
+
+    def _kept(self, stream: Tensor) -> Tensor:
+        """The stream as it is now, whatever is written into it later. Nobody counts writes in inference mode."""
+        return stream.clone() if self._copies or version(stream) is None else stream
 
     def _image(self, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         return self.host.stream_inputs(position, args, kwargs)[0]
@@ -138,6 +146,13 @@ class Watcher:
         finally:
             hook.remove()
         raise AnatomyError(f"{anatomy.signal.path} was not called by its block this time, so there is no signal.")
+
+    def _meet(self, context: Context, key: int, observe: Callable[[], Tensor]) -> None:
+        """The watch point is reached."""
+        if key not in context.verdicts:
+            self._judge(context, key, observe())
+        elif key not in context.state.references:  # recomputed in full: later steps are compared with this one
+            context.state.references[key] = observe()
 
     def _judge(self, context: Context, key: int, observed: Tensor) -> Verdict:
         host, references = self.host, context.state.references
