@@ -29,6 +29,12 @@ ALL = [
     for order in ("before", "after")
 ]
 ON_PARTS = ("taylorseer", "fora", "speca")
+# Thresholds at which the rows of a batch disagree.
+ROWS = {
+    "speca": {"threshold": 0.5, "decay": 1.0, "max_run": 6},
+    "dbcache": {"threshold": 0.22, "front": 2, "warmup": 2},
+    "teacache": {"threshold": 0.2},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -58,22 +64,23 @@ def flux(blocks: int) -> FluxTransformer2DModel:
 
 
 @torch.no_grad()
-def sample(denoiser, side: int = 4) -> list[torch.Tensor]:
-    """Every output of a short run."""
+def sample(denoiser, side: int = 4, batch: int = 1) -> list[torch.Tensor]:
+    """Every output of a short run. The rows of a batch change at different speeds."""
     generator = torch.Generator().manual_seed(side)
-    latent = torch.randn(1, side * side, 4, generator=generator)
+    latent = torch.randn(batch, side * side, 4, generator=generator)
+    speed = torch.linspace(1, 8, batch).view(-1, 1, 1) / STEPS
     places = torch.arange(side * side)
     given = {
-        "encoder_hidden_states": torch.randn(1, 4, 8, generator=generator),
-        "pooled_projections": torch.randn(1, 8, generator=generator),
+        "encoder_hidden_states": torch.randn(batch, 4, 8, generator=generator),
+        "pooled_projections": torch.randn(batch, 8, generator=generator),
         "img_ids": torch.stack([places * 0, places // side, places % side], 1).float(),
         "txt_ids": torch.zeros(4, 3),
     }
     outputs = []
     for step in range(STEPS):
-        time = torch.full((1,), 1 - step / STEPS)
+        time = torch.full((batch,), 1 - step / STEPS)
         outputs.append(denoiser(hidden_states=latent, timestep=time, return_dict=False, **given)[0])
-        latent = latent - outputs[-1] / STEPS
+        latent = latent - speed * outputs[-1]
     return outputs
 
 
@@ -169,18 +176,48 @@ def test_another_resolution_adds_as_many_graphs_as_the_host_alone_needs(name):
         assert counting.graphs.count(kind) <= states * alone.graphs.count(kind)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["taylorseer", "speca"])
-# Predictions hang on modules, and Dynamo takes sizes of what hangs on modules as fixed unless told otherwise.
-@torch._dynamo.config.patch(force_nn_module_property_static_shapes=False)
-def test_compiled_for_many_resolutions(name):
-    denoiser, counting = flux(4), Counting()
-    denoiser.compile_repeated_blocks(backend=counting, fullgraph=True, dynamic=True)
+@pytest.mark.parametrize(
+    ("name", "dynamic"),
+    [("taylorseer", None), *(pytest.param(n, d, marks=pytest.mark.slow) for n in ON_PARTS for d in (None, True))],
+)
+def test_one_graph_serves_every_further_resolution(name, dynamic):
+    """Where it would not, the recompile limit of 8 would soon be reached, and ``fullgraph`` raise."""
+    denoiser, counting, counts = flux(4), Counting(), []
+    denoiser.compile_repeated_blocks(backend=counting, fullgraph=True, dynamic=dynamic)
     with c4d.accelerate(denoiser, name, **METHODS[name]) as handle:
-        for side in (4, 6, 5, 7):
-            expected, _ = eager_run(name, 4, side)
+        for side in (4, 6, 5, 7, 8):
+            expected, strip = eager_run(name, 4, side)
             with handle.run(num_steps=STEPS):
-                assert_equal(sample(denoiser, side), expected)  # past the recompile limit, fullgraph would raise
+                assert_equal(sample(denoiser, side), expected)
+            assert handle.stats["strip"] == strip
+            counts.append(len(counting.graphs))
+    assert counts[1:] == [counts[1]] * 4
+    for side in (4, 6):  # graphs of the cache leave the host room for its own
+        assert_equal(sample(denoiser, side), sample(flux(4), side))
+    assert torch._dynamo.config.force_nn_module_property_static_shapes, "set only while the denoiser runs"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["speca", "dbcache", "teacache"])
+def test_rows_of_a_compiled_batch_decide_for_themselves(name):
+    """What a group of rows gives does not depend on how many they are, so compiled and eager decide alike."""
+    settings, batch = ROWS[name], 4
+    found = []
+    for is_compiled in (False, True):
+        denoiser, counting = flux(4), Counting()
+        if is_compiled:
+            denoiser.compile_repeated_blocks(backend=counting, fullgraph=True)
+        with c4d.accelerate(denoiser, name, **settings, decide="row") as handle:
+            for _ in range(2):
+                with handle.run(num_steps=STEPS):
+                    outputs = sample(denoiser, batch=batch)
+                found.append((outputs, [record.rows for record in handle.trace.of()]))
+        assert bool(counting.runs) == is_compiled
+    (expected, rows), *others = found
+    assert any(0 < sum(cached) < batch for cached in rows), f"the rows never disagree: {rows}"
+    for outputs, decided in others:
+        assert decided == rows
+        assert_equal(outputs, expected)
 
 
 def test_removing_leaves_the_blocks_compiled():

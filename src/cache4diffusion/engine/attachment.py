@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -11,10 +12,12 @@ from cache4diffusion.anatomy import Anatomy
 from cache4diffusion.engine.compiling import (
     TOKENS,
     WHOLE,
+    graphs_per_graph,
     hides_sites,
     is_compiled,
     is_under_compile,
     leave_us_alone,
+    room_for,
 )
 from cache4diffusion.engine.driver import Inner
 from cache4diffusion.engine.host import Host
@@ -43,6 +46,7 @@ class Attachment:
         self.bypassed: list[str] = []  # modules that rest on a cached step, as of the last `install`
         self._seen: list[weakref.ref[nn.Module]] = []  # the denoiser's modules at the last `install`
         self._hides_sites = hides_sites(host.composition)
+        self.room: AbstractContextManager[Any] = nullcontext()  # for calls: what compiled blocks need
         leave_us_alone()
         self._root = CallWrapper(host.denoiser, on_denoiser, owner=owner, allow_compile=self._allow_compile)
 
@@ -116,6 +120,12 @@ class Attachment:
         """
         if self._hides_sites and is_under_compile():
             raise RunError(f"{self.host.name} {WHOLE}")
+
+    def make_room(self) -> None:
+        """See whether anything is compiled, before a run."""
+        graphs = graphs_per_graph(self.host.composition)
+        needs_room = graphs > 1 and any(is_compiled(module) for module in self.host.denoiser.modules())
+        self.room = room_for(graphs) if needs_room else nullcontext()
 
     def _allow_compile(self) -> None:
         """``denoiser.compile()`` on the accelerated denoiser."""

@@ -11,13 +11,15 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import nn
 
 from cache4diffusion.gates import Front, Signal
 from cache4diffusion.method import Composition
-from cache4diffusion.sites import Denoiser, Trajectory
+from cache4diffusion.sites import Denoiser, Parts, Trajectory
 
 try:  # both are private; without them a denoiser compiled from outside shows in that no site is ever reached
     from torch._C._dynamo.eval_frame import get_eval_frame_callback
@@ -53,6 +55,33 @@ def is_compiled(module: nn.Module) -> bool:
     call = module.__dict__.get("_compiled_call_impl")
     wrapper = getattr(call, "c4d_wrapper", None)
     return (call if wrapper is None else wrapper.compiled) is not None
+
+
+def graphs_per_graph(composition: Composition) -> int:
+    """How many graphs a compiled block needs where it needs one without a cache.
+
+    Parts are computed in one graph and predicted in another. Groups of rows differ in size, and Dynamo makes one graph
+    for the first size, one for a single row and one for all others.
+    """
+    splits_rows = composition.decide == "row" or composition.cfg is not None
+    return (2 if isinstance(composition.site, Parts) else 1) * (3 if splits_rows else 1)
+
+
+def room_for(graphs: int) -> AbstractContextManager[Any]:
+    """A context for calls of compiled blocks, which may be entered again and again.
+
+    Dynamo limits how many graphs it makes of one function; the limit is meant for what the host does, so it is raised
+    by what is needed on top. And predictions reach a compiled block by way of the part's module: Dynamo takes the size
+    of whatever it finds on a module of torch's own (a part may be a plain ``nn.Linear``) for fixed, and would make
+    graphs anew for every resolution. Sizes of parameters and buffers stay fixed.
+
+    Args:
+        graphs: how many are needed in place of one.
+    """
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # as torch 2.6 calls it
+    changes = {limit: graphs * getattr(config, limit), "force_nn_module_property_static_shapes": False}
+    return config.patch(**changes)
 
 
 def leave_us_alone() -> None:

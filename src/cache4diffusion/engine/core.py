@@ -220,13 +220,15 @@ class Engine:
                     self._attach(inner, args, kwargs)
                 if is_new:
                     self._check_run(call.run, args, kwargs)
+                    self.attachment.make_room()
                 if call.is_edited:
                     self._forget_conditioning(call)
-                if self.branches is not None:
-                    output = self.branches.run(call, latent, inner, args, kwargs)
-                    self.account()
-                    return output
-                return self.run_branch(call, latent, inner, args, kwargs)
+                with self.attachment.room:
+                    if self.branches is not None:
+                        output = self.branches.run(call, latent, inner, args, kwargs)
+                        self.account()
+                        return output
+                    return self.run_branch(call, latent, inner, args, kwargs)
             except BaseException:
                 self.tracker.fail()
                 raise
