@@ -7,6 +7,7 @@ import cache4diffusion as c4d
 from cache4diffusion.cost import CountError, flops_by_module, outermost, step_cost, summarise
 from cache4diffusion.engine.leaves import specs_of
 from cache4diffusion.flops import FlopCounter
+from cache4diffusion.trace import Record, Timer
 from toys import branch_loop, dit, dit_loop, flux, flux_inputs, flux_loop, flux_pipeline, generate
 
 
@@ -89,6 +90,35 @@ def test_a_denoiser_that_reads_values_says_why_flops_are_missing():
         text = handle.report()
     assert "FLOPs of denoiser could not be counted" in text
     assert "achieved in time" in text
+
+
+def test_times_on_an_accelerator_are_read_when_they_are_there_and_never_waited_for():
+    now = 0.0
+
+    class Event:
+        def __init__(self, at):
+            self.at = at
+
+        def query(self):
+            return self.at <= now
+
+        def synchronize(self):
+            nonlocal now
+            now = max(now, self.at)
+
+        def elapsed_time(self, end):
+            assert end.query()
+            return end.at - self.at
+
+    timer = Timer()
+    records = [Record("denoiser", 0, step, "cond", "F", "") for step in range(4)]
+    for step, record in enumerate(records):  # the device is two steps behind
+        now = 10.0 * (step - 2)
+        timer.add(record, Event(10.0 * step), Event(10.0 * step + 9))
+    assert [record.wall_ms for record in records] == [9.0, None, None, None]
+    timer.settle()
+    assert [record.wall_ms for record in records] == [9.0] * 4
+    assert not timer._pending
 
 
 def test_the_report_has_every_fact():

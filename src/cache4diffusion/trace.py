@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,7 +111,7 @@ class Timer:
     """Wall time of calls. On an accelerator by events that are read later, so that timing never waits."""
 
     def __init__(self) -> None:
-        self._pending: list[tuple[Record, Any, Any]] = []
+        self._pending: deque[tuple[Record, Any, Any]] = deque()  # oldest first
 
     def events(self, device: torch.device) -> Any:
         """A fresh recorded event on ``device``, or None on the CPU."""
@@ -121,12 +122,17 @@ class Timer:
         return event
 
     def add(self, record: Record, start: Any, end: Any) -> None:
-        """Fill in ``record.wall_ms`` from two events when `settle` is called."""
+        """Fill in ``record.wall_ms`` from two events, once they are over."""
         self._pending.append((record, start, end))
+        while self._pending and self._pending[0][2].query():  # or they would pile up where nobody asks for a report
+            self._read()
 
     def settle(self) -> None:
         """Read all pending events (waits for the device)."""
-        for record, start, end in self._pending:
-            end.synchronize()
-            record.wall_ms = start.elapsed_time(end)
-        self._pending.clear()
+        while self._pending:
+            self._pending[0][2].synchronize()
+            self._read()
+
+    def _read(self) -> None:
+        record, start, end = self._pending.popleft()
+        record.wall_ms = start.elapsed_time(end)
