@@ -84,6 +84,40 @@ def test_a_prediction_that_is_not_finite_is_computed_in_every_branch(name):
 
 
 @trajectory
+@pytest.mark.parametrize("edited", [0, 1])
+def test_a_prompt_replaced_midway_leaves_nothing_of_the_old_one(name, edited):
+    """Of whichever branch, for the history is of both. Of one called later only after this step: the first is gone."""
+    denoiser, scheduler = toys.flux(), FlowMatchEulerDiscreteScheduler()
+    prompts = [toys.flux_inputs(seed=seed) for seed in range(4)]
+
+    @torch.no_grad()
+    def sample(before, after, at, fresh=STEPS):
+        with toys.accelerated(denoiser, name, ACTIVE[name]) as handle:
+            handle.watch_scheduler(scheduler)
+            scheduler.set_timesteps(STEPS)
+            x, found = prompts[0]["hidden_states"], []
+            for i, t in enumerate(scheduler.timesteps):
+                x = prompts[1]["hidden_states"] if i == fresh else x  # the same in all runs from here on
+                branches, outputs = list(prompts[:2]), []
+                branches[edited] = before if i < at else after
+                for branch, inputs in zip(("cond", "uncond"), branches, strict=True):
+                    with denoiser.cache_context(branch):
+                        call = {**inputs, "hidden_states": x, "timestep": t.expand(1) / 1000}
+                        outputs.append(denoiser(**call).sample)
+                cond, uncond = outputs
+                x = scheduler.step(uncond + 2 * (cond - uncond), t, x).prev_sample
+                found.append(x)
+            return found, handle.trace.strip(branch="cond")
+
+    at = sample(prompts[2], prompts[2], STEPS)[1].index("c", 4)
+    clean = at + edited
+    found, strip = sample(prompts[2], prompts[3], at, clean)
+    assert strip[clean] == "F" and "c" in strip[clean:], strip
+    again, _ = sample(prompts[0], prompts[3], at, clean)
+    assert all(torch.equal(a, b) for a, b in zip(found[clean:], again[clean:], strict=True))
+
+
+@trajectory
 def test_other_solvers_are_refused_by_name_at_once(name):
     pipe = toys.flux_pipeline()
     pipe.scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")

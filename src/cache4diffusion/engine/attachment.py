@@ -12,6 +12,7 @@ from cache4diffusion.anatomy import Anatomy
 from cache4diffusion.engine.compiling import (
     TOKENS,
     WHOLE,
+    drop_graphs,
     graphs_per_graph,
     hides_sites,
     is_compiled,
@@ -23,6 +24,7 @@ from cache4diffusion.engine.driver import Inner
 from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.runner import SiteRunner
 from cache4diffusion.errors import CompositionError, RunError
+from cache4diffusion.sites import Parts
 from cache4diffusion.wrap import CallHandler, CallWrapper
 
 
@@ -98,6 +100,8 @@ class Attachment:
         self.blocks = []
         if self.runner is not None:
             self.runner.driver.uninstall()
+        if self.is_installed and isinstance(self.host.composition.site, Parts):
+            drop_graphs(self.host.denoiser)
         self.is_installed = False
 
     def remove(self) -> None:

@@ -84,6 +84,18 @@ def room_for(graphs: int) -> AbstractContextManager[Any]:
     return config.patch(**changes)
 
 
+def drop_graphs(denoiser: nn.Module) -> None:
+    """Forget what was compiled of a denoiser's blocks, which compile anew when they are called next.
+
+    For when wrappers that are traced go away: nothing will ask for these graphs again, but Dynamo counts them against
+    the limit, and the host would find its own refused.
+    """
+    for module in denoiser.modules():
+        code = getattr(module.forward, "__code__", None) if is_compiled(module) else None
+        if code is not None:
+            torch._dynamo.eval_frame.remove_from_cache(code)
+
+
 def leave_us_alone() -> None:
     """Tell Dynamo not to compile the frames of this package by themselves. ``torch._dynamo.reset()`` undoes it."""
     if skip_code is None:

@@ -51,6 +51,7 @@ class Pending:
         predicted: what takes the velocity's (or the state's) place, if it is.
         before: the latent before the step, kept where it is recorded.
         target: the step that is computed instead of this one, if it looks ahead.
+        is_outdated: the conditioning of a branch called later was replaced, so what is kept belongs to another run.
     """
 
     context: Context
@@ -59,6 +60,7 @@ class Pending:
     predicted: Tensor | None = None
     before: Tensor | None = None
     target: int | None = None
+    is_outdated: bool = False
 
 
 class TrajectoryDriver(Driver):
@@ -115,6 +117,8 @@ class TrajectoryDriver(Driver):
                 self._look_ahead(context, pending, self.host.gate.target(context.step))
         elif pending.context.call.branch == context.call.branch:  # once more: the prediction was not finite
             pending.is_cached = verdict.is_cached
+        if context.call.is_edited:
+            pending.is_outdated = True
         if verdict.is_cached and pending.is_cached:
             return self._placeholder(context, pending)
         if verdict.is_cached:
@@ -226,15 +230,18 @@ class TrajectoryDriver(Driver):
             else:
                 result.prev_sample = latent
         context = Context(pending.context.call, pending.context.step, state, pending.context.batch)
+        if pending.is_outdated:
+            state.sites.pop(SITE, None)
+            state.extra.pop("sigmas", None)
         leaves = self._leaves(pending, arguments["model_output"], latent)
         if not pending.is_cached:
             self.keep(context, SITE, leaves)
-        else:
+        elif not pending.is_outdated:
             self.host.predictor.commit(state.sites[SITE], leaves, context.time)
         if isinstance(self.host.gate, LookAhead):
             state.extra["latent"] = latent.clone()
             state.extra.setdefault("sigmas", sigmas_of(scheduler, context.step.index))
-        if isinstance(self.host.predictor, SeesSigmas) and "sigmas" not in state.extra:
+        if isinstance(self.host.predictor, SeesSigmas) and SITE in state.sites and "sigmas" not in state.extra:
             state.extra["sigmas"] = sigmas_of(scheduler, context.step.index)
             self.host.predictor.see_sigmas(state.sites[SITE], state.extra["sigmas"])
         return result
