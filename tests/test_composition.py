@@ -390,14 +390,24 @@ def test_commit_is_called_exactly_once_per_decision_also_when_overruled(transfor
         assert asked == [3, 5], "not where a guard has spoken"
 
 
-def test_what_is_not_finite_is_computed_and_the_gate_is_not_told_twice(transformer):
+def test_what_is_not_finite_is_computed_and_the_gate_knows_of_a_full_step_alone(transformer):
+    """It was told of a cached one, which is taken back: the state it had before is told of a full one."""
+
+    class Diary(Spy):
+        def begin(self, num_steps):
+            return [super().begin(num_steps)]
+
+        def commit(self, state, step, cached, score):
+            state.append((step.index, cached))
+            diaries[state[0]] = state
+
     class Broken(Reuse):
         def predict(self, state, time, rows=None):
             return [leaf * math.nan for leaf in super().predict(state, time, rows)]
 
-    spy = Spy()
+    diaries = {}
     with pytest.warns(UserWarning, match=r"0 of 6 steps were cached.*not finite, recomputed \(10\)"):
-        outputs, trace = guided(transformer, flux_inputs(1), Composition(Parts(), spy, Broken()))
+        outputs, trace = guided(transformer, flux_inputs(1), Composition(Parts(), Diary(), Broken()))
     assert all(out.isfinite().all() for out in outputs)
-    assert [index for unit, index, _ in spy.told if unit == 0] == list(range(STEPS))
+    assert [diaries[branch][1:] for branch in (0, 1)] == [[(index, False) for index in range(STEPS)]] * 2
     assert any("not finite" in note for note in trace.notes)

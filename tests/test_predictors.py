@@ -185,10 +185,11 @@ def test_every_predictor_of_the_table_keeps_the_contract(name):
     for step in range(4):
         predictor.update(state, [y, y + 1], float(step))
     assert predictor.is_ready(state)
-    before = [buffer.clone() for buffer in state.buffers]
+    before = [buffer.clone() for buffer in state.buffers]  # slots that are still free hold anything, NaN as well
     first, second = predictor.predict(state, 6.0), predictor.predict(state, 6.0)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), "predict is pure"
-    assert all(torch.equal(a, b) for a, b in zip(before, state.buffers, strict=True)), "predict writes nothing"
+    kept = zip(before, state.buffers, strict=True)
+    assert all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in kept), "predict writes nothing"
     assert [leaf.shape for leaf in first] == [y.shape, y.shape]
     if name != "chebyshev":  # whose ridge shrinks constants too
         torch.testing.assert_close(first[0], y)
