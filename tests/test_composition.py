@@ -31,10 +31,20 @@ GATE = {name: name for name in GATES} | {
     "widening": "widening(warmup=1, window=2.0)",
     "scaled": "scaled(full_steps=(0, 3), made_for=6)",
     "accumulated": "accumulated(threshold=0.2)",
+    "adaptive": "adaptive(thresholds=(), rates=(3,))",
+    "entrance": "entrance(threshold=0.5)",
+    "triggered": "triggered(threshold=9.0, reuse=0.34, tail=0.0)",
+    "drift": "accumulated(threshold=9.0, of='drift')",
     "probe": "probe(threshold=0.5)",
+    "magnitude": "magnitude(threshold=1.0, retention=0.0)",
+    "mask": "mask(mask='110100')",
     "speculative": "speculative(threshold=1e9, max_run=3, warmup=0)",
 }
-SITE = {name: name for name in SITES} | {"span": "span(front=1)"}
+SITE = {name: name for name in SITES} | {
+    "span": "span(front=1)",
+    "blocks": "blocks(front=1)",
+    "mixed_score": "mixed_score(bias=0.0)",
+}
 PREDICTOR = {name: name for name in PREDICTORS} | {"newton": "newton(order=2)"}
 TOKENS = {None: None} | {name: name for name in TOKEN_RULES} | {"top": "top(recompute_ratio=0.5)"}
 CFG = {None: None} | {name: name for name in BRANCH_RULES} | {"fastercache": "fastercache(interval=2, warmup=1)"}
@@ -52,28 +62,38 @@ def _kinds():
 
 KINDS = [name for name in _kinds() if name not in ("mean-velocity", "two-sided")]  # which need the trajectory
 ANYWHERE = [name for name in PREDICTOR if name not in ("mean-velocity", "two-sided")]
-LOOKS_INSIDE = ("accumulated", "probe")  # gates that watch the first blocks
+LOOKS_INSIDE = ("accumulated", "probe", "entrance")  # gates that decide while the blocks run
+NEEDS_STACK = (*LOOKS_INSIDE, "adaptive", "triggered")
+WATCHES = (*NEEDS_STACK, "drift")
+PARTS = ("parts", "mixed_score")
+SPLITS_ROWS = ("span", "switching_span", "blocks")
 
 
 def refusal(site, gate, tokens, decide, predictor="reuse", cfg=None):
     """Words of the reason why two axes cannot work together, None if they can. The table of what is not possible."""
-    if gate == "speculative" and site != "parts":
+    if gate == "speculative" and site not in PARTS:
         return "that block has no input on a cached step"
-    if gate in LOOKS_INSIDE and site == "unet_level":
+    if gate in NEEDS_STACK and site == "unet_level":
         return "a U-Net has levels instead"
+    if (site == "blocks") != (gate == "entrance") and gate in WATCHES:
+        return "each block decides by what enters it"
+    if gate == "probe" and site == "switching_span":
+        return "caches them late in the run"
+    if predictor == "aligned" and (site, gate) != ("span", "probe"):
+        return "reads what the first blocks add"
     if site == "trajectory" and decide != "batch":
         return "one for all branches and rows of a step"
-    if site == "trajectory" and (gate in LOOKS_INSIDE or cfg):
+    if site == "trajectory" and (gate in WATCHES or cfg):
         return "runs no branch of the denoiser"
     if predictor == "mean-velocity":  # the site by its name alone does not see latents
         return "predicts from latents and noise levels"
     if (gate == "look-ahead") != (predictor == "two-sided") or (gate == "look-ahead" and site != "trajectory"):
         return "one needs the other"
-    if decide == "row" and gate in LOOKS_INSIDE and site != "span":
+    if decide == "row" and gate in LOOKS_INSIDE and site not in SPLITS_ROWS:
         return "can no longer be split by rows"
     if tokens and (decide == "row" or gate == "speculative"):
         return "rows cannot decide for themselves"
-    if tokens and site != "parts":
+    if tokens and site not in PARTS:
         return "has no parts"
     return None
 
@@ -143,8 +163,28 @@ def guided(denoiser, inputs, composition):
         return loop(denoiser, inputs, handle._tracker.branch), handle.trace
 
 
-def is_possible(site, gate, tokens, decide="batch"):
-    return refusal(site, gate, tokens, decide) is None
+def is_possible(site, gate, tokens, decide="batch", predictor="reuse"):
+    return refusal(site, gate, tokens, decide, predictor) is None
+
+
+def predictors(site, gate):
+    """All of them under the plain gate; one of each kind under those that watch; else one, for they never meet."""
+    if gate == "interval" and site not in FAMILY:
+        wanted = ANYWHERE
+    else:
+        wanted = [*KINDS, "aligned"] if gate in (*WATCHES, "interval", "speculative") else ["reuse"]
+    return [name for name in dict.fromkeys(wanted) if is_possible(site, gate, None, "batch", name)]
+
+
+# Sites whose driver is another's with one thing changed: they need not meet every gate as well.
+FAMILY = {"switching_span": "span", "blocks": "span", "mixed_score": "parts"}
+
+
+def runs(site, gate):
+    """Whether the pair is worth a run."""
+    return site not in ("unet_level", "trajectory") and (
+        site not in FAMILY or gate in ("interval", "entrance", "adaptive")
+    )
 
 
 def check(outputs, trace, plain, cfg):
@@ -173,14 +213,14 @@ def never(denoiser, inputs):
     ("site", "gate", "tokens"),
     [
         combination
-        for combination in itertools.product(("denoiser", "span", "parts"), GATE, TOKENS)
-        if is_possible(*combination)
+        for combination in itertools.product(SITE, GATE, TOKENS)
+        if runs(*combination[:2]) and is_possible(*combination)
     ],
 )
 def test_what_can_be_made_runs_on_a_transformer(transformer, site, gate, tokens):
     inputs = flux_inputs(1)
     plain = never(transformer, inputs)
-    for predictor, cfg in itertools.product(ANYWHERE if gate == "interval" and not tokens else KINDS, CFG):
+    for predictor, cfg in itertools.product(predictors(site, gate), CFG):
         outputs, trace = guided(transformer, inputs, compose(blank(), axes(site, gate, predictor, tokens, cfg)))
         check(outputs, trace, plain, cfg)
 
@@ -189,7 +229,7 @@ def test_what_can_be_made_runs_on_a_transformer(transformer, site, gate, tokens)
 def test_what_can_be_made_runs_on_a_unet(levels, gate):
     inputs = unet_inputs(1)
     plain = never(levels, inputs)
-    for predictor, cfg in itertools.product(ANYWHERE if gate == "interval" else KINDS, CFG):
+    for predictor, cfg in itertools.product(predictors("unet_level", gate), CFG):
         outputs, trace = guided(levels, inputs, compose(blank(), axes("unet_level", gate, predictor, None, cfg)))
         check(outputs, trace, plain, cfg)
 
@@ -198,8 +238,8 @@ def test_what_can_be_made_runs_on_a_unet(levels, gate):
     ("site", "gate", "decide"),
     [
         (site, gate, decide)
-        for site, gate, decide in itertools.product(("denoiser", "span", "parts"), GATE, ("any", "row"))
-        if is_possible(site, gate, None, decide)
+        for site, gate, decide in itertools.product(SITE, GATE, ("any", "row"))
+        if runs(site, gate) and is_possible(site, gate, None, decide)
     ],
 )
 def test_rows_decide_wherever_that_can_be_made(transformer, site, gate, decide):
@@ -313,7 +353,7 @@ def test_sites_can_be_given_by_name_as_well():
     [
         ({"predictor": "newtn(order=1)"}, UnknownNameError, "did you mean 'newton'"),
         ({"gate": "intervall"}, UnknownNameError, "did you mean 'interval'"),
-        ({"site": "block"}, UnknownNameError, "Known: denoiser, span, parts, trajectory, unet_level"),
+        ({"site": "block"}, UnknownNameError, "Known: denoiser, span, .*unet_level"),
         ({"tokens": "tops"}, UnknownNameError, "did you mean 'top'"),
         ({"cfg": "fastcache"}, UnknownNameError, "did you mean 'fastercache'"),
         ({"predictor": "newton(ordr=1)"}, SettingError, "did you mean 'order'"),

@@ -16,8 +16,10 @@ from cache4diffusion.errors import SettingError
 from cache4diffusion.gates import (
     GATES,
     AccumulatedChange,
+    Entrance,
     FixedInterval,
     ForceLast,
+    Front,
     Gate,
     LookAhead,
     Mask,
@@ -35,7 +37,7 @@ from cache4diffusion.gates import (
 from cache4diffusion.gates.quadratic import Quadratic, quadratic_steps
 from cache4diffusion.method import Composition
 from cache4diffusion.methods import DBCache, FBCache, Fora, TaylorSeer, TaylorSeerLite, TeaCache, ToCa
-from cache4diffusion.sites import Parts, Span
+from cache4diffusion.sites import Blocks, Parts, Span
 
 
 def full_steps(strip):
@@ -88,12 +90,20 @@ class Replay:
         )
 
 
+def composed(gate, guards=()):
+    """A composition that the gate can decide for."""
+    if isinstance(gate.watch, Verification):
+        site = Parts()
+    elif isinstance(gate.watch, Entrance):
+        site = Blocks()
+    else:
+        site = Span(front=gate.watch.blocks if isinstance(gate.watch, Front) else 0)
+    return Composition(site=site, gate=gate, guards=guards)
+
+
 def strip(gate, num_steps, scores=lambda i: None, guards=()):
     """Symbols of a run of a gate, F and c."""
-    site = (
-        Parts() if isinstance(gate.watch, Verification) else Span(front=gate.blocks if hasattr(gate, "blocks") else 0)
-    )
-    return Replay(Composition(site=site, gate=gate, guards=guards), num_steps).strip(scores=scores).replace("-", "c")
+    return Replay(composed(gate, guards), num_steps).strip(scores=scores).replace("-", "c")
 
 
 # -- static schedules ------------------------------------------------------------------------------------------------
@@ -555,8 +565,7 @@ def test_an_overruled_gate_goes_on_as_if_it_had_said_so_itself(gate):
 
 @pytest.mark.parametrize("gate", ALONE.values(), ids=ALONE)
 def test_two_interleaved_runs_are_the_two_runs(gate):
-    site = Parts() if isinstance(gate.watch, Verification) else Span(front=1)
-    composition = Composition(site=site, gate=gate)
+    composition = composed(gate)
     one, two = [Replay(composition, 16) for _ in range(2)], [Replay(composition, 16) for _ in range(2)]
     scores = lambda i: 0.05 * (i % 7)  # noqa: E731
     for i in range(16):

@@ -45,6 +45,7 @@ def test_every_invariant_holds_for_every_method_that_fits(denoiser):
         assert list(mine) == list(INVARIANTS)
         unfit = {"deepcache": "no U-Net levels", "dbcache": "watches the first 8 blocks"}  # the toy has five
         unfit |= dict.fromkeys(["meancache", "taocache", "waveex", "z-cache"], "acts in scheduler.step")
+        unfit["dbprune"] = "keeps the first 8"
         if name in unfit:
             assert all(f.status == "not applicable" and unfit[name] in f.detail for f in mine.values())
             continue

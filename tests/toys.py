@@ -27,12 +27,17 @@ from cache4diffusion.sites import Trajectory
 # Settings at which a method caches within a dozen steps on these small denoisers, where its defaults do not. A method
 # that is registered takes part in all general tests without a word here.
 ACTIVE = {name: {} for name in c4d.METHODS} | {
+    "bwcache": {"threshold": 9.0, "tail": 0.0},
     "dbcache": {"threshold": 0.5, "front": 1, "back": 1, "warmup": 2},
+    "dbprune": {"threshold": 0.5, "front": 1, "warmup": 2},
+    "delta-dit": {"interval": 3},
+    "easycache": {"threshold": 0.5, "warmup": 1},
     "fastercache": {"interval": 3, "warmup": 2},
     "fbcache": {"threshold": 0.5},
     "fora": {"interval": 3},
     "magcache": {"ratios": (1.0, 0.99)},
     "scm": {"mask": "ultra"},
+    "skip-dit": {"interval": 3, "start": 0.0, "stop": 1.0},
     "speca": {"threshold": 0.5},
     "taylorseer": {"interval": 4},
     "taylorseer-lite": {"interval": 4},
@@ -40,7 +45,12 @@ ACTIVE = {name: {} for name in c4d.METHODS} | {
     "toca": {"interval": 3, "recompute_ratio": 0.3, "schedule": "constant"},
 }
 # What a method that is off needs besides its registry row to fit so small a denoiser.
-FITTING = {"dbcache": {"front": 1, "warmup": 2}, "fastercache": {"warmup": 2}}
+FITTING = {
+    "dbcache": {"front": 1, "warmup": 2},
+    "dbprune": {"front": 1, "warmup": 2},
+    "easycache": {"warmup": 1},
+    "fastercache": {"warmup": 2},
+}
 # Methods that act on the trajectory need a scheduler: test_trajectory.py has their general tests.
 _TRAJECTORY = {name for name, cls in c4d.METHODS.items() if isinstance(cls().compose().site, Trajectory)}
 TRANSFORMER_METHODS = sorted(set(c4d.METHODS) - {"deepcache"} - _TRAJECTORY)

@@ -96,12 +96,14 @@ class StepCost:
         cached: what still runs when the method predicts.
         partial: as ``cached``, with some tokens computed.
         verification: of computing the last block to check a prediction.
+        table: of every module, by path.
     """
 
     full: int
     cached: int
     partial: int
     verification: int
+    table: dict[str, int] = field(default_factory=dict)
 
     def of(self, record: Record) -> float:
         """FLOPs of a recorded call."""
@@ -110,6 +112,10 @@ class StepCost:
             return 0.0
         if record.symbol in (FULL, HALF):
             return share * self.full
+        if record.rested is not None:
+            paths = outermost([path for path, _ in record.rested])
+            saved = sum(rows * self.table.get(path, 0) for path, rows in record.rested if path in paths)
+            return share * (self.full - saved)
         predicted = 1.0
         if record.symbol == MIXED and record.rows:
             predicted = sum(record.rows) / len(record.rows)
@@ -129,12 +135,13 @@ def step_cost(engine: Engine) -> StepCost:
     table = flops_by_module(engine.denoiser, *engine.call_specs)
     full = table[""]
     paths = engine.attachment.bypassed
-    if paths == [""] and engine.host.blocks:  # the decision is taken inside: what comes before still runs
+    watch = engine.gate.watch if engine.gate is not None else None
+    if paths == [""] and watch is not None and watch.is_inside:  # what comes before the decision still runs
         paths = [view.path for view in engine.host.blocks[engine.host.watched_blocks :]]
     resting = outermost(paths)
     cached = full - sum(table.get(path, 0) for path in resting)
     last = table.get(engine.host.blocks[-1].path, 0) if engine.host.blocks else 0
-    return StepCost(full, cached, cached + _tokens(engine, table), last)
+    return StepCost(full, cached, cached + _tokens(engine, table), last, table)
 
 
 def outermost(paths: list[str]) -> list[str]:
@@ -272,8 +279,8 @@ def full_steps(records: list[Record]) -> float:
     shares: dict[int, list[float]] = {}
     for record in records:
         share = {FULL: 1.0, HALF: 0.5}.get(record.symbol, 0.0)
-        if record.symbol == MIXED and record.rows:
-            share = 1 - sum(record.rows) / len(record.rows)
+        if record.symbol == MIXED and record.cached is not None:
+            share = 1 - record.cached
         shares.setdefault(record.step, []).append(share)
     total = sum(sum(several) / len(several) for several in shares.values())
     return float(round(total, 6))

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from cache4diffusion.errors import CompositionError, SettingError, UnknownNameError, closest
-from cache4diffusion.gates import Front, Gate, Guard, LookAhead, Signal, Verification
+from cache4diffusion.gates import Entrance, Front, Gate, Guard, LookAhead, Signal, Verification
 from cache4diffusion.gates.guards import ForceLast, Warmup
 from cache4diffusion.guidance import BranchRule
-from cache4diffusion.predictors import Predictor, Reuse, TwoSided
+from cache4diffusion.predictors import FrontAware, Predictor, Reuse, TwoSided
 from cache4diffusion.settings import check, check_names, describe
-from cache4diffusion.sites import Parts, Site, Span, Trajectory, UNetLevel
+from cache4diffusion.sites import Blocks, Parts, Site, Span, SwitchingSpan, Trajectory, UNetLevel
 from cache4diffusion.tokens import TokenRule
 
 Fidelity = Literal["code", "paper", "reconstructed", "ours"]
@@ -82,27 +82,42 @@ class Composition:
                 f"{type(self.gate).__name__} verifies a prediction by computing the last block from its own input; at "
                 f"{site.words} that block has no input on a cached step. Use site='parts'."
             )
-        if isinstance(watch, (Signal, Front)) and isinstance(site, UNetLevel):
+        if watch is not None and watch.needs_stack and isinstance(site, UNetLevel):
             raise CompositionError(
-                f"{type(self.gate).__name__} watches the first blocks of a stack, and a U-Net has levels instead. "
+                f"{type(self.gate).__name__} watches the blocks of a stack, and a U-Net has levels instead. "
                 "Use a gate that watches nothing, such as gate='interval'."
+            )
+        if watch is not None and isinstance(site, Blocks) != isinstance(watch, Entrance):
+            raise CompositionError(
+                f"{type(self.gate).__name__} and {site.words} do not fit: each block decides by what enters it, and "
+                "only there. Use site='blocks' with gate='entrance', or a gate that watches nothing."
+            )
+        if isinstance(watch, Front) and isinstance(site, SwitchingSpan):
+            raise CompositionError(
+                f"{type(self.gate).__name__} watches the first blocks, and {site.words} caches them late in the run. "
+                "Use site='span', or a gate such as 'interval'."
+            )
+        if isinstance(self.predictor, FrontAware) and not (isinstance(watch, Front) and isinstance(site, Span)):
+            raise CompositionError(
+                f"{type(self.predictor).__name__} reads what the first blocks add in the step itself. Use site='span' "
+                "with a gate that watches them, such as gate='probe'."
             )
         if isinstance(watch, Front) and isinstance(site, Span) and site.front < watch.blocks:
             raise CompositionError(
                 f"{type(self.gate).__name__} watches the first {watch.blocks} block(s), but Span(front={site.front}) "
                 f"would cache them. Use Span(front={watch.blocks}) or more."
             )
-        if isinstance(site, Span) and site.per_list and isinstance(watch, Signal):
+        if isinstance(site, Span) and site.per_list and watch is not None and not isinstance(watch, Front):
             raise CompositionError(
-                "The signal is that of the denoiser's first block; with Span(per_list=True) later lists have none. "
-                "Use per_list=False."
+                f"What {type(self.gate).__name__} watches is one for the whole denoiser; with Span(per_list=True) each "
+                "list decides by what its own first blocks make. Use per_list=False, or a gate such as 'probe'."
             )
         if isinstance(site, Trajectory) and (self.decide != "batch" or self.branches != "tied"):
             raise CompositionError(
                 "The trajectory is one for all branches and rows of a step, and so is the decision. Use decide='batch' "
                 "and branches='tied' with site='trajectory'."
             )
-        if isinstance(site, Trajectory) and (self.cfg is not None or isinstance(watch, (Signal, Front))):
+        if isinstance(site, Trajectory) and (self.cfg is not None or watch is not None):
             raise CompositionError(
                 "A cached step of site='trajectory' runs no branch of the denoiser, so there is none to watch or to "
                 "predict another one from. Use a gate that watches nothing, such as gate='interval', and no cfg."
@@ -119,7 +134,8 @@ class Composition:
                 "LookAhead computes steps ahead of their time and TwoSided makes use of them: one needs the other, and "
                 "both need site='trajectory'. Use all three, or another gate and predictor."
             )
-        if self.decide == "row" and isinstance(watch, (Signal, Front)) and not isinstance(site, Span):
+        splits = isinstance(site, (Span, SwitchingSpan, Blocks))
+        if self.decide == "row" and watch is not None and watch.is_inside and not splits:
             raise CompositionError(
                 f"decide='row' with {type(self.gate).__name__} is decided in the middle of a call, when "
                 f"{site.words} can no longer be split by rows. Use site='span', or decide='any'."
@@ -147,7 +163,9 @@ class Composition:
             return f"{type(self.gate).__name__} watches the residual of its first blocks"
         if isinstance(watch, Verification):
             return f"{type(self.gate).__name__} verifies a prediction in its last block"
-        if isinstance(self.site, Span):
+        if watch is not None and watch.needs_stack:
+            return f"{type(self.gate).__name__} watches its blocks"
+        if isinstance(self.site, (Span, SwitchingSpan, Blocks)):
             return "the residual of a span of its blocks is cached"
         if self.tokens is not None:
             return f"{type(self.tokens).__name__} picks tokens by their place in it"
@@ -157,7 +175,7 @@ class Composition:
     def needs_num_steps(self) -> bool:
         """Whether the run's length must be known."""
         rules: list[Any] = [*self.guards, self.predictor]
-        rules += [rule for rule in (self.gate, self.cfg, self.tokens) if rule is not None]
+        rules += [rule for rule in (self.gate, self.cfg, self.tokens, self.site) if rule is not None]
         return any(rule.needs_num_steps for rule in rules)
 
     @property

@@ -28,8 +28,10 @@ class Record:
     symbol: str
     reason: str
     rows: tuple[bool, ...] | None = None  # per row: cached? None when the batch decided as one
-    scores: tuple[float | None, ...] = ()
+    scores: tuple[Any, ...] = ()  # per unit: a number, several where several things are watched, or None
     wall_ms: float | None = None
+    cached: float | None = None  # share of what can be cached that was, over rows and decisions
+    rested: tuple[tuple[str, float], ...] | None = None  # what did not run, for which share of the rows
     is_verified: bool = False  # whether the prediction was checked by computing the last block
 
 

@@ -95,7 +95,7 @@ def test_show_says_what_of_the_published_settings_was_not_remeasured(name):
     assert [row["name"] for row in shown["published"] if not row["remeasured"]] == not_remeasured
     for what, settings in info.published.items():
         assert re.search(rf"^  {re.escape(what)} +{re.escape(next(iter(settings)))}=", text, re.MULTILINE)
-    quotes = "Code:" in text.split("Settings\n")[1]
+    quotes = any(source in text.split("Settings\n")[1] for source in ("Code:", "Paper:"))
     assert (not info.remeasured and quotes) == ("are published ones, not re-measured on real weights" in text)
 
 

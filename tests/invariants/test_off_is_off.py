@@ -6,6 +6,7 @@ import torch
 import cache4diffusion as c4d
 import toys
 from cache4diffusion.gates import Step
+from cache4diffusion.predictors import FrontAware
 
 methods = toys.methods
 
@@ -42,7 +43,8 @@ class Asked:
         self.proposals = self.updates = 0
         for owner, ask in ((engine.gate, "propose"), (engine.composition.cfg, "is_cached")):
             self._count(monkeypatch, owner, ask, "proposals")
-        self._count(monkeypatch, engine.composition.cfg or engine.predictor, "update", "updates")
+        update = "update_seeing" if isinstance(engine.predictor, FrontAware) else "update"
+        self._count(monkeypatch, engine.composition.cfg or engine.predictor, update, "updates")
 
     def _count(self, monkeypatch, owner, method, counter):
         if owner is None:

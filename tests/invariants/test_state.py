@@ -441,7 +441,7 @@ def test_one_timestep_per_token(name):
 
     if name == "fastercache":
         return
-    settings = {"dbcache": {"threshold": 0.5, "front": 1, "warmup": 2}}.get(name, toys.ACTIVE[name])
+    settings = toys.ACTIVE[name] | ({"grid": (2, 3)} if name == "seacache" else {})  # nothing here tells how tokens lie
     with toys.accelerated(denoiser, name, settings, num_steps=STEPS) as handle:
         found = loop(denoiser, per_token=True)
         strip = handle.stats["strip"]
@@ -543,7 +543,8 @@ def test_a_prompt_replaced_midway_leaves_nothing_of_the_old_one(name, how):
     assert torch.equal(found[edited][at], plain[edited][at])
     again, _ = sample((first, second)[edited], others[1], at)
     assert_same(found[edited][at:], again[edited][at:])
-    if name != "fastercache":
+    leads = edited == 0 and c4d.METHODS[name](**toys.ACTIVE[name]).compose().branches == "tied"
+    if name != "fastercache" and not leads:  # what the first branch decides, tied ones do as well
         assert_same(found[1 - edited], unedited[1 - edited])
 
 
@@ -572,6 +573,7 @@ def test_prompt_of_another_length_midway(name):
         found = []
         for i, t in enumerate(toys.timesteps(STEPS)):
             inputs = toys.flux_inputs(seed=0, text=5 if i < 5 else 8)
+            inputs["hidden_states"] = inputs["hidden_states"] * t
             with context("cond"):
                 found.append(d(**inputs, timestep=torch.tensor([t])).sample)
         return found

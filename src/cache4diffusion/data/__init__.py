@@ -39,3 +39,35 @@ def teacache_thresholds() -> list[tuple[str, float, str]]:
         for name, entry in table("teacache")["sets"].items()
         for threshold, note in entry["thresholds"].items()
     ]
+
+
+def magcache_ratios(name: str) -> tuple[float, ...]:
+    """A published set of MagCache's magnitude ratios, one per step.
+
+    Raises:
+        UnknownNameError: no such set.
+    """
+    sets = table("magcache")["sets"]
+    if name not in sets:
+        raise UnknownNameError(
+            f"MagCache has no ratios {name!r}{closest(name, sets) or '.'} Known: {', '.join(sets)}. For another "
+            "denoiser give its own numbers, one per step."
+        )
+    return tuple(float(value) for value in sets[name]["ratios"])
+
+
+def adacache_codebook(name: str) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """A published codebook of AdaCache: thresholds and rates; ``"off"`` is the one rate 1.
+
+    Raises:
+        UnknownNameError: no such codebook.
+    """
+    if name == "off":
+        return (), (1,)
+    books = table("adacache")["codebooks"]
+    if name not in books:
+        raise UnknownNameError(
+            f"AdaCache has no codebook {name!r}{closest(name, books) or '.'} Known: off, {', '.join(books)}; or give "
+            "your own thresholds and rates."
+        )
+    return tuple(books[name]["thresholds"]), tuple(books[name]["rates"])

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from cache4diffusion.gates import Front, Signal
 from cache4diffusion.method import Composition
 from cache4diffusion.sites import Denoiser, Parts, Trajectory
 
@@ -41,7 +40,7 @@ TOKENS = (
 def hides_sites(composition: Composition) -> bool:
     """Whether compiling the denoiser as a whole would hide what the composition must reach."""
     watch = composition.gate.watch if composition.gate is not None else None
-    looks_inside = isinstance(watch, (Signal, Front))
+    looks_inside = watch is not None and watch.needs_stack
     return looks_inside or (composition.site is not None and not isinstance(composition.site, (Denoiser, Trajectory)))
 
 

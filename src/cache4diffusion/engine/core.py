@@ -273,8 +273,9 @@ class Engine:
             record = Record(self.name, call.run.id, step.index, call.branch, FULL, "no site", None)
         else:
             branch = _source_of(call.branch) if is_half else call.branch
-            state = self._state(call.run.id, branch, latent, self.host.inputs.split(args, kwargs)[2])
-            context = Context(call, step, state, latent.shape[0], kwargs=kwargs)
+            timestep, _, conditioning = self.host.inputs.split(args, kwargs)
+            state = self._state(call.run.id, branch, latent, conditioning)
+            context = Context(call, step, state, latent.shape[0], kwargs=kwargs, latent=latent, timestep=timestep)
             output = self.runner.run(context, inner, args, kwargs)
             record = self.runner.record(context)
         if is_half:

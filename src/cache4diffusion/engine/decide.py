@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def decide(
     context: Context,
     key: int,
     is_ready: bool,
-    observe: Callable[[], Sequence[float | None]] | None = None,
+    observe: Callable[[], Sequence[Any]] | None = None,
     follow: Verdict | None = None,
 ) -> Verdict:
     """Take one decision and commit it.
@@ -55,9 +56,9 @@ def decide(
                 break
         forced.append(opinion)
         reasons.append(reason)
-    scores: list[float | None] = [None] * len(units)
+    scores: list[Any] = [None] * len(units)
     if is_ready and follow is None and any(opinion is None for opinion in forced):
-        if isinstance(gate.watch, Verification):
+        if gate.watch is not None and gate.watch.is_feedback:
             scores = [unit.feedback for unit in units]
         elif observe is not None:
             scores = list(observe())
@@ -79,6 +80,12 @@ def decide(
     return Verdict(tuple(cached), reason, tuple(scores))
 
 
+def mean_size(x: Tensor, per_row: bool) -> Tensor:
+    """``mean|x|`` in float32, per row or over all rows; shape [rows] or [1]."""
+    sizes = torch.linalg.vector_norm(x.float(), ord=1, dim=tuple(range(1, x.ndim))) / max(x[0].numel(), 1)
+    return sizes if per_row else sizes.mean().reshape(1)
+
+
 def revoke(composition: Composition, context: Context, key: int, reason: str) -> Verdict:
     """Return the verdict of a step that was to be cached, at least in part, and was then computed in full.
 
@@ -93,11 +100,12 @@ def revoke(composition: Composition, context: Context, key: int, reason: str) ->
     return dataclasses.replace(verdict, cached=(False,) * len(verdict.cached), reason=reason)
 
 
-def _commit(composition: Composition, unit: Unit, context: Context, cached: bool, score: float | None) -> None:
+def _commit(composition: Composition, unit: Unit, context: Context, cached: bool, score: Any) -> None:
     assert composition.gate is not None
     composition.gate.commit(unit.gate, context.step, cached, score)
+    change = score[0] if isinstance(score, tuple) else score
     for guard, state in zip(composition.guards, unit.guards, strict=True):
-        guard.commit(state, context.step, cached, score)
+        guard.commit(state, context.step, cached, change)
     if not cached:
         unit.feedback = None  # what an earlier run of cached steps was worth says nothing of the next
 

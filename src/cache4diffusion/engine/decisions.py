@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from cache4diffusion.engine.decide import decide, revoke
 from cache4diffusion.engine.driver import Driver
@@ -24,7 +25,7 @@ class Decisions:
         self.composition, self.driver = composition, driver
         self._leads: dict[tuple[int, int, int], Verdict] = {}  # by run, step and key: the first branch's
 
-    def take(self, context: Context, key: int, observe: Callable[[], Sequence[float | None]] | None = None) -> Verdict:
+    def take(self, context: Context, key: int, observe: Callable[[], Sequence[Any]] | None = None) -> Verdict:
         """Ask guards and gate; tied branches follow the first of the step.
 
         Args:
@@ -45,10 +46,10 @@ class Decisions:
         context.verdicts[key] = verdict
         return verdict
 
-    def take_all(self, context: Context) -> None:
+    def take_all(self, context: Context, observe: Callable[[], Sequence[Any]] | None = None) -> None:
         """Take every decision before the call, where none needs to look inside; settle whether one is verified."""
         for key in self.driver.keys:
-            self.take(context, key)
+            self.take(context, key, observe)
         gate = self.composition.gate
         if gate is not None and isinstance(gate.watch, Verification):
             flags = [gate.is_checked(unit.gate) for unit in context.state.units[0]]  # type: ignore[attr-defined]

@@ -4,11 +4,76 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from cache4diffusion.engine.driver import Driver, Inner
 from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.leaves import own, take_apart
 from cache4diffusion.engine.state import Context
-from cache4diffusion.gates import Front, Signal
+from cache4diffusion.errors import AnatomyError
+from cache4diffusion.predictors import Predictor
+from cache4diffusion.sites import Denoiser
+
+
+class OutputMemory:
+    """Remembers the denoiser's output, and how it is made of tensors for each way of calling it.
+
+    Args:
+        predictor: makes the output of a cached step.
+        name: of the site in the branch's state.
+    """
+
+    def __init__(self, predictor: Predictor, name: str = "output") -> None:
+        self.predictor, self.name = predictor, name
+
+    def is_ready(self, context: Context) -> bool:
+        """After the first full step, if the output's kind is known for this way of calling."""
+        history = context.state.sites.get(self.name)
+        is_known = self._kind(context) in context.state.extra.get("layouts", {})
+        return history is not None and is_known and self.predictor.is_ready(history)
+
+    @staticmethod
+    def _kind(context: Context) -> Any:
+        return context.kwargs.get("return_dict", True)
+
+    def record(self, context: Context, output: Any, base: Tensor | None = None) -> None:
+        """Take in the output of a full step, minus ``base``."""
+        sites = context.state.sites
+        if self.name not in sites:
+            sites[self.name] = self.predictor.init(context.batch, context.step.num_steps)
+        tensors, layout = take_apart(output)
+        context.state.extra.setdefault("layouts", {})[self._kind(context)] = layout
+        if base is not None:
+            tensors = [shifted(tensor, base, -1) for tensor in tensors]
+        self.predictor.update(sites[self.name], tensors, context.time, context.rows)
+
+    def predicted(self, context: Context, base: Tensor | None = None) -> Any:
+        """The output of a cached step: the prediction, plus ``base``."""
+        state = context.state.sites[self.name]
+        tensors = self.predictor.predict(state, context.time, context.rows)
+        self.predictor.commit(state, tensors, context.time, context.rows)
+        if base is not None:
+            tensors = [shifted(tensor, base, 1) for tensor in tensors]
+        return context.state.extra["layouts"][self._kind(context)].fill(own(tensors, state))
+
+
+def shifted(output: Tensor, latent: Tensor, sign: int) -> Tensor:
+    """``output + sign * latent``; where the output has more channels (a learned variance), on the first ones.
+
+    Raises:
+        AnatomyError: the two are not of one shape.
+    """
+    if output.shape == latent.shape:
+        return output + sign * latent.to(output.dtype)
+    differs = [i for i, (a, b) in enumerate(zip(output.shape, latent.shape, strict=False)) if a != b]
+    if output.ndim != latent.ndim or len(differs) != 1 or output.shape[differs[0]] < latent.shape[differs[0]]:
+        raise AnatomyError(
+            f"The output {tuple(output.shape)} is not of the latent's shape {tuple(latent.shape)}, so it has no "
+            "residual. Use site='denoiser' (its output), or a method for the blocks."
+        )
+    result = output.clone()
+    result.narrow(differs[0], 0, latent.shape[differs[0]]).add_(latent.to(output.dtype), alpha=sign)
+    return result
 
 
 class DenoiserDriver(Driver):
@@ -18,42 +83,32 @@ class DenoiserDriver(Driver):
     makes of it is thrown away: its own code runs to the end, so nothing of the host is left half done.
     """
 
+    site: Denoiser
+
     def __init__(self, host: Host, site: Any) -> None:
         super().__init__(host, site)
         watch = host.gate.watch if host.gate is not None else None
-        self.needs_anatomy = self.needs_blocks = isinstance(watch, (Signal, Front))
+        self.needs_anatomy = watch is not None and watch.needs_stack
+        self.needs_blocks = watch is not None and watch.is_inside
+        self.memory = OutputMemory(host.predictor)
 
     def is_ready(self, context: Context, key: int) -> bool:
-        """After the first full step, if the output's kind is known for this way of calling."""
-        history = context.state.sites.get("output")
-        is_known = self._kind(context) in context.state.extra.get("layouts", {})
-        return history is not None and is_known and self.host.predictor.is_ready(history)
-
-    @staticmethod
-    def _kind(context: Context) -> Any:
-        return context.kwargs.get("return_dict", True)
+        """After the first full step."""
+        return self.memory.is_ready(context)
 
     def run(self, context: Context, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute and record, or predict."""
+        base = context.latent if self.site.form == "residual" else None
         if 0 in context.verdicts and context.verdicts[0].is_cached:
-            return self._predicted(context)
+            return self.memory.predicted(context, base)
         output = inner(*args, **kwargs)
         verdict = context.verdict
         if verdict is None:  # the watch point was not reached; the engine says so
             return output
         if verdict.is_cached:  # decided on the way
-            return self._predicted(context)
-        return self._record(context, output)
-
-    def _record(self, context: Context, output: Any) -> Any:
-        tensors, layout = take_apart(output)
-        context.state.extra.setdefault("layouts", {})[self._kind(context)] = layout
-        self.keep(context, "output", tensors)
+            return self.memory.predicted(context, base)
+        self.memory.record(context, output, base)
         return output
-
-    def _predicted(self, context: Context) -> Any:
-        tensors = own(self.forecast(context, "output"), context.state.sites["output"])
-        return context.state.extra["layouts"][self._kind(context)].fill(tensors)
 
     def on_block(
         self, context: Context, position: int, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -13,6 +13,7 @@ from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.state import Context
 
 Inner = Callable[..., Any]
+Rested = tuple[tuple[str, float], ...]  # modules that did not run in a call, and for which share of the rows
 
 
 class Driver(ABC):
@@ -82,8 +83,12 @@ class Driver(ABC):
         """A verdict that was pending when the call began has been reached."""
 
     def bypassed(self) -> list[str]:
-        """Paths of the modules that do not run on a cached step, for cost estimates; ``""`` is the whole denoiser."""
+        """Paths of the modules that run on no cached step; ``""`` is the whole denoiser."""
         return []
+
+    def rested(self, context: Context) -> Rested | None:
+        """What did not run in this call, where cached steps differ in that; None: what `bypassed` says."""
+        return None
 
     def verify(self, context: Context, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Compute the last block from its own input and return the prediction's error, per row or in one."""

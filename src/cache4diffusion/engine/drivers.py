@@ -6,16 +6,20 @@ from cache4diffusion.engine.denoiser import DenoiserDriver
 from cache4diffusion.engine.driver import Driver
 from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.level import LevelDriver
+from cache4diffusion.engine.mixed import MixedScoreDriver
 from cache4diffusion.engine.parts import PartsDriver
-from cache4diffusion.engine.span import SpanDriver
+from cache4diffusion.engine.span import BlocksDriver, SpanDriver, SwitchingSpanDriver
 from cache4diffusion.engine.trajectory import TrajectoryDriver
 from cache4diffusion.errors import CompositionError
-from cache4diffusion.sites import Denoiser, Parts, Site, Span, Trajectory, UNetLevel
+from cache4diffusion.sites import Blocks, Denoiser, MixedScore, Parts, Site, Span, SwitchingSpan, Trajectory, UNetLevel
 
 DRIVERS: dict[type[Site], type[Driver]] = {
     Denoiser: DenoiserDriver,
     Span: SpanDriver,
+    SwitchingSpan: SwitchingSpanDriver,
+    Blocks: BlocksDriver,
     Parts: PartsDriver,
+    MixedScore: MixedScoreDriver,
     UNetLevel: LevelDriver,
     Trajectory: TrajectoryDriver,
 }

@@ -12,7 +12,8 @@ from cache4diffusion.anatomy.tree import argument_leaves
 from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.engine.blocks import BlockView, views_of
 from cache4diffusion.engine.inputs import inputs_of
-from cache4diffusion.engine.leaves import parameter_names, take_rows
+from cache4diffusion.engine.leaves import get_output, parameter_names, take_rows
+from cache4diffusion.engine.passage import Passage
 from cache4diffusion.errors import AnatomyError
 from cache4diffusion.gates import Front
 from cache4diffusion.method import Composition
@@ -38,6 +39,7 @@ class Host:
         self.anatomy: Anatomy | None = None
         self.blocks: list[BlockView] = []  # the main blocks of all lists
         self.modules: list[nn.Module] = []  # theirs
+        self.writes = False  # whether streams are known to be written into, so that copies must be looked at
         self._axes: dict[Any, dict[LeafPath, int]] = {}  # of the denoiser's arguments, by kind of call
 
     def examine(self, args: tuple[Any, ...], kwargs: dict[str, Any], anatomy: Anatomy | None = None) -> None:
@@ -50,6 +52,7 @@ class Host:
         self._axes = {}
         self.blocks = views_of(self.anatomy)
         self.modules = [unwrapped(self.denoiser).get_submodule(view.path) for view in self.blocks]
+        self.writes = any(block.mutates for stack in self.anatomy.main for block in stack.blocks)
         for note in self.anatomy.notes:
             self.note(note)
         if self.composition.needs_stack is not None and not self.anatomy.main:
@@ -75,6 +78,26 @@ class Host:
     def stream_inputs(self, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """What enters a block, one tensor per stream."""
         return self.blocks[position].inputs(self.modules[position], args, kwargs)
+
+    def stream_outputs(self, position: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> list[Tensor]:
+        """What leaves a block, one tensor per stream; what enters, where the block does not return it."""
+        return [
+            entered if stream.output is None else get_output(output, stream.output)
+            for stream, entered in zip(
+                self.blocks[position].streams, self.stream_inputs(position, args, kwargs), strict=True
+            )
+        ]
+
+    def passage(self, streams: Sequence[Tensor]) -> Passage:
+        """Begin to look at what blocks make of streams."""
+        return Passage.begin(streams, self.writes)
+
+    def is_sound(self, passage: Passage) -> bool:
+        """Whether what blocks added can be told; if not, streams are looked at through copies from the next call on."""
+        if not passage.end():
+            self.writes = True
+            self.note("streams are written into between blocks; copies are compared.")
+        return not passage.is_spoilt
 
     def pass_through(self, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A block's output as if it had done nothing."""

@@ -13,9 +13,9 @@ from cache4diffusion.engine.driver import Inner
 from cache4diffusion.engine.drivers import driver_of
 from cache4diffusion.engine.finite import FiniteGuard
 from cache4diffusion.engine.host import Host
-from cache4diffusion.engine.leaves import flatten, merge_rows
+from cache4diffusion.engine.leaves import flatten, merge_rows, select_rows
+from cache4diffusion.engine.observers import observer_of
 from cache4diffusion.engine.state import Context, Verdict
-from cache4diffusion.engine.watch import Watcher
 from cache4diffusion.errors import RunError
 from cache4diffusion.sites import Site
 from cache4diffusion.trace import CACHED, FULL, MIXED, PARTIAL, Record
@@ -34,13 +34,13 @@ class SiteRunner:
         self.host, self.finite = host, finite
         self.driver = driver_of(host, site)
         self.decisions = Decisions(host.composition, self.driver)
-        self.watcher = Watcher(host, self.driver, self.decisions)
+        self.observer = observer_of(host, self.driver, self.decisions)
         self._active: Context | None = None  # the call in progress
 
     @property
     def needs_blocks(self) -> bool:
         """Whether `on_block` must be called for every main block."""
-        return self.driver.needs_blocks or self.watcher.needs_blocks
+        return self.driver.needs_blocks or self.observer.needs_blocks
 
     def install(self) -> None:
         """Find the watch point and wrap the sites, once the host was examined.
@@ -48,7 +48,7 @@ class SiteRunner:
         Raises:
             AnatomyError: the denoiser lacks what they need.
         """
-        self.watcher.install()
+        self.observer.install()
         self.driver.install(self.host.anatomy)
 
     def run(self, context: Context, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -62,13 +62,14 @@ class SiteRunner:
         # Hosts use lists up (T2I adapters' residuals): a second attempt needs them whole.
         spare = {name: list(value) if isinstance(value, list) else value for name, value in kwargs.items()}
         try:
-            if not self.watcher.needs_blocks:
-                self.decisions.take_all(context)
+            if not self.observer.decides_inside:
+                self.decisions.take_all(context, self.observer.look(context))
             output = self._dispatch(context, inner, args, kwargs)
             self._check_reached(context)
             is_predicted = any(not verdict.is_full for verdict in context.verdicts.values())
             if is_predicted and not self.finite.passes(state, [x for x in flatten(output)[0] if isinstance(x, Tensor)]):
                 output = self._recompute(context, inner, args, spare)
+            self.observer.finish(context, output)
         finally:
             self._active = None
         state.last_step = context.step.index
@@ -81,7 +82,7 @@ class SiteRunner:
     def _recompute(self, context: Context, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._forget(context)
         self.decisions.revoke(context, "not finite, recomputed")
-        context.rows, context.is_checked, context.scratch = None, False, {}
+        context.rows, context.is_checked, context.scratch, context.is_recomputed = None, False, {}, True
         self._active = context
         return self.driver.run(context, inner, args, kwargs)
 
@@ -95,6 +96,7 @@ class SiteRunner:
         for rows, cached in ((verdict.full_rows, False), (verdict.cached_rows, True)):
             sub_args, sub_kwargs = self.host.rows(args, kwargs, rows, context.batch)
             part = Context(context.call, context.step, context.state, context.batch, kwargs=kwargs, rows=rows)
+            part.latent = None if context.latent is None else select_rows(context.latent, rows)
             part.verdicts[0] = Verdict((cached,), verdict.reason, verdict.scores)
             part.is_checked = context.is_checked and cached
             part.scratch["checked"] = context.scratch.get("checked")
@@ -106,7 +108,7 @@ class SiteRunner:
         """A full step must have met the sites; something that runs around their wrappers hides them all."""
         if not self.driver.keys:
             return  # nothing to decide: the blocks that always run are all there are
-        is_reached = not self.watcher.needs_blocks or bool(context.verdicts)
+        is_reached = not self.observer.decides_inside or bool(context.verdicts)
         if context.rows is None and all(verdict.is_full for verdict in context.verdicts.values()):
             is_reached = is_reached and self.driver.was_reached(context)
         if not is_reached:
@@ -122,9 +124,9 @@ class SiteRunner:
         context = self._active
         if context is None:
             return inner(*args, **kwargs)
-        self.watcher.before(context, position, inner, args, kwargs)
+        self.observer.before(context, position, inner, args, kwargs)
         output = self.driver.on_block(context, position, inner, args, kwargs)
-        self.watcher.after(context, position, args, kwargs, output)
+        self.observer.after(context, position, args, kwargs, output)
         if context.is_checked and position == len(self.host.blocks) - 1:
             self._verify(context, inner, args, kwargs, output)
         return output
@@ -146,6 +148,7 @@ class SiteRunner:
     def record(self, context: Context) -> Record:
         """What the call was."""
         verdicts = list(context.verdicts.values())
+        flags = [flag for verdict in verdicts for flag in verdict.cached]
         first = verdicts[0] if verdicts else Verdict((False,), "nothing to decide")
         if all(verdict.is_full for verdict in verdicts):
             symbol = FULL
@@ -162,5 +165,7 @@ class SiteRunner:
             first.reason,
             first.cached if len(first.cached) > 1 else None,
             first.scores,
+            cached=sum(flags) / len(flags) if flags else 0.0,
+            rested=self.driver.rested(context) if any(flags) else None,
             is_verified=context.is_checked,
         )

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from cache4diffusion.anatomy import Anatomy
-from cache4diffusion.engine.driver import Driver, Inner
+from cache4diffusion.engine.driver import Driver, Inner, Rested
 from cache4diffusion.engine.host import Host
-from cache4diffusion.engine.leaves import get_output, own, select_rows, version
+from cache4diffusion.engine.leaves import get_output, own, select_rows
+from cache4diffusion.engine.passage import Passage
 from cache4diffusion.engine.state import Context, Verdict
 from cache4diffusion.errors import AnatomyError
-from cache4diffusion.sites import Span
+from cache4diffusion.predictors import FrontAware
+from cache4diffusion.sites import Blocks, Span, SwitchingSpan
 
 
 @dataclass(frozen=True)
@@ -24,23 +26,6 @@ class Stretch:
     key: int  # which decision it follows
     first: int
     last: int
-
-
-@dataclass
-class Passage:
-    """One call's way through a stretch: what entered, and what the host added between its blocks.
-
-    A host or a block may also write into a stream. That shows in the tensor's version, but the values are then gone:
-    such streams are looked at through copies (of the next full step on; this one is not recorded).
-    """
-
-    entered: list[Tensor]
-    glue: list[Tensor | None]
-    versions: list[int | None]
-    out: list[Tensor] = field(default_factory=list)  # what left the last block that ran
-    left: list[Tensor] = field(default_factory=list)  # the same, or copies
-    left_versions: list[int | None] = field(default_factory=list)
-    is_spoilt: bool = False  # something was written into a stream and cannot be told from the blocks' work
 
 
 def stretches(site: Span, lengths: list[int], seams: tuple[bool, ...]) -> list[Stretch]:
@@ -90,7 +75,8 @@ class SpanDriver(Driver):
         super().__init__(host, site)
         self.stretches: list[Stretch] = []
         self._by_position: dict[int, Stretch] = {}
-        self._copies = False  # whether streams are written into, so that copies must be compared
+        self.form: str = getattr(site, "form", "residual")
+        self._rested: dict[Any, Rested] = {}  # by what rested: one object for many records
 
     def install(self, anatomy: Anatomy | None) -> None:
         """Cut the main lists into stretches and check that every block's output can be rebuilt."""
@@ -100,16 +86,25 @@ class SpanDriver(Driver):
                 f"{anatomy.denoiser} has no stack of blocks that carries the latent, so there is no span to cache. "
                 "Methods for the whole denoiser ('taylorseer-lite') or for U-Net levels ('deepcache') may work."
             )
-        self.stretches = stretches(self.site, [len(stack.blocks) for stack in anatomy.main], anatomy.seams)
+        self.stretches = self.cut([len(stack.blocks) for stack in anatomy.main], anatomy.seams)
+        if isinstance(self.host.predictor, FrontAware) and len(self.stretches) > 1:
+            raise AnatomyError(
+                f"{type(self.host.predictor).__name__} reads what the first blocks add, but in {anatomy.denoiser} no "
+                "span runs from there to the last block: its lists of blocks hand over their streams in another shape. "
+                "Use predictor='reuse'."
+            )
         if not self.stretches:
             count = sum(len(stack.blocks) for stack in anatomy.main)
             self.host.note(f"{self.site} leaves none of the {count} blocks to cache, so nothing is cached.")
-        self._copies = any(block.mutates for stack in anatomy.main for block in stack.blocks)
         self._by_position = {p: s for s in self.stretches for p in range(s.first, s.last + 1)}
-        for position in self._by_position:
+        for position in sorted({p for s in self.stretches for p in range(s.first, s.last + 1)}):
             block = self.host.blocks[position]
             if not block.can_rebuild or any(s.output is None and s.feeds_output for s in block.streams):
                 raise AnatomyError(f"{block.path} returns more than its streams, so it cannot be bypassed.")
+
+    def cut(self, lengths: list[int], seams: tuple[bool, ...]) -> list[Stretch]:
+        """The stretches, once it is known how many blocks there are."""
+        return stretches(self.site, lengths, seams)
 
     @property
     def keys(self) -> tuple[int, ...]:
@@ -120,10 +115,20 @@ class SpanDriver(Driver):
         """Whether a stretch was entered (its residual is not kept where the host wrote into the streams)."""
         return any(stretch.name in context.scratch for stretch in self.stretches)
 
+    def active(self, context: Context) -> list[Stretch]:
+        """The stretches that may be cached at this step."""
+        return self.stretches
+
+    def stretch_at(self, context: Context, position: int) -> Stretch | None:
+        """The stretch a block belongs to at this step."""
+        return self._by_position.get(position)
+
     def is_ready(self, context: Context, key: int) -> bool:
         """Once the residual of every stretch of this decision was recorded."""
         sites = context.state.sites
-        mine = [stretch for stretch in self.stretches if stretch.key == key]
+        mine = [stretch for stretch in self.active(context) if stretch.key == key]
+        if isinstance(self.host.predictor, FrontAware) and "front_residuals" not in context.scratch:
+            return False  # what the front added could not be told
         return bool(mine) and all(s.name in sites and self.host.predictor.is_ready(sites[s.name]) for s in mine)
 
     def run(self, context: Context, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -140,7 +145,7 @@ class SpanDriver(Driver):
         self, context: Context, position: int, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run and measure, pass through, or do either for some rows."""
-        stretch = self._by_position.get(position)
+        stretch = self.stretch_at(context, position)
         if stretch is None:
             return inner(*args, **kwargs)
         verdict = context.verdicts[stretch.key]
@@ -152,67 +157,82 @@ class SpanDriver(Driver):
             output = inner(*args, **kwargs)
         else:
             output = self._some_rows(context, verdict, position, inner, args, kwargs, streams)
-        self._leave(passage, position, output, streams)
+        passage.leave(self.host.stream_outputs(position, args, kwargs, output))
         if position == stretch.last:
             output = self._finish(context, stretch, passage, verdict, output)
         return output
 
     def _enter(self, context: Context, stretch: Stretch, position: int, streams: list[Tensor]) -> Passage:
         if position == stretch.first:
-            passage = Passage(self._seen(streams), [None] * len(streams), [version(stream) for stream in streams])
-            context.scratch[stretch.name] = passage
-            return passage
-        passage = context.scratch[stretch.name]
-        for i, (now, before) in enumerate(zip(streams, passage.left, strict=True)):
-            if now is not before:  # the host added something between two blocks
-                added = now - before
-                passage.glue[i] = added if passage.glue[i] is None else passage.glue[i] + added
-            elif version(now) != passage.left_versions[i]:
-                passage.is_spoilt = True
-        return passage
-
-    def _seen(self, streams: list[Tensor]) -> list[Tensor]:
-        is_blind = self._copies or any(version(stream) is None for stream in streams)
-        return [stream.clone() for stream in streams] if is_blind else list(streams)
-
-    def _leave(self, passage: Passage, position: int, output: Any, streams: list[Tensor]) -> None:
-        block = self.host.blocks[position]
-        passage.out = [
-            entered if stream.output is None else get_output(output, stream.output)
-            for stream, entered in zip(block.streams, streams, strict=True)
-        ]
-        passage.left, passage.left_versions = self._seen(passage.out), [version(stream) for stream in passage.out]
+            context.scratch[stretch.name] = self.host.passage(streams)
+        else:
+            context.scratch[stretch.name].enter(streams)
+        return context.scratch[stretch.name]
 
     def _finish(self, context: Context, stretch: Stretch, passage: Passage, verdict: Verdict, output: Any) -> Any:
-        if not self._copies and any(version(x) != v for x, v in zip(passage.entered, passage.versions, strict=True)):
-            passage.is_spoilt = True
-        if passage.is_spoilt:
-            self._copies = True
-            self.host.note("streams are written into between blocks; copies are compared.")
-        if passage.is_spoilt and verdict.is_full and self.site.form == "residual":
+        is_known = self.host.is_sound(passage) or self.form == "output"
+        if not is_known and verdict.is_full:
             context.state.sites.pop(stretch.name, None)
             return output
         features = [self._feature(passage, i) for i in self._kept(stretch)]
         if verdict.is_full:
-            self.keep(context, stretch.name, features)
+            self._keep(context, stretch, features)
             return output
         rows = [context.rows[r] if context.rows else r for r in verdict.full_rows]
         cached = [context.rows[r] if context.rows else r for r in verdict.cached_rows]
-        for i, leaf in zip(self._kept(stretch), self.forecast(context, stretch.name, cached), strict=True):
-            if self.site.form == "residual":
-                leaf = passage.out[i][verdict.cached_rows] + leaf
-            passage.out[i][verdict.cached_rows] = leaf
-        if not passage.is_spoilt or self.site.form == "output":
+        there = verdict.cached_rows
+        for i, leaf in zip(self._kept(stretch), self._forecast(context, stretch, cached, there), strict=True):
+            if self.form == "residual":
+                leaf = passage.out[i][there] + leaf
+            passage.out[i][there] = leaf
+        if is_known:
             fresh = [select_rows(feature, verdict.full_rows) for feature in features]
-            self.keep(context, stretch.name, fresh, rows)
+            self._keep(context, stretch, fresh, rows, verdict.full_rows)
         return output
 
     def _feature(self, passage: Passage, i: int) -> Tensor:
         """What is recorded of one stream."""
-        if self.site.form == "output":
-            return passage.left[i]
-        residual, glue = passage.left[i] - passage.entered[i], passage.glue[i]
-        return residual if glue is None else residual - glue
+        return passage.left[i] if self.form == "output" else passage.residual(i)
+
+    def _front(self, context: Context, stretch: Stretch, places: list[int] | None) -> list[Tensor]:
+        """What the watched blocks in front of the stretch added to the streams it keeps (at places of the call)."""
+        seen = [context.scratch["front_residuals"][i] for i in self._kept(stretch)]
+        return seen if places is None else [select_rows(leaf, places) for leaf in seen]
+
+    def _keep(
+        self,
+        context: Context,
+        stretch: Stretch,
+        features: list[Tensor],
+        rows: list[int] | None = None,
+        places: list[int] | None = None,
+    ) -> None:
+        """Take in a feature: of the given rows of the batch, which are at these places of the call."""
+        predictor, sites = self.host.predictor, context.state.sites
+        if not isinstance(predictor, FrontAware):
+            self.keep(context, stretch.name, features, rows)
+            return
+        if "front_residuals" not in context.scratch:
+            sites.pop(stretch.name, None)
+            return
+        if stretch.name not in sites:
+            sites[stretch.name] = predictor.init(context.batch, context.step.num_steps)
+        front, rows = self._front(context, stretch, places), context.rows if rows is None else rows
+        predictor.update_seeing(sites[stretch.name], features, front, context.time, rows)
+
+    def _forecast(
+        self,
+        context: Context,
+        stretch: Stretch,
+        rows: list[int] | None = None,
+        places: list[int] | None = None,
+    ) -> list[Tensor]:
+        """What a cached step goes on with."""
+        predictor = self.host.predictor
+        if not isinstance(predictor, FrontAware):
+            return self.forecast(context, stretch.name, rows)
+        front, rows = self._front(context, stretch, places), context.rows if rows is None else rows
+        return predictor.predict_seeing(context.state.sites[stretch.name], front, context.time, rows)
 
     def _some_rows(
         self,
@@ -242,13 +262,102 @@ class SpanDriver(Driver):
         if position != stretch.last:
             return self.host.pass_through(position, args, kwargs)
         values = self.host.stream_inputs(position, args, kwargs)
-        leaves = self.forecast(context, stretch.name)
-        if self.site.form == "output":
+        leaves = self._forecast(context, stretch)
+        if self.form == "output":
             leaves = own(leaves, context.state.sites[stretch.name])
         for i, leaf in zip(self._kept(stretch), leaves, strict=True):
-            values[i] = values[i] + leaf if self.site.form == "residual" else leaf
+            values[i] = values[i] + leaf if self.form == "residual" else leaf
         return self.host.blocks[position].rebuild(values)
+
+    def rested(self, context: Context) -> Rested | None:
+        """The blocks of the stretches, with the share of the rows for which each did not run."""
+        shares = []
+        for stretch in self.active(context):
+            flags = context.verdicts[stretch.key].cached
+            if any(flags):
+                shares.append((stretch, sum(flags) / len(flags)))
+        key = tuple(shares)
+        if key not in self._rested:
+            blocks = self.host.blocks
+            self._rested[key] = tuple(
+                (blocks[p].path, share) for stretch, share in shares for p in range(stretch.first, stretch.last + 1)
+            )
+        return self._rested[key]
 
     def bypassed(self) -> list[str]:
         """The blocks of the stretches."""
         return [self.host.blocks[position].path for position in self._by_position]
+
+
+class SwitchingSpanDriver(SpanDriver):
+    """Predicts what the rear blocks add early in a run, and what the front blocks add later."""
+
+    site: SwitchingSpan  # type: ignore[assignment]
+
+    def __init__(self, host: Host, site: SwitchingSpan) -> None:
+        super().__init__(host, site)  # type: ignore[arg-type]
+        self.rear: list[Stretch] = []
+        self.front: list[Stretch] = []
+
+    def cut(self, lengths: list[int], seams: tuple[bool, ...]) -> list[Stretch]:
+        """Both sides' stretches."""
+        rest = sum(lengths) - round(self.site.share * sum(lengths))
+        self.rear, self.front = (
+            [
+                replace(stretch, name=f"{side}.{number}")
+                for number, stretch in enumerate(stretches(span, lengths, seams))
+            ]
+            for side, span in (("rear", Span(front=rest)), ("front", Span(back=rest)))
+        )
+        return self.rear + self.front
+
+    def active(self, context: Context) -> list[Stretch]:
+        """The side of this step."""
+        step, switch = context.step, self.site.switch
+        if switch in (0, 1):
+            is_early = switch == 1
+        else:
+            assert step.num_steps is not None  # the engine refuses to begin without it
+            is_early = step.index < switch * step.num_steps
+        return self.rear if is_early else self.front
+
+    def stretch_at(self, context: Context, position: int) -> Stretch | None:
+        """The stretch a block belongs to at this step."""
+        return next((s for s in self.active(context) if s.first <= position <= s.last), None)
+
+    def was_reached(self, context: Context) -> bool:
+        """Whether a stretch of this side was entered."""
+        return any(stretch.name in context.scratch for stretch in self.active(context))
+
+    def run(self, context: Context, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the other side added is of no use any more."""
+        names = {stretch.name for stretch in self.active(context)}
+        for name in [name for name in context.state.sites if name not in names]:
+            del context.state.sites[name]
+        return super().run(context, inner, args, kwargs)
+
+    def bypassed(self) -> list[str]:
+        """The blocks that belong to both sides."""
+        sides = [{p for s in side for p in range(s.first, s.last + 1)} for side in (self.rear, self.front)]
+        return [self.host.blocks[position].path for position in sorted(sides[0] & sides[1])]
+
+
+class BlocksDriver(SpanDriver):
+    """Predicts what each block adds, under a decision of its own."""
+
+    site: Blocks  # type: ignore[assignment]
+
+    def cut(self, lengths: list[int], seams: tuple[bool, ...]) -> list[Stretch]:
+        """Each block that need not run is a stretch."""
+        count = sum(lengths)
+        if self.site.front + self.site.back > count:
+            raise AnatomyError(
+                f"{self.site} keeps the first {self.site.front} and the last {self.site.back} blocks, and there are "
+                f"{count}: use fewer."
+            )
+        chosen = [p for p in range(self.site.front, count - self.site.back) if p not in self.site.keep]
+        return [Stretch(f"block.{position}", position, position, position) for position in chosen]
+
+    def bypassed(self) -> list[str]:
+        """None for certain: each block decides for itself."""
+        return []

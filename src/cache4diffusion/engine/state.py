@@ -18,7 +18,7 @@ class Unit:
 
     gate: Any
     guards: list[Any]
-    feedback: float | None = None  # what a verification found at the step before
+    feedback: Any = None  # the score that was found at the step before, for a watch that gives feedback
     before: tuple[Any, list[Any]] | None = None  # gate and guards as they were before the step that is being cached
 
 
@@ -34,7 +34,7 @@ class Verdict:
 
     cached: tuple[bool, ...]
     reason: str
-    scores: tuple[float | None, ...] = ()
+    scores: tuple[Any, ...] = ()
 
     @property
     def is_full(self) -> bool:
@@ -63,7 +63,7 @@ class BranchState:
 
     signature: Any
     units: dict[int, list[Unit]] = field(default_factory=dict)  # by decision (several only with one per block list)
-    references: dict[int, Tensor] = field(default_factory=dict)  # what the watch compares with
+    references: dict[Any, Tensor] = field(default_factory=dict)  # what the watch compares with
     sites: dict[str, Any] = field(default_factory=dict)  # predictor states, by site name
     layouts: dict[str, Any] = field(default_factory=dict)  # how the outputs there are made of tensors, likewise
     tokens: dict[str, Any] = field(default_factory=dict)  # token-rule states, by site name
@@ -100,9 +100,12 @@ class Context:
     state: BranchState
     batch: int  # rows of the whole call
     kwargs: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the denoiser's call
+    latent: Tensor | None = None  # what is denoised (the rows that this part concerns)
+    timestep: Any = None  # what the denoiser was told of the time
     rows: list[int] | None = None  # which of them this part concerns; None for all
     verdicts: dict[int, Verdict] = field(default_factory=dict)
     is_checked: bool = False  # whether a verification is due
+    is_recomputed: bool = False  # whether this is the second attempt, in full, at a prediction that was not finite
     scratch: dict[Any, Any] = field(default_factory=dict)  # of this call only
 
     @property

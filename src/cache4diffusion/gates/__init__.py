@@ -1,15 +1,43 @@
 """When: gates decide whether a step is full or cached; guards overrule them."""
 
 from cache4diffusion.gates.accumulated import AccumulatedChange
-from cache4diffusion.gates.base import Front, Gate, Signal, StaticGate, Step, Verification, Watch
-from cache4diffusion.gates.guards import ForceLast, Guard, Mask, MaxAccumulated, MaxRun, MaxTotal, Warmup, Window
+from cache4diffusion.gates.adaptive import AdaptiveInterval
+from cache4diffusion.gates.base import (
+    WATCHES,
+    Drift,
+    Entrance,
+    Front,
+    Gate,
+    Outputs,
+    Sated,
+    Signal,
+    Spectral,
+    StaticGate,
+    Step,
+    Verification,
+    Watch,
+)
+from cache4diffusion.gates.entrance import EntranceThreshold
+from cache4diffusion.gates.guards import (
+    ForceLast,
+    Guard,
+    Mask,
+    MaxAccumulated,
+    MaxRun,
+    MaxTotal,
+    Warmup,
+    Window,
+)
 from cache4diffusion.gates.interval import FixedInterval
 from cache4diffusion.gates.look_ahead import LookAhead
+from cache4diffusion.gates.magnitude import MagnitudeError
 from cache4diffusion.gates.modulated import ModulatedInterval
 from cache4diffusion.gates.quadratic import Quadratic
 from cache4diffusion.gates.schedule import ScaledSchedule, Schedule
 from cache4diffusion.gates.speculative import Speculative
+from cache4diffusion.gates.step_mask import StepMask
 from cache4diffusion.gates.threshold import ProbeThreshold
+from cache4diffusion.gates.triggered import TriggeredInterval
 from cache4diffusion.gates.widening import WideningInterval
 
 # Names under which a gate can be given in a composition, as in gate="interval(interval=3)".
@@ -21,33 +49,49 @@ GATES = {
     "look-ahead": LookAhead,
     "quadratic": Quadratic,
     "widening": WideningInterval,
+    "mask": StepMask,
+    "magnitude": MagnitudeError,
     "accumulated": AccumulatedChange,
     "probe": ProbeThreshold,
+    "adaptive": AdaptiveInterval,
+    "entrance": EntranceThreshold,
+    "triggered": TriggeredInterval,
     "speculative": Speculative,
 }
 
 __all__ = [
     "GATES",
+    "WATCHES",
     "AccumulatedChange",
+    "AdaptiveInterval",
+    "Drift",
+    "Entrance",
+    "EntranceThreshold",
     "FixedInterval",
     "ForceLast",
     "Front",
     "Gate",
     "Guard",
     "LookAhead",
+    "MagnitudeError",
     "Mask",
     "MaxAccumulated",
     "MaxRun",
     "MaxTotal",
     "ModulatedInterval",
+    "Outputs",
     "ProbeThreshold",
     "Quadratic",
+    "Sated",
     "ScaledSchedule",
     "Schedule",
     "Signal",
+    "Spectral",
     "Speculative",
     "StaticGate",
     "Step",
+    "StepMask",
+    "TriggeredInterval",
     "Verification",
     "Warmup",
     "Watch",

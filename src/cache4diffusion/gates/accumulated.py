@@ -1,12 +1,12 @@
-"""Accumulated change of a cheap signal: the gate of TeaCache (arXiv:2411.19108, eq. 4-6)."""
+"""Accumulated change of something cheap: the gate of TeaCache (arXiv:2411.19108, eq. 4-6), EasyCache and DiCache."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from cache4diffusion.errors import SettingError
-from cache4diffusion.gates.base import Signal, Step
+from cache4diffusion.gates.base import WATCHES, Signal, Step, Watch
 
 
 @dataclass
@@ -30,16 +30,20 @@ class AccumulatedChange:
         rescale: what to do where a fitted ``P`` is negative (outside its fitted range several published ones are):
             ``"clamp0"`` counts such a change as 0, ``"abs"`` as ``|P|``, ``"none"`` lets it lower the sum as the
             released code does.
+        of: what is watched: `Signal` (against the previous step), `Front` or `Drift`; or the name of one.
 
     Raises:
-        SettingError: the threshold is negative, or there is no coefficient.
+        SettingError: the threshold is negative, there is no coefficient, or no such watch.
     """
 
     threshold: float = 0.4
     coefficients: tuple[float, ...] = (1.0, 0.0)
     rescale: Literal["none", "abs", "clamp0"] = "none"
+    of: Watch | str = field(default_factory=Signal)
 
     def __post_init__(self) -> None:
+        if isinstance(self.of, str) and self.of not in WATCHES:
+            raise SettingError(f"AccumulatedChange(of={self.of!r}): use one of {', '.join(WATCHES)}.")
         if not self.threshold >= 0:
             raise SettingError(f"AccumulatedChange(threshold={self.threshold}): threshold must be 0 (off) or more.")
         if not self.coefficients:
@@ -48,9 +52,9 @@ class AccumulatedChange:
             raise SettingError(f"AccumulatedChange(rescale={self.rescale!r}): use 'none', 'abs' or 'clamp0'.")
 
     @property
-    def watch(self) -> Signal:
-        """The first block's modulated input, against the previous step."""
-        return Signal()
+    def watch(self) -> Watch:
+        """What is watched."""
+        return WATCHES[self.of]() if isinstance(self.of, str) else self.of
 
     @property
     def needs_num_steps(self) -> bool:

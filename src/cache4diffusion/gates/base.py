@@ -33,28 +33,123 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Signal:
+class Watch:
+    """Base of what a gate can watch; ``engine/observers/`` names the observer of each kind.
+
+    The score is a number, or several where a gate watches several things at once; guards are told the first.
+    """
+
+    is_inside: ClassVar[bool] = False  # seen while the blocks run, so that the decision is taken there
+    needs_stack: ClassVar[bool] = False  # seen in the blocks that carry the latent
+    is_feedback: ClassVar[bool] = False  # seen at one step, and the score of the next
+
+
+@dataclass(frozen=True)
+class Signal(Watch):
     """Watch the first block's modulated input: what its first part would read. The block itself does not run.
 
     The score is ``mean|now - before| / mean|before|`` in float32, where *before* is the previous step.
     """
 
-    reference: ClassVar[str] = "last_step"
+    is_inside: ClassVar[bool] = True
+    needs_stack: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
-class Front:
-    """Watch the residual that the first ``blocks`` blocks add; they are computed on every step.
+class Spectral(Watch):
+    """Watch the first block's modulated input as `Signal` does, through a filter that follows the noise level.
 
-    The score is ``mean|now - then| / mean|then|`` in float32, where *then* is the last full step.
+    The score is ``mean|now - before| / mean|before|`` of the filtered signal; *before* is the previous step's, filtered
+    at its own noise level. The filter is a Wiener filter on the grid of tokens: per axis ``g(f) = a S / (a^2 S + b^2)``
+    with ``S = 1 / |f|^power``, ``a = 1 - sigma``, ``b = sigma``; the gains of the axes are multiplied and divided by
+    their mean. ``sigma`` is the timestep of a flow-matching run, as a fraction.
+
+    Args:
+        power: falling power of natural images' spectra. Code: 2 for images, 3 for video.
+        grid: rows and columns of tokens (frames first, for video); () finds them from the latent or from position ids.
     """
 
-    blocks: int = 1
-    reference: ClassVar[str] = "last_full"
+    is_inside: ClassVar[bool] = True
+    needs_stack: ClassVar[bool] = True
+
+    power: float = 2.0
+    grid: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
-class Verification:
+class Front(Watch):
+    """Watch what the first ``blocks`` blocks make; they are computed on every step.
+
+    The score is ``mean|now - then| / mean|then|`` in float32.
+
+    Args:
+        blocks: how many.
+        of: ``"residual"``, what they add to the image stream; or ``"stream"``, what leaves them.
+        reference: *then* is the ``"last_full"`` step, or the ``"last_step"``.
+        is_excess: the score is ``|score - change of what enters the first block|``, both against the same step.
+    """
+
+    is_inside: ClassVar[bool] = True
+    needs_stack: ClassVar[bool] = True
+
+    blocks: int = 1
+    of: Literal["residual", "stream"] = "residual"
+    reference: Literal["last_full", "last_step"] = "last_full"
+    is_excess: bool = False
+
+
+@dataclass(frozen=True)
+class Drift(Watch):
+    """Watch the denoiser's input and output from outside.
+
+    The score is how much the output should change in this step, relative to its size: ``k * mean|x_i - x_(i-1)| /
+    mean|y|`` in float32, for the latents ``x`` of this and the previous step and the last computed output ``y``. ``k``
+    is the mean change of the output over that of the latent, from one full step to the next; None until there were two.
+    """
+
+
+@dataclass(frozen=True)
+class Outputs(Watch):
+    """Watch what blocks make on full steps; the score at the next step compares the last two full ones.
+
+    It is ``mean|now - then| / mean|then|`` in float32 of the image stream, a mean over the watched blocks; with
+    ``frames`` a pair of that and of the motion, see `AdaptiveInterval`. None unless the step before was full and not
+    the first.
+
+    Args:
+        blocks: ``"all"``, or one: its place in the stack as a fraction of the depth (0 the first, 1 the last).
+        of: ``"residual"``, what a block adds; or ``"stream"``, what leaves it.
+        frames: whether the motion between latent frames is measured: ``mean|q_f - q_(f-1)| / (mean|q_f| +
+            mean|q_(f-1)|)`` over neighbouring frames f of what is watched. Needs a video latent.
+    """
+
+    needs_stack: ClassVar[bool] = True
+    is_feedback: ClassVar[bool] = True
+
+    blocks: float | Literal["all"] = "all"
+    of: Literal["residual", "stream"] = "stream"
+    frames: bool = False
+
+
+@dataclass(frozen=True)
+class Entrance(Watch):
+    """Watch what enters each block, which decides for itself.
+
+    The score is ``mean|x - x_ref| / mean|x_ref|`` in float32, where *x_ref* entered the block when it last ran.
+
+    Args:
+        leaders: 0, or the score is a pair of that and of the mean of those scores above 0 among the first so many of
+            the step, of blocks before this one (None where there is none).
+    """
+
+    is_inside: ClassVar[bool] = True
+    needs_stack: ClassVar[bool] = True
+
+    leaders: int = 0
+
+
+@dataclass(frozen=True)
+class Verification(Watch):
     """Watch the prediction itself: on checked cached steps the last block is also computed from its own input.
 
     The score is the error of the prediction *at the step before*; ``None`` where nothing was checked.
@@ -66,11 +161,15 @@ class Verification:
         eps: added to the denominators; official code 1e-10 (FLUX, DiT) and 1e-8 (HunyuanVideo).
     """
 
+    needs_stack: ClassVar[bool] = True
+    is_feedback: ClassVar[bool] = True
+
     metric: Literal["relative_l1", "l1", "l2", "relative_l2", "cosine"] = "relative_l1"
     eps: float = 1e-10
 
 
-Watch = Signal | Front | Verification
+# Names under which a watch can be given to a gate that takes several, as in gate="accumulated(of='drift')".
+WATCHES: dict[str, type[Watch]] = {"signal": Signal, "spectral": Spectral, "front": Front, "drift": Drift}
 
 
 @runtime_checkable
@@ -97,6 +196,15 @@ class Gate(Protocol):
 
     def commit(self, state: Any, step: Step, cached: bool, score: float | None) -> None:
         """Take note of what was decided, by this gate or over its head."""
+        ...
+
+
+@runtime_checkable
+class Sated(Protocol):
+    """A gate that at some point of a run has seen enough."""
+
+    def is_sated(self, state: Any) -> bool:
+        """Whether no score will matter any more in this run, so that nothing need be observed for it."""
         ...
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 from cache4diffusion.errors import SettingError
 from cache4diffusion.gates.base import Step
+from cache4diffusion.gates.step_mask import Resize, StepMask, step_mask
 
 
 class Guard(Protocol):
@@ -91,10 +92,12 @@ class Window(_Stateless):
     Args:
         start: fraction of the steps before which all are full.
         stop: fraction of the steps from which all are full; 1 for none.
+        is_start_full: whether the step ``int(start * n)`` of ``n``, where the window begins, is full as well.
     """
 
     start: float = 0.0
     stop: float = 1.0
+    is_start_full: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.stop <= 1:
@@ -110,8 +113,9 @@ class Window(_Stateless):
         if not self.needs_num_steps:
             return None
         assert step.num_steps is not None  # the engine refuses to begin without it
-        is_inside = self.start * step.num_steps <= step.index < self.stop * step.num_steps
-        return None if is_inside else False
+        begin, index = self.start * step.num_steps, step.index
+        has_begun = index > int(begin) if self.is_start_full else index >= begin
+        return None if has_begun and index < self.stop * step.num_steps else False
 
 
 @dataclass(frozen=True)
@@ -119,22 +123,36 @@ class Mask(_Stateless):
     """A given list of steps that must be computed; what happens at the others is the policy.
 
     Args:
-        must_compute: one flag per step; steps beyond its end are left to the gate.
+        must_compute: one flag per step, steps beyond its end being left to the gate; or a mask as `StepMask` takes it,
+            which needs the length of the run.
         policy: ``"static"`` always caches at the others, ``"dynamic"`` asks the gate.
+        resize: how a preset is brought to another length, as in `StepMask`.
     """
 
-    must_compute: tuple[bool, ...] = ()
+    must_compute: str | tuple[bool, ...] = ()
     policy: Literal["static", "dynamic"] = "dynamic"
+    resize: Resize = "scale"
 
     def __post_init__(self) -> None:
-        if self.must_compute and not self.must_compute[0]:
+        if isinstance(self.must_compute, str):
+            StepMask(self.must_compute, self.resize)
+        elif self.must_compute and not self.must_compute[0]:
             raise SettingError("Mask(must_compute=(False, ...)): the first step cannot be cached.")
+
+    @property
+    def needs_num_steps(self) -> bool:
+        """A preset is made for one length."""
+        return isinstance(self.must_compute, str)
 
     def overrule(self, state: Any, step: Step) -> bool | None:
         """Full where the mask says so."""
-        if step.index >= len(self.must_compute):
+        flags = self.must_compute
+        if isinstance(flags, str):
+            assert step.num_steps is not None  # the engine refuses to begin without it
+            flags = step_mask(flags, step.num_steps, self.resize)
+        if step.index >= len(flags):
             return None
-        if self.must_compute[step.index]:
+        if flags[step.index]:
             return False
         return True if self.policy == "static" else None
 

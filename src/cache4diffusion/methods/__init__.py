@@ -1,19 +1,30 @@
 """Published methods, one short file each. Importing this package fills the registry."""
 
 from cache4diffusion.methods.ab_cache import ABCache
+from cache4diffusion.methods.adacache import AdaCache
+from cache4diffusion.methods.bwcache import BWCache
 from cache4diffusion.methods.dbcache import DBCache
+from cache4diffusion.methods.dbprune import DBPrune
 from cache4diffusion.methods.deepcache import DeepCache
+from cache4diffusion.methods.delta_dit import DeltaDiT
+from cache4diffusion.methods.dicache import DiCache
 from cache4diffusion.methods.dmd import DMD
+from cache4diffusion.methods.easycache import EasyCache
 from cache4diffusion.methods.fastercache import FasterCache
 from cache4diffusion.methods.fbcache import FBCache
 from cache4diffusion.methods.femo import FeMO
 from cache4diffusion.methods.foca import FoCa
 from cache4diffusion.methods.fora import Fora
+from cache4diffusion.methods.frdiff import FRDiff
 from cache4diffusion.methods.freqca import FreqCa
 from cache4diffusion.methods.goc import GOC
 from cache4diffusion.methods.hicache import HiCache
+from cache4diffusion.methods.magcache import MagCache
 from cache4diffusion.methods.meancache import MeanCache
 from cache4diffusion.methods.newton import Newton
+from cache4diffusion.methods.scm import SCM
+from cache4diffusion.methods.seacache import SeaCache
+from cache4diffusion.methods.skip_dit import SkipDiT
 from cache4diffusion.methods.speca import SpeCa
 from cache4diffusion.methods.spectrum import Spectrum
 from cache4diffusion.methods.taocache import TaoCache
@@ -27,18 +38,29 @@ from cache4diffusion.methods.z_cache import ZCache
 __all__ = [
     "DMD",
     "GOC",
+    "SCM",
     "ABCache",
+    "AdaCache",
+    "BWCache",
     "DBCache",
+    "DBPrune",
     "DeepCache",
+    "DeltaDiT",
+    "DiCache",
+    "EasyCache",
     "FBCache",
+    "FRDiff",
     "FasterCache",
     "FeMO",
     "FoCa",
     "Fora",
     "FreqCa",
     "HiCache",
+    "MagCache",
     "MeanCache",
     "Newton",
+    "SeaCache",
+    "SkipDiT",
     "SpeCa",
     "Spectrum",
     "TaoCache",

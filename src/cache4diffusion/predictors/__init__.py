@@ -1,6 +1,7 @@
 """With what: predictors make the feature of a cached step from those of full steps."""
 
 from cache4diffusion.predictors.adams_bashforth import AdamsBashforth
+from cache4diffusion.predictors.aligned import FrontAware, ProbeAligned
 from cache4diffusion.predictors.bands import Bands
 from cache4diffusion.predictors.base import LinearPredictor, Predictor, RecursivePredictor
 from cache4diffusion.predictors.chebyshev import Chebyshev
@@ -20,6 +21,7 @@ from cache4diffusion.predictors.wavelet import WaveletExtrapolation
 
 # Names under which a predictor can be given in a composition, as in predictor="newton(order=2)".
 PREDICTORS = {
+    "aligned": ProbeAligned,
     "reuse": Reuse,
     "taylor": Taylor,
     "newton": Newton,
@@ -47,6 +49,7 @@ __all__ = [
     "Delta",
     "DynamicModes",
     "ForecastCalibrate",
+    "FrontAware",
     "Hermite",
     "History",
     "LinearPredictor",
@@ -54,6 +57,7 @@ __all__ = [
     "Momentum",
     "Newton",
     "Predictor",
+    "ProbeAligned",
     "RecursivePredictor",
     "Reuse",
     "ScaledDelta",

@@ -287,6 +287,7 @@ def _ledger_equals_held(subject: Subject, case: Case) -> str:
 def _is_exact(composition: Composition) -> bool:
     """Whether what is reused is the feature itself and nothing is added to it."""
     is_whole = isinstance(composition.site, (Denoiser, Parts, UNetLevel))
+    is_whole = is_whole and getattr(composition.site, "form", "output") == "output"
     is_reuse = isinstance(composition.predictor, Reuse)
     return is_whole and is_reuse and composition.tokens is None and composition.cfg is None
 

@@ -17,7 +17,7 @@ from cache4diffusion.engine.level import LevelDriver
 from cache4diffusion.engine.parts import PartsDriver
 from cache4diffusion.engine.runner import SiteRunner
 from cache4diffusion.engine.span import SpanDriver
-from cache4diffusion.gates import Signal, Verification
+from cache4diffusion.gates import Signal, Spectral, Verification
 from cache4diffusion.selfcheck.values import distance
 from cache4diffusion.sites import Denoiser
 
@@ -107,7 +107,7 @@ def always_resting(engine: Engine) -> list[str]:
     """Modules that run on no cached step. A signal is read in the first block, a verification runs the last."""
     if engine.driver is None or engine.gate is None or (engine.attachment.bypassed == [""] and engine.host.blocks):
         return []
-    if isinstance(engine.gate.watch, Signal):
+    if isinstance(engine.gate.watch, (Signal, Spectral)):
         return [path for path in engine.attachment.bypassed if path != engine.host.blocks[0].path]
     checked = isinstance(engine.gate.watch, Verification) and engine.host.blocks
     last = engine.host.blocks[-1].path + "." if checked else None

@@ -1,5 +1,31 @@
 """Where: the places of a denoiser at which features are recorded and predicted."""
 
-from cache4diffusion.sites.base import PART_KINDS, SITES, Denoiser, PartKind, Parts, Site, Span, Trajectory, UNetLevel
+from cache4diffusion.sites.base import (
+    PART_KINDS,
+    SITES,
+    Blocks,
+    Denoiser,
+    MixedScore,
+    PartKind,
+    Parts,
+    Site,
+    Span,
+    SwitchingSpan,
+    Trajectory,
+    UNetLevel,
+)
 
-__all__ = ["PART_KINDS", "SITES", "Denoiser", "PartKind", "Parts", "Site", "Span", "Trajectory", "UNetLevel"]
+__all__ = [
+    "PART_KINDS",
+    "SITES",
+    "Blocks",
+    "Denoiser",
+    "MixedScore",
+    "PartKind",
+    "Parts",
+    "Site",
+    "Span",
+    "SwitchingSpan",
+    "Trajectory",
+    "UNetLevel",
+]

@@ -27,6 +27,11 @@ class Site:
     name: ClassVar[str]
     words: ClassVar[str]
 
+    @property
+    def needs_num_steps(self) -> bool:
+        """Whether the length of the run must be known."""
+        return False
+
     def __init_subclass__(cls) -> None:
         SITES[cls.name] = cls
 
@@ -35,11 +40,24 @@ class Site:
 class Denoiser(Site):
     """The denoiser's output. A cached step runs nothing at all, not even the embedders.
 
+    Args:
+        form: what is recorded and predicted: the ``"output"``, or the ``"residual"``, which is the output minus the
+            latent that went in (its first channels, where the output has more): a cached step adds today's latent.
+
     Memory: the predictor's snapshots of one output-sized tensor per branch.
+
+    Raises:
+        SettingError: another form.
     """
 
     name: ClassVar[str] = "denoiser"
     words: ClassVar[str] = "the whole denoiser"
+
+    form: Literal["output", "residual"] = "output"
+
+    def __post_init__(self) -> None:
+        if self.form not in ("output", "residual"):
+            raise SettingError(f"Denoiser(form={self.form!r}): form must be 'output' or 'residual'.")
 
 
 @dataclass(frozen=True)
@@ -75,6 +93,63 @@ class Span(Site):
             raise SettingError(f"Span(front={self.front}, back={self.back}): both must be 0 or more blocks.")
         if self.form not in ("residual", "output"):
             raise SettingError(f"Span(form={self.form!r}): form must be 'residual' or 'output'.")
+
+
+@dataclass(frozen=True)
+class SwitchingSpan(Site):
+    """The residual of the rear blocks in the early part of a run, and of the front blocks in the late part.
+
+    The first step of the late part is full, because the front's residual is not known before.
+
+    Args:
+        share: share of all blocks whose residual is cached, 0 (none) to 1 (all, and then nothing switches).
+        switch: where the late part begins, as a fraction of the steps: 0 always the front, 1 always the rear.
+
+    Raises:
+        SettingError: a value is out of range.
+    """
+
+    name: ClassVar[str] = "switching_span"
+    words: ClassVar[str] = "a span that switches sides"
+
+    share: float = 0.75
+    switch: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1 or not 0 <= self.switch <= 1:
+            raise SettingError(f"SwitchingSpan(share={self.share}, switch={self.switch}): both must be 0 to 1.")
+
+    @property
+    def needs_num_steps(self) -> bool:
+        """A fraction of what is not known is not known."""
+        return 0 < self.switch < 1
+
+
+@dataclass(frozen=True)
+class Blocks(Site):
+    """The residual of each block by itself, with a decision and a gate state for each.
+
+    Args:
+        front: first blocks that always run, 0 or more.
+        back: last blocks that always run, 0 or more.
+        keep: numbers of further blocks that always run, counted over all lists.
+
+    Raises:
+        SettingError: a number is negative.
+    """
+
+    name: ClassVar[str] = "blocks"
+    words: ClassVar[str] = "single blocks"
+
+    front: int = 0
+    back: int = 0
+    keep: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if min((self.front, self.back, *self.keep)) < 0:
+            raise SettingError(
+                f"Blocks(front={self.front}, back={self.back}, keep={self.keep}): all must be 0 or more."
+            )
 
 
 @dataclass(frozen=True)
@@ -156,3 +231,41 @@ class UNetLevel(Site):
     def __post_init__(self) -> None:
         if self.block < 0 or self.layer < 0:
             raise SettingError(f"UNetLevel(block={self.block}, layer={self.layer}): both must be 0 or more.")
+
+
+@dataclass(frozen=True)
+class MixedScore(Parts):
+    """The parts, and the denoiser's output beside them: a cached step mixes what the two predict.
+
+    ``lam = clip((slope * (step / num_steps - bias) + 2) / 4, 0, 1)`` is the weight of the output made with cached
+    parts, ``1 - lam`` that of the output of the last full step. Where ``lam = 0`` nothing of the denoiser runs. The
+    ramp from 0 to 1 is ``4 / slope`` of the run wide and has its middle at ``bias``.
+
+    Args:
+        kinds: which parts, as in `Parts`.
+        slope: steepness of the ramp, above 0.
+        bias: middle of the ramp, as a fraction of the steps; well below 0 is always 1, well above 1 always 0.
+
+    Raises:
+        SettingError: a value is out of range.
+    """
+
+    name: ClassVar[str] = "mixed_score"
+    words: ClassVar[str] = "the parts and the output"
+
+    slope: float = 30.0
+    bias: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.slope > 0:
+            raise SettingError(f"MixedScore(slope={self.slope}): slope must be above 0.")
+
+    @property
+    def needs_num_steps(self) -> bool:
+        """The weight follows the progress of the run."""
+        return True
+
+    def weight(self, progress: float) -> float:
+        """``lam`` at a fraction of the run."""
+        return min(max((self.slope * (progress - self.bias) + 2) / 4, 0.0), 1.0)

@@ -1,0 +1,44 @@
+"""Observing what enters each block (DBPrune)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from cache4diffusion.engine.decide import relative_change
+from cache4diffusion.engine.driver import Inner
+from cache4diffusion.engine.observers.base import Observer, Seen
+from cache4diffusion.engine.state import Context
+from cache4diffusion.gates import Entrance
+
+
+class EntranceObserver(Observer):
+    """Sees what enters each block that decides for itself, in front of it."""
+
+    watch: Entrance
+    sees_streams = True
+
+    def before(
+        self, context: Context, position: int, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Decide about this block."""
+        if position in self.driver.keys:
+            self.meet(context, position, lambda: {position: self.host.stream_inputs(position, args, kwargs)[0]})
+
+    def score(self, now: Seen, then: Seen) -> Tensor:
+        """Its relative change."""
+        ((name, entered),) = now.items()
+        return relative_change(entered, then[name], self.per_row)
+
+    def tell(self, context: Context, scores: list[float]) -> list[Any]:
+        """With ``leaders`` also what the first blocks of this step scored, on average."""
+        if not self.watch.leaders:
+            return scores
+        earlier = [verdict.scores for verdict in context.verdicts.values()]
+        return [(score, self._leading(earlier, unit)) for unit, score in enumerate(scores)]
+
+    def _leading(self, earlier: list[tuple[Any, ...]], unit: int) -> float | None:
+        asked = [scores[unit][0] for scores in earlier if scores[unit] is not None]
+        positive = [score for score in asked[: self.watch.leaders] if score > 0]
+        return sum(positive) / len(positive) if positive else None

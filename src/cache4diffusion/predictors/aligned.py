@@ -1,0 +1,138 @@
+"""Probe-aligned extrapolation: the first blocks say how far to go. DiCache, arXiv:2508.17356."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from cache4diffusion.errors import SettingError
+from cache4diffusion.predictors.history import History
+
+
+@runtime_checkable
+class FrontAware(Protocol):
+    """A predictor for the span behind watched blocks that also reads what those add in the step itself."""
+
+    def update_seeing(
+        self,
+        state: History,
+        leaves: Sequence[Tensor],
+        front: Sequence[Tensor],
+        time: float,
+        rows: Sequence[int] | None = None,
+    ) -> None:
+        """Take in what the span added, and what the blocks in front of it did."""
+        ...
+
+    def predict_seeing(
+        self, state: History, front: Sequence[Tensor], time: float, rows: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        """What the span adds, given what the blocks in front of it added in this step."""
+        ...
+
+
+@dataclass(frozen=True)
+class ProbeAligned:
+    """Extrapolate the residual of all blocks along its last change, as far as the first blocks' residual moved.
+
+    With ``R`` the residual of the whole stack, ``Q`` that of the watched blocks in front, -1 and -2 the last two full
+    steps: ``gamma = clip(mean|Q - Q_-2| / mean|Q_-1 - Q_-2|, 1, limit)`` and ``R = R_-2 + gamma * (R_-1 - R_-2)``;
+    after one full step ``R = R_-1``. The span's own residual is then ``R - Q``. Exact where R and Q move along lines at
+    the same relative speed, within the limit. ``gamma`` is one number per row where rows decide for themselves or the
+    batch has one row; else one for the batch. Needs a gate that watches the first blocks.
+
+    Args:
+        limit: largest ``gamma``, 1 (plain reuse of ``R_-1``) or more. Code: 1.5 (FLUX), 2 (Wan).
+        per_row: whether each row has its own ``gamma``.
+
+    Raises:
+        SettingError: the limit is below 1.
+
+    Memory: two copies of R and Q per stream that is read afterwards.
+    """
+
+    limit: float = 1.5
+    per_row: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.limit >= 1:
+            raise SettingError(f"ProbeAligned(limit={self.limit}): limit must be 1 (plain reuse) or more.")
+
+    @property
+    def needs_num_steps(self) -> bool:
+        """Never."""
+        return False
+
+    def init(self, rows: int | None, num_steps: int | None = None) -> History:
+        """Two snapshots of R and Q."""
+        return History(2, rows)
+
+    def is_ready(self, state: History) -> bool:
+        """After one full step."""
+        return not state.is_empty
+
+    def update(self, state: History, leaves: Sequence[Tensor], time: float, rows: Sequence[int] | None = None) -> None:
+        """A feature without a front: it is all there is."""
+        self.update_seeing(state, leaves, [torch.zeros_like(leaf) for leaf in leaves], time, rows)
+
+    def predict(self, state: History, time: float, rows: Sequence[int] | None = None) -> list[Tensor]:
+        """Without a front nothing is known to have moved: the last feature."""
+        count = len(state.buffers) // 2
+        return [leaf[0] for leaf in self._snapshots(state, rows)[:count]]
+
+    def commit(self, state: History, leaves: Sequence[Tensor], time: float, rows: Sequence[int] | None = None) -> None:
+        """Predictions enter no history."""
+
+    def update_seeing(
+        self,
+        state: History,
+        leaves: Sequence[Tensor],
+        front: Sequence[Tensor],
+        time: float,
+        rows: Sequence[int] | None = None,
+    ) -> None:
+        """Keep R, the span's residual and the front's together, and Q."""
+        state.write([*[leaf + seen for leaf, seen in zip(leaves, front, strict=True)], *front], time, rows)
+
+    def predict_seeing(
+        self, state: History, front: Sequence[Tensor], time: float, rows: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        """``R_-2 + gamma * (R_-1 - R_-2) - Q``."""
+        count = len(front)
+        snapshots = self._snapshots(state, rows)
+        stack, probe = snapshots[:count], snapshots[count:]
+        gamma = self.gamma(front[0], *probe[0])
+        predicted = []
+        for (newest, oldest), seen in zip(stack, front, strict=True):
+            whole = oldest.float() + gamma.reshape(-1, *[1] * (oldest.ndim - 1)) * (newest.float() - oldest.float())
+            predicted.append((whole - seen.float()).to(seen.dtype))
+        return predicted
+
+    def gamma(self, now: Tensor, newest: Tensor, oldest: Tensor) -> Tensor:
+        """How far to go, shape [rows] or [1]; 1 where the probe did not move."""
+        dims = tuple(range(1, now.ndim))
+        far = (now.float() - oldest.float()).abs().mean(dims)
+        near = (newest.float() - oldest.float()).abs().mean(dims)
+        if not self.per_row:
+            far, near = far.mean().reshape(1), near.mean().reshape(1)
+        return torch.where(near == 0, torch.ones_like(near), far / near).clamp(1, self.limit)
+
+    @staticmethod
+    def _snapshots(state: History, rows: Sequence[int] | None) -> list[tuple[Tensor, Tensor]]:
+        """Newest and oldest snapshot of every leaf; the same one twice where there is only one."""
+        chosen = range(state.buffers[0].shape[1]) if rows is None else rows
+        if state.shared is not None and rows is None:
+            first, last = state.shared.slots[0], state.shared.slots[-1]
+            return [(buffer[first], buffer[last]) for buffer in state.buffers]
+        tracks = [state.tracks[row] if state.shared is None else state.shared for row in chosen]
+        return [
+            (
+                torch.stack([buffer[track.slots[0], row] for row, track in zip(chosen, tracks, strict=True)]),
+                torch.stack([buffer[track.slots[-1], row] for row, track in zip(chosen, tracks, strict=True)]),
+            )
+            for buffer in state.buffers
+        ]
