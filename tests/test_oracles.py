@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "oracles.md").read_text(encoding="utf-8")
 METHODS = (
     "taylorseer", "taylorseer-lite", "speca", "fora", "deepcache", "teacache", "fbcache", "dbcache", "toca",
-    "fastercache",
+    "fastercache", "frdiff", "delta-dit", "skip-dit", "dbprune", "adacache", "dicache", "magcache", "easycache", "scm",
+    "bwcache", "seacache",
 )  # fmt: skip
 ROWS = re.findall(r"^\| `([\w-]+)` \| (.+?) \| (`tests/.+`) \|$", TEXT, flags=re.MULTILINE)
 
