@@ -27,10 +27,12 @@ from cache4diffusion.gates import (
     MaxRun,
     MaxTotal,
     ModulatedInterval,
+    Place,
     ProbeThreshold,
     Schedule,
     Speculative,
     Step,
+    Timetable,
     Verification,
     Warmup,
 )
@@ -62,7 +64,7 @@ class Replay:
         """One decision; ``probe`` is the watched value, ``score`` a score given outright."""
         if branch not in self.branches:
             state = BranchState(None)
-            state.units[0] = new_units(self.composition, self.num_steps, 1)
+            state.units[0] = new_units(self.composition, Place(self.num_steps), 1)
             self.branches[branch] = SimpleNamespace(state=state, reference=None, is_ready=False)
         kept = self.branches[branch]
         context = Context(SimpleNamespace(), Step(index, self.num_steps), kept.state, 1)
@@ -599,7 +601,7 @@ def test_a_guards_counters_see_the_final_verdict_of_others():
 def test_any_computes_when_a_single_row_would():
     composition = dataclasses.replace(DBCache(threshold=0.5, front=1, warmup=0).compose(), decide="any")
     state = BranchState(None)
-    state.units[0] = new_units(composition, 5, 3)
+    state.units[0] = new_units(composition, Place(5), 3)
     context = Context(SimpleNamespace(), Step(0, 5), state, 3)
     decide(composition, context, 0, False)
     for index, (scores, cached) in enumerate([([0.1, 0.2, 0.3], True), ([0.1, 0.9, 0.1], False)], start=1):
@@ -645,3 +647,35 @@ def test_force_last_makes_the_cooldown_full():
 def test_bad_settings_are_refused_in_words(make, words):
     with pytest.raises(SettingError, match=words):
         make()
+
+
+# -- timetables --------------------------------------------------------------------------------------------------------
+
+
+def timetable(gate, num_steps, decision="", levels=None):
+    state = gate.begin_at(Place(num_steps, levels, "", decision))
+    return "".join("c" if gate.propose(state, Step(i, num_steps), None) else "F" for i in range(num_steps))
+
+
+def test_a_timetable_has_a_list_for_every_decision():
+    gate = Timetable({"attn": (0, 1, 5), "ffn": (0,)}, 7)
+    assert timetable(gate, 7, "attn") == "FFcccFc"
+    assert timetable(gate, 7, "ffn") == "Fcccccc"
+    assert timetable(gate, 7, "other") == "FFFFFFF", "what is not named is full"
+
+
+def test_a_timetable_for_no_length_in_particular_is_a_schedule():
+    assert timetable(Timetable({"": (0, 1, 5)}), 7) == "FFcccFc"
+    assert not Timetable({"": (0,)}).needs_num_steps
+
+
+def test_a_timetable_serves_other_runs_by_the_nearest_level():
+    gate = Timetable({"": (0, 2, 3)}, 4, (1000.0, 500.0, 400.0, 10.0), resample=True)
+    assert timetable(gate, 6, "", (1000.0, 800.0, 600.0, 410.0, 200.0, 0.0)) == "FccFcF"
+    assert timetable(gate, 7) == "FcccFcF", "by progress where the run's levels are not known"
+
+
+def test_a_timetables_lists_rise_from_0_and_fit_their_run():
+    for steps in ((), (1, 2), (0, 2, 2), (0, 7)):
+        with pytest.raises(SettingError):
+            Timetable({"": steps}, 7)

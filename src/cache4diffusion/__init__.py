@@ -2,6 +2,8 @@
 
 from cache4diffusion import methods
 from cache4diffusion.accelerate import accelerate
+from cache4diffusion.calibration import Calibration
+from cache4diffusion.calibration.run import calibrate
 from cache4diffusion.compare import compare
 from cache4diffusion.errors import Cache4DiffusionError
 from cache4diffusion.handle import Handle
@@ -13,11 +15,13 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "METHODS",
     "Cache4DiffusionError",
+    "Calibration",
     "Composition",
     "Handle",
     "Method",
     "__version__",
     "accelerate",
+    "calibrate",
     "compare",
     "method",
     "methods",

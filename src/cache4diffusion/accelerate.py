@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from cache4diffusion.engine.compiling import TOKENS, WHOLE, hides_sites, is_comp
 from cache4diffusion.engine.finite import NanGuard
 from cache4diffusion.engine.host import no_stack
 from cache4diffusion.engine.inputs import inputs_of
+from cache4diffusion.engine.listener import Listener
 from cache4diffusion.engine.trajectory import refuse
 from cache4diffusion.errors import (
     AlreadyAcceleratedError,
@@ -102,6 +104,7 @@ def accelerate(
         UnknownNameError, SettingError: a name or value is not accepted; the nearest or the range is named.
         CompositionError: the axes do not go together.
         AlreadyAcceleratedError: a denoiser carries a handle already.
+        CalibrationError: the method needs a calibration and has none, or it was made with another denoiser.
         AnatomyError: the denoiser lacks what the method needs (where that shows only in a call: at the first call,
             with nothing left attached).
     """
@@ -117,8 +120,33 @@ def accelerate(
                 "cfg='fastercache')."
             )
     chosen, axes = _choose(target, found, method_or_profile, settings)
-    composition = compose(chosen, axes)
-    label = _label(chosen, axes)
+    compositions = {name: compose(_for_denoiser(chosen, name, denoiser), axes) for name, denoiser in found.items()}
+    handle = attach(target, found, compositions, chosen, _label(chosen, axes), nan_guard)
+    if method_or_profile is None:
+        print(f"cache4diffusion: using {handle.label} (name a method to choose another)")
+    return handle
+
+
+def attach(
+    target: Any,
+    found: dict[str, nn.Module],
+    compositions: dict[str, Composition],
+    chosen: Method | Composition | None,
+    label: str,
+    nan_guard: NanGuard | None = None,
+    listeners: Mapping[str, Listener] | None = None,
+) -> Handle:
+    """Put compositions to work in the denoisers of a pipeline (or in one denoiser).
+
+    Args:
+        target: the pipeline, or the denoiser.
+        found: its denoisers by name.
+        compositions: what runs in each of them.
+        chosen: the method they come from.
+        label: how that is called in reports.
+        nan_guard: as in `accelerate`.
+        listeners: hear of what is recorded in a denoiser.
+    """
     trace = Trace()
     handle: Handle | None = None
 
@@ -134,6 +162,7 @@ def accelerate(
     handle = Handle(chosen if isinstance(chosen, Method) else None, label, tracker, trace)
     try:
         for name, denoiser in found.items():
+            composition = compositions[name]
             _check(name, denoiser, composition)
             engine = Engine(
                 denoiser,
@@ -144,22 +173,32 @@ def accelerate(
                 owner=handle,
                 batch_order="cond-uncond" if type(denoiser).__name__.startswith("DiTTransformer") else "auto",
                 nan_guard=nan_guard,
+                listener=listeners[name] if listeners is not None else None,
             )
             handle._engines.append(engine)
             tracker.watch_denoiser(denoiser)
             if engine.branches is not None and not isinstance(target, nn.Module):
                 engine.branches.is_guided = _guidance_of(target)
         if not isinstance(target, nn.Module):
-            if isinstance(composition.site, Trajectory):
-                for scheduler in schedulers_of(target):
-                    refuse(scheduler, composition.site)
+            for composition in compositions.values():
+                if isinstance(composition.site, Trajectory):
+                    for scheduler in schedulers_of(target):
+                        refuse(scheduler, composition.site)
             tracker.watch_pipeline(target)
     except BaseException:
         handle.remove()
         raise
-    if method_or_profile is None:
-        print(f"cache4diffusion: using {label} (name a method to choose another)")
     return handle
+
+
+def _for_denoiser(chosen: Method | Composition, name: str, denoiser: nn.Module) -> Method | Composition:
+    """A calibrated method takes what was measured of this denoiser, if it was of one that is built like it."""
+    made = chosen.loaded if isinstance(chosen, Method) else None
+    if made is None:
+        return chosen
+    assert isinstance(chosen, Method)
+    made.check(denoiser, name)
+    return chosen.of(name)
 
 
 def _choose(
@@ -200,7 +239,13 @@ def compose(chosen: Method | Composition, axes: dict[str, Any] | None = None) ->
     Raises:
         UnknownNameError, SettingError, CompositionError: as `accelerate`.
     """
-    composition = chosen.compose() if isinstance(chosen, Method) else chosen
+    if isinstance(chosen, Method):
+        made = chosen.loaded
+        if made is not None and len(made.entries) > 1:  # experts differ in their numbers alone
+            chosen = chosen.of(next(iter(made.entries)))
+        composition = chosen.compose()
+    else:
+        composition = chosen
     check_names("A composition", axes or {}, _AXES)
     changed: dict[str, Any] = {}
     tables = {"site": SITES, "gate": GATES, "predictor": PREDICTORS, "tokens": TOKEN_RULES}

@@ -38,6 +38,10 @@ class FileFormatError(Cache4DiffusionError, ValueError):
     """A profile, calibration, weights folder or results file cannot be used, or a file cannot be written."""
 
 
+class CalibrationError(Cache4DiffusionError, ValueError):
+    """A calibration is missing, or was made for another method, denoiser or run."""
+
+
 class MissingExtraError(Cache4DiffusionError, ImportError):
     """A library of one of the extras is not installed."""
 

@@ -7,9 +7,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from cache4diffusion.errors import CompositionError, SettingError, UnknownNameError, closest
-from cache4diffusion.gates import Entrance, Front, Gate, Guard, LookAhead, Signal, Verification
+from cache4diffusion.calibration import Calibration, Entry, Statistic
+from cache4diffusion.calibration.store import command, misshapen, opened
+from cache4diffusion.errors import CalibrationError, CompositionError, SettingError, UnknownNameError, closest
+from cache4diffusion.gates import Entrance, Front, Gate, Guard, LookAhead, Place, Signal, Verification
 from cache4diffusion.gates.guards import ForceLast, Warmup
+from cache4diffusion.gates.timetable import positions_of
 from cache4diffusion.guidance import BranchRule
 from cache4diffusion.predictors import FrontAware, Predictor, Reuse, TwoSided
 from cache4diffusion.settings import check, check_names, describe
@@ -43,6 +46,7 @@ class Composition:
         branches: ``"independent"`` each CFG branch decides for itself; ``"tied"`` the first branch of a step decides
             and the others follow.
         cfg: predicts one CFG branch from another, outside everything else.
+        made_for: length and noise levels (if known) of the only runs that its numbers are for; None for any.
 
     Raises:
         CompositionError: one of them is something else, or two of them cannot work together; the message says why.
@@ -56,6 +60,7 @@ class Composition:
     decide: Decide = "batch"
     branches: Literal["independent", "tied"] = "independent"
     cfg: BranchRule | None = None
+    made_for: tuple[int, tuple[float, ...] | None] | None = None
 
     def __post_init__(self) -> None:
         for name, value, kind in (
@@ -140,6 +145,15 @@ class Composition:
                 f"decide='row' with {type(self.gate).__name__} is decided in the middle of a call, when "
                 f"{site.words} can no longer be split by rows. Use site='span', or decide='any'."
             )
+        if (
+            isinstance(site, Parts)
+            and site.decisions != "one"
+            and (watch is not None or self.decide != "batch" or self.tokens is not None)
+        ):
+            raise CompositionError(
+                f"Parts(decisions={site.decisions!r}) takes several decisions before the call, for the whole batch: "
+                "use a gate that watches nothing, decide='batch' and no token rule, or decisions='one'."
+            )
         if self.tokens is not None and (self.decide == "row" or isinstance(watch, Verification)):
             raise CompositionError(
                 "A token rule writes into the prediction that all rows share, so rows cannot decide for themselves and "
@@ -176,7 +190,7 @@ class Composition:
         """Whether the run's length must be known."""
         rules: list[Any] = [*self.guards, self.predictor]
         rules += [rule for rule in (self.gate, self.cfg, self.tokens, self.site) if rule is not None]
-        return any(rule.needs_num_steps for rule in rules)
+        return self.made_for is not None or any(rule.needs_num_steps for rule in rules)
 
     @property
     def is_off(self) -> bool:
@@ -192,12 +206,15 @@ class Composition:
             for rule in rules
         )
 
-    def check_run(self, num_steps: int) -> None:
-        """Refuse settings that contradict the run's length.
+    def check_run(self, num_steps: int, levels: tuple[float, ...] | None = None) -> None:
+        """Refuse settings that contradict the run's length (or its noise levels, where they are known).
 
         Raises:
             SettingError: the warm-up alone is as long as the run.
+            CalibrationError: what was measured belongs to other runs.
         """
+        if self.made_for is not None:
+            positions_of(Place(num_steps, levels), *self.made_for, resample=False, has_option=False)
         rules = [rule for rule in (self.gate, self.cfg) if getattr(rule, "interval", 0) != 1]  # 1 never caches
         rules = [rule for rule in rules if not getattr(rule, "never_caches", False)]
         warmup = max(
@@ -263,6 +280,7 @@ class Method(ABC):
     """
 
     info: ClassVar[MethodInfo]
+    calibrator: ClassVar[type[Statistic] | None] = None  # what a calibration of it measures; settings: calibration, ...
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -276,11 +294,64 @@ class Method(ABC):
 
     def __post_init__(self) -> None:
         check(self)
-        self.compose()  # contradictory settings fail here, not on the first step
+        made = self.loaded
+        if made is None and self.info.needs_calibration:
+            return  # compose() says what is missing; until then it can be shown, and calibrated
+        names = list(made.entries) if made is not None else []
+        for each in [self.of(name) for name in names] if len(names) > 1 else [self]:
+            each.compose()  # contradictory settings fail here, not on the first step
 
     @abstractmethod
     def compose(self) -> Composition:
         """The composition these settings stand for."""
+
+    # -- calibration -----------------------------------------------------------------------------------------------
+
+    @property
+    def loaded(self) -> Calibration | None:
+        """The calibration among its settings, if one is given.
+
+        Raises:
+            FileFormatError: the file cannot be used.
+            CalibrationError: it was made for another method.
+        """
+        given = getattr(self, "calibration", None)
+        if given is None:
+            return None
+        made = opened(given)
+        if made.method != self.info.name:
+            raise CalibrationError(
+                f"{made!r} was made for {made.method}, not for {self.info.name}. Make one: {command(self.info.name)}"
+            )
+        return made
+
+    @property
+    def measured(self) -> Entry:
+        """What was measured of the denoiser, for `compose`.
+
+        Raises:
+            CalibrationError: there is no calibration; the command that makes one is named. Or its numbers have the
+                wrong shape.
+        """
+        made = self.loaded
+        if made is None:
+            name = self.info.name
+            raise CalibrationError(
+                f"{name} needs a calibration made on your denoiser, and has none. Make one: {command(name)} (or "
+                f"cache4diffusion.calibrate(pipe, {name!r}, prompts)), then give it: "
+                f"accelerate(pipe, {name!r}, calibration='{name}.safetensors')."
+            )
+        problem = misshapen(made.statistic, made.entry.fit, made.provenance.steps)
+        if problem:
+            raise CalibrationError(f"{made!r}: {problem}")
+        return made.entry
+
+    def of(self, denoiser: str) -> Method:
+        """This method for one of a pipeline's denoisers: with its own entry of the calibration."""
+        made = self.loaded
+        return self if made is None else dataclasses.replace(self, calibration=made.only(denoiser))  # type: ignore[call-arg]
+
+    # -- facts -----------------------------------------------------------------------------------------------------
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -305,7 +376,7 @@ class Method(ABC):
             "predictor": info.predictor,
             "tokens": info.tokens,
             "needs_calibration": info.needs_calibration,
-            "needs_num_steps": cls().compose().needs_num_steps,
+            "needs_num_steps": info.needs_calibration or cls().compose().needs_num_steps,
             "fidelity": info.fidelity,
             "off": dict(info.off),
             "use": info.use,
@@ -323,8 +394,17 @@ def method(name: str, **settings: Any) -> Method:
         UnknownNameError: no method of that name; the nearest is named.
         SettingError: a setting is unknown or out of range.
     """
+    return method_class(name)(**settings)
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method, by its slug.
+
+    Raises:
+        UnknownNameError: no method of that name; the nearest is named.
+    """
     if name not in METHODS:
         raise UnknownNameError(
             f"There is no method {name!r}{closest(name, METHODS) or '.'} Known: {', '.join(sorted(METHODS))}."
         )
-    return METHODS[name](**settings)
+    return METHODS[name]

@@ -145,6 +145,8 @@ def _is_a(value: Any, wanted: Any) -> bool:
     if origin is tuple:
         item = typing.get_args(wanted)[0]
         return isinstance(value, tuple) and all(_is_a(entry, item) for entry in value)
+    if isinstance(origin, type):
+        return isinstance(value, origin)
     if wanted is Any:
         return True
     if wanted is float:

@@ -59,11 +59,14 @@ def is_compiled(module: nn.Module) -> bool:
 def graphs_per_graph(composition: Composition) -> int:
     """How many graphs a compiled block needs where it needs one without a cache.
 
-    Parts are computed in one graph and predicted in another. Groups of rows differ in size, and Dynamo makes one graph
+    Parts are computed in one graph and predicted in another; with several decisions in a block there is one for each
+    combination. Groups of rows differ in size, and Dynamo makes one graph
     for the first size, one for a single row and one for all others.
     """
     splits_rows = composition.decide == "row" or composition.cfg is not None
-    return (2 if isinstance(composition.site, Parts) else 1) * (3 if splits_rows else 1)
+    site = composition.site
+    combinations = {"one": 2, "kind": 8, "part": 16}[site.decisions] if isinstance(site, Parts) else 1
+    return combinations * (3 if splits_rows else 1)
 
 
 def room_for(graphs: int) -> AbstractContextManager[Any]:

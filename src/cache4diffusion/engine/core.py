@@ -28,6 +28,7 @@ from cache4diffusion.engine.driver import Driver, Inner
 from cache4diffusion.engine.finite import FiniteGuard, NanGuard
 from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.leaves import specs_of
+from cache4diffusion.engine.listener import Listener
 from cache4diffusion.engine.runner import SiteRunner
 from cache4diffusion.engine.state import BranchState, Context
 from cache4diffusion.engine.trajectory import TrajectoryDriver
@@ -51,6 +52,7 @@ class Engine:
         batch_order: which half of a batched guidance call is which, if known.
         nan_guard: what to do about a predicted output with NaN or Inf, as in `FiniteGuard`. What is found at once is
             recomputed; what is found at the next step makes that one full.
+        listener: hears of what is recorded.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Engine:
         owner: Any = None,
         batch_order: str = "auto",
         nan_guard: NanGuard | None = None,
+        listener: Listener | None = None,
     ) -> None:
         self.denoiser, self.composition, self.tracker, self.trace = denoiser, composition, tracker, trace
         self.name = name
@@ -74,7 +77,7 @@ class Engine:
         self._states: dict[tuple[int, str], BranchState] = {}  # by run and branch
         self._checked_runs: set[int] = set()
         self._lock = threading.RLock()
-        self.host = Host(denoiser, composition, trace, name)
+        self.host = Host(denoiser, composition, trace, name, listener)
         finite = FiniteGuard(nan_guard, trace)
         self.runner: SiteRunner | None = None
         self.branches: BranchDriver | None = None
@@ -242,7 +245,7 @@ class Engine:
                     "`with handle.run(timesteps=timesteps):` around the loop (or num_steps=...)."
                 )
         else:
-            self.composition.check_run(run.num_steps)
+            self.composition.check_run(run.num_steps, run.timesteps)
         self._checked_runs.add(run.id)
 
     def run_branch(

@@ -11,17 +11,20 @@ import torch
 from torch import Tensor
 
 from cache4diffusion.engine.state import Context, Unit, Verdict
-from cache4diffusion.gates import Verification
+from cache4diffusion.gates import Place, Placed, Verification
 from cache4diffusion.method import Composition
 
 
-def new_units(composition: Composition, num_steps: int | None, batch: int) -> list[Unit]:
-    """Fresh units for a branch: one for the batch, or one per row."""
-    assert composition.gate is not None
+def new_units(composition: Composition, place: Place, batch: int) -> list[Unit]:
+    """Fresh units for a decision of a branch: one for the batch, or one per row."""
+    gate = composition.gate
+    assert gate is not None
     count = 1 if composition.decide == "batch" else batch
-    return [
-        Unit(composition.gate.begin(num_steps), [guard.begin() for guard in composition.guards]) for _ in range(count)
-    ]
+
+    def begin() -> Any:
+        return gate.begin_at(place) if isinstance(gate, Placed) else gate.begin(place.num_steps)
+
+    return [Unit(begin(), [guard.begin() for guard in composition.guards]) for _ in range(count)]
 
 
 def decide(

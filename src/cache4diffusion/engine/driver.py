@@ -26,6 +26,7 @@ class Driver(ABC):
 
     needs_anatomy = True
     splits_rows = False  # whether it treats rows apart itself; else the engine calls it once per group of rows
+    is_late = False  # whether what a call computed is recorded only after it, at the scheduler
     needs_blocks = False  # whether the engine must wrap the main blocks' calls for `on_block`
 
     def __init__(self, host: Host, site: Any) -> None:
@@ -46,6 +47,14 @@ class Driver(ABC):
         """Identifiers of the decisions taken in one call."""
         return (0,)
 
+    def name_of(self, key: int) -> str:
+        """The name of a decision, where there are several in a call; gates may go by it."""
+        return ""
+
+    def decision_of(self, site: str) -> str:
+        """The name of the decision that a site follows, likewise."""
+        return ""
+
     @abstractmethod
     def is_ready(self, context: Context, key: int) -> bool:
         """Whether the features of decision ``key`` can be predicted in this call."""
@@ -64,6 +73,8 @@ class Driver(ABC):
         if name not in sites:
             sites[name] = predictor.init(context.batch, context.step.num_steps)
         predictor.update(sites[name], leaves, context.time, context.rows if rows is None else rows)
+        if self.host.listener is not None:
+            self.host.listener.hear_feature(context, name, self.decision_of(name), leaves)
 
     def forecast(self, context: Context, name: str, rows: Sequence[int] | None = None) -> list[Tensor]:
         """What a cached step goes on with at a site: the prediction, of which the predictor takes note."""

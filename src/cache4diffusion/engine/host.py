@@ -13,6 +13,7 @@ from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.engine.blocks import BlockView, views_of
 from cache4diffusion.engine.inputs import inputs_of
 from cache4diffusion.engine.leaves import get_output, parameter_names, take_rows
+from cache4diffusion.engine.listener import Listener
 from cache4diffusion.engine.passage import Passage
 from cache4diffusion.errors import AnatomyError
 from cache4diffusion.gates import Front
@@ -30,10 +31,19 @@ class Host:
         composition: what runs in it.
         trace: where notes go.
         name: of the denoiser, for records and messages.
+        listener: hears of what is recorded.
     """
 
-    def __init__(self, denoiser: nn.Module, composition: Composition, trace: Trace, name: str) -> None:
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        composition: Composition,
+        trace: Trace,
+        name: str,
+        listener: Listener | None = None,
+    ) -> None:
         self.denoiser, self.composition, self.trace, self.name = denoiser, composition, trace, name
+        self.listener = listener
         self.gate, self.predictor = composition.gate, composition.predictor
         self.inputs = inputs_of(denoiser)
         self.anatomy: Anatomy | None = None

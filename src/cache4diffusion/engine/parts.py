@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cache4diffusion.anatomy import Anatomy, Inner, Part
 from cache4diffusion.engine.decide import prediction_error
-from cache4diffusion.engine.driver import Driver
+from cache4diffusion.engine.driver import Driver, Rested
 from cache4diffusion.engine.driver import Inner as InnerCall
 from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.leaves import get_output, own, take_apart
@@ -50,19 +50,20 @@ class PartSite:
     before the call. Whether a block is compiled shows in where its feature was left at the last full step.
     """
 
-    def __init__(self, name: str, part: Part, position: int, module: nn.Module, driver: PartsDriver) -> None:
-        self.name, self.part, self.position, self.module = name, part, position, module
+    def __init__(self, name: str, part: Part, position: int, module: nn.Module, driver: PartsDriver, key: int) -> None:
+        self.name, self.part, self.position, self.module, self.key = name, part, position, module, key
         self.driver, self.switch = driver, driver.switch
         self.fresh: Any = None  # output computed in the call in progress
         self.prepared: Any = None  # output predicted for the call in progress
         self.is_traced = False
+        self.must_run = False  # its decision is another than that of the parts that are predicted in this call
         self.wrapper = ForwardWrapper(module, self._make)
 
     def _make(self, found: Callable[..., Any]) -> Callable[..., Any]:
         site, switch, tokens = self, self.switch, self.driver.tokens
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if switch.is_cached:
+            if switch.is_cached and not site.must_run:
                 output = site.given()
                 if output is not None:
                     return output
@@ -194,6 +195,7 @@ class PartsDriver(Driver):
         self.switch = Switch()
         self.sites: list[PartSite] = []
         self.resting: list[RestingModule] = []
+        self._names: list[str] = []  # of the decisions
         self._traced: list[PartSite] = []  # sites in compiled blocks, as seen at the last full step
         rule = host.composition.tokens
         self.tokens: TokenDriver | None = TokenDriver(self, rule) if rule is not None else None
@@ -217,7 +219,11 @@ class PartsDriver(Driver):
         for position, block in chosen:
             parts = [part for part in block.parts if part.kind in self.site.kinds and part.calls == 1]
             for part in parts:
-                self.sites.append(PartSite(part.path, part, position, modules[part.path], self))
+                decision = {"one": "", "kind": part.kind, "part": part.path}[self.site.decisions]
+                if decision not in self._names:
+                    self._names.append(decision)
+                key = self._names.index(decision)
+                self.sites.append(PartSite(part.path, part, position, modules[part.path], self, key))
         wrapped = {site.part.path for site in self.sites}
         resting: dict[str, Inner] = {}
         for site in self.sites:
@@ -241,12 +247,26 @@ class PartsDriver(Driver):
             self.tokens.uninstall()
         for wrapped in (*self.resting, *self.sites):
             wrapped.wrapper.remove()
-        self.sites, self.resting, self._traced = [], [], []
+        self.sites, self.resting, self._traced, self._names = [], [], [], []
+
+    @property
+    def keys(self) -> tuple[int, ...]:
+        """One, or one per kind or part."""
+        return tuple(range(max(len(self._names), 1)))
+
+    def name_of(self, key: int) -> str:
+        """A kind, or the path of a part."""
+        return self._names[key] if key < len(self._names) else ""
+
+    def decision_of(self, site: str) -> str:
+        """Likewise."""
+        return next((self._names[known.key] for known in self.sites if known.name == site), "")
 
     def is_ready(self, context: Context, key: int) -> bool:
-        """Once every part was recorded that runs at all."""
+        """Once every part of this decision was recorded that runs at all."""
         kept = context.state.sites
-        return bool(kept) and all(self.predictor.is_ready(state) for state in kept.values())
+        mine = [kept[site.name] for site in self.sites if site.key == key and site.name in kept]
+        return bool(mine) and all(self.predictor.is_ready(state) for state in mine)
 
     def run(self, context: Context, inner: InnerCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Set the switch, run the host's code, collect what compiled blocks kept."""
@@ -267,6 +287,7 @@ class PartsDriver(Driver):
             switch.context = None
             for site in self.sites:
                 site.fresh = site.prepared = None
+                site.must_run = False
 
     def on_block(
         self, context: Context, position: int, inner: InnerCall, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -285,7 +306,7 @@ class PartsDriver(Driver):
         self._turn(context)
 
     def _turn(self, context: Context) -> None:
-        is_cached = context.verdicts[0].is_cached
+        is_cached = any(verdict.is_cached for verdict in context.verdicts.values())
         self.switch.turn(on=True, cached=is_cached)
         shapes = context.state.extra.get("shapes", {})  # branches may differ in length
         for rest in self.resting:
@@ -293,11 +314,13 @@ class PartsDriver(Driver):
         if not is_cached:
             return
         known = context.state.sites
-        unknown = {site.part.path for site in self.sites if site.name not in known}
+        for site in self.sites:
+            site.must_run = not context.verdicts[site.key].is_cached
+        running = {site.part.path for site in self.sites if site.must_run or site.name not in known}
         for rest in self.resting:
-            rest.must_run = bool(unknown) and not unknown.isdisjoint(rest.inner.feeds)
+            rest.must_run = bool(running) and not running.isdisjoint(rest.inner.feeds)
         for site in self._traced:
-            site.prepared = self.predict(site) if site.name in known else None
+            site.prepared = self.predict(site) if site.name in known and not site.must_run else None
         ready = next((site.prepared for site in self._traced if site.prepared is not None), None)
         if ready is not None:
             like, rows = take_apart(ready)[0][0], context.batch if context.rows is None else len(context.rows)
@@ -367,6 +390,16 @@ class PartsDriver(Driver):
             before, after = get_output(predicted, path), get_output(true, path)
         return prediction_error(before, after, watch, per_row=self.host.composition.decide != "batch")
 
+    def rested(self, context: Context) -> Rested | None:
+        """Where there are several decisions: the parts that were predicted, and what rested with them."""
+        if self.site.decisions == "one":
+            return None
+        cached = {site.part.path for site in self.sites if context.verdicts[site.key].is_cached}
+        resting = [rest.inner.path for rest in self.resting if cached.issuperset(rest.inner.feeds)]
+        return tuple((path, 1.0) for path in dict.fromkeys([*sorted(cached), *resting]))
+
     def bypassed(self) -> list[str]:
-        """The parts and what rests with them."""
+        """The parts and what rests with them; none for certain where there are several decisions."""
+        if self.site.decisions != "one":
+            return []
         return [site.part.path for site in self.sites] + [rest.inner.path for rest in self.resting]

@@ -13,10 +13,11 @@ from cache4diffusion.engine.driver import Inner
 from cache4diffusion.engine.drivers import driver_of
 from cache4diffusion.engine.finite import FiniteGuard
 from cache4diffusion.engine.host import Host
-from cache4diffusion.engine.leaves import flatten, merge_rows, select_rows
+from cache4diffusion.engine.leaves import flatten, merge_rows, select_rows, take_apart
 from cache4diffusion.engine.observers import observer_of
 from cache4diffusion.engine.state import Context, Verdict
 from cache4diffusion.errors import RunError
+from cache4diffusion.gates import Place
 from cache4diffusion.sites import Site
 from cache4diffusion.trace import CACHED, FULL, MIXED, PARTIAL, Record
 
@@ -56,7 +57,7 @@ class SiteRunner:
         state = context.state
         for key in self.driver.keys:
             if key not in state.units:
-                state.units[key] = new_units(self.host.composition, context.step.num_steps, context.batch)
+                state.units[key] = new_units(self.host.composition, self._place(context, key), context.batch)
         if not self.finite.passed(state):
             self._forget(context)
         # Hosts use lists up (T2I adapters' residuals): a second attempt needs them whole.
@@ -72,8 +73,14 @@ class SiteRunner:
             self.observer.finish(context, output)
         finally:
             self._active = None
+        if self.host.listener is not None and not self.driver.is_late:
+            self.host.listener.hear_call(context, take_apart(output)[0])
         state.last_step = context.step.index
         return output
+
+    def _place(self, context: Context, key: int) -> Place:
+        call = context.call
+        return Place(context.step.num_steps, call.run.timesteps, call.branch, self.driver.name_of(key))
 
     def _forget(self, context: Context) -> None:
         self.host.note("a predicted output was not finite; its history was cleared.")

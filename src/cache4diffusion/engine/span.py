@@ -358,6 +358,14 @@ class BlocksDriver(SpanDriver):
         chosen = [p for p in range(self.site.front, count - self.site.back) if p not in self.site.keep]
         return [Stretch(f"block.{position}", position, position, position) for position in chosen]
 
+    def name_of(self, key: int) -> str:
+        """The block's."""
+        return f"block.{key}"
+
+    def decision_of(self, site: str) -> str:
+        """Its own."""
+        return site
+
     def bypassed(self) -> list[str]:
         """None for certain: each block decides for itself."""
         return []

@@ -71,6 +71,7 @@ class TrajectoryDriver(Driver):
     """
 
     needs_anatomy = False
+    is_late = True
     site: Trajectory
 
     def __init__(self, host: Host, site: Trajectory) -> None:
@@ -236,6 +237,8 @@ class TrajectoryDriver(Driver):
         leaves = self._leaves(pending, arguments["model_output"], latent)
         if not pending.is_cached:
             self.keep(context, SITE, leaves)
+            if self.host.listener is not None:
+                self.host.listener.hear_call(context, ())
         elif not pending.is_outdated:
             self.host.predictor.commit(state.sites[SITE], leaves, context.time)
         if isinstance(self.host.gate, LookAhead):

@@ -9,6 +9,8 @@ from cache4diffusion.gates.base import (
     Front,
     Gate,
     Outputs,
+    Place,
+    Placed,
     Sated,
     Signal,
     Spectral,
@@ -37,6 +39,7 @@ from cache4diffusion.gates.schedule import ScaledSchedule, Schedule
 from cache4diffusion.gates.speculative import Speculative
 from cache4diffusion.gates.step_mask import StepMask
 from cache4diffusion.gates.threshold import ProbeThreshold
+from cache4diffusion.gates.timetable import Timetable
 from cache4diffusion.gates.triggered import TriggeredInterval
 from cache4diffusion.gates.widening import WideningInterval
 
@@ -49,6 +52,7 @@ GATES = {
     "look-ahead": LookAhead,
     "quadratic": Quadratic,
     "widening": WideningInterval,
+    "timetable": Timetable,
     "mask": StepMask,
     "magnitude": MagnitudeError,
     "accumulated": AccumulatedChange,
@@ -80,6 +84,8 @@ __all__ = [
     "MaxTotal",
     "ModulatedInterval",
     "Outputs",
+    "Place",
+    "Placed",
     "ProbeThreshold",
     "Quadratic",
     "Sated",
@@ -91,6 +97,7 @@ __all__ = [
     "StaticGate",
     "Step",
     "StepMask",
+    "Timetable",
     "TriggeredInterval",
     "Verification",
     "Warmup",

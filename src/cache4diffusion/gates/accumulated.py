@@ -30,6 +30,8 @@ class AccumulatedChange:
         rescale: what to do where a fitted ``P`` is negative (outside its fitted range several published ones are):
             ``"clamp0"`` counts such a change as 0, ``"abs"`` as ``|P|``, ``"none"`` lets it lower the sum as the
             released code does.
+        fitted: the range of scores that ``P`` was fitted to: a score outside counts as the nearest end, as a polynomial
+            is worth nothing beyond its data. None: no such range is known.
         of: what is watched: `Signal` (against the previous step), `Front` or `Drift`; or the name of one.
 
     Raises:
@@ -39,6 +41,7 @@ class AccumulatedChange:
     threshold: float = 0.4
     coefficients: tuple[float, ...] = (1.0, 0.0)
     rescale: Literal["none", "abs", "clamp0"] = "none"
+    fitted: tuple[float, float] | None = None
     of: Watch | str = field(default_factory=Signal)
 
     def __post_init__(self) -> None:
@@ -67,6 +70,8 @@ class AccumulatedChange:
 
     def polynomial(self, change: float) -> float:
         """``P(change)``, rescaled."""
+        if self.fitted is not None:
+            change = min(max(change, self.fitted[0]), self.fitted[1])
         value = 0.0
         for coefficient in self.coefficients:
             value = value * change + coefficient

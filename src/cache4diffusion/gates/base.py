@@ -172,6 +172,32 @@ class Verification(Watch):
 WATCHES: dict[str, type[Watch]] = {"signal": Signal, "spectral": Spectral, "front": Front, "drift": Drift}
 
 
+@dataclass(frozen=True)
+class Place:
+    """Which decision of which run a gate's state is for.
+
+    Args:
+        num_steps: of the run, if known.
+        levels: the scheduler's timestep of every step, which stands for the noise level, if known.
+        branch: the CFG branch.
+        decision: its name, where a site takes several in a step: a kind of part, a block, a part; else empty.
+    """
+
+    num_steps: int | None = None
+    levels: tuple[float, ...] | None = None
+    branch: str = ""
+    decision: str = ""
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """A gate that goes by more than the length of the run; everything else of it is a `Gate`."""
+
+    def begin_at(self, place: Place) -> Any:
+        """Return the state of one unit at the start of a run; called instead of `Gate.begin`."""
+        ...
+
+
 @runtime_checkable
 class Gate(Protocol):
     """Decides full or cached, for one unit. The object is frozen settings; its state belongs to the engine."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
 from cache4diffusion.errors import SettingError
-from cache4diffusion.gates.base import StaticGate, Step
+from cache4diffusion.gates.base import Place, StaticGate, Step
 
 
 def resampled(ratios: tuple[float, ...], num_steps: int, how: Literal["law", "nearest"]) -> tuple[float, ...]:
@@ -61,6 +62,7 @@ class MagnitudeError(StaticGate):
         retention: the first ``int(retention * num_steps + 0.5)`` steps are full, a fraction.
         resample: how a table of another length is brought to this run's; see `resampled`.
         is_inclusive: cached also where the error equals the threshold, as in the released code.
+        branches: ratios of single CFG branches, by name, that take the place of ``ratios``.
         exempt: steps, counted in the table's own length, that are always full.
 
     Raises:
@@ -74,9 +76,12 @@ class MagnitudeError(StaticGate):
     resample: Literal["law", "nearest"] = "law"
     is_inclusive: bool = False
     exempt: tuple[int, ...] = ()
+    branches: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if len(self.ratios) < 2 or not all(ratio > 0 and math.isfinite(ratio) for ratio in self.ratios):
+        every = [ratio for ratios in (self.ratios, *self.branches.values()) for ratio in ratios]
+        is_odd = any(len(ratios) != len(self.ratios) for ratios in self.branches.values())
+        if len(self.ratios) < 2 or is_odd or not all(ratio > 0 and math.isfinite(ratio) for ratio in every):
             raise SettingError(
                 f"MagnitudeError(ratios={self.ratios}): give two or more numbers above 0, one per step of a run."
             )
@@ -95,8 +100,13 @@ class MagnitudeError(StaticGate):
 
     def begin(self, num_steps: int | None) -> MagnitudeState:
         """The ratios of this run."""
-        assert num_steps is not None
-        return MagnitudeState(resampled(self.ratios, num_steps, self.resample))
+        return self.begin_at(Place(num_steps))
+
+    def begin_at(self, place: Place) -> MagnitudeState:
+        """The ratios of this run and branch."""
+        assert place.num_steps is not None  # the engine refuses to begin without it
+        ratios = self.branches.get(place.branch, self.ratios)
+        return MagnitudeState(resampled(ratios, place.num_steps, self.resample))
 
     def _advanced(self, state: MagnitudeState, step: Step) -> tuple[float, float]:
         scale = state.scale * state.ratios[step.index]

@@ -14,7 +14,7 @@ from cache4diffusion.accelerate import _choose, compose, denoisers_of
 from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.calls import quiet
 from cache4diffusion.compare import NOTHING_CACHED, parse_method
-from cache4diffusion.errors import AnatomyError, CompositionError, SettingError
+from cache4diffusion.errors import AnatomyError, CalibrationError, CompositionError, SettingError
 from cache4diffusion.method import METHODS, Composition, Method
 from cache4diffusion.selfcheck.checks import OF_DENOISERS, OF_RUNS
 from cache4diffusion.selfcheck.findings import INVARIANTS, Finding, SelfCheck, Status
@@ -60,11 +60,11 @@ def selfcheck(
         stage = Stage(target, inputs, dict(call or {}), steps)
         names = dict.fromkeys(type(unwrapped(subject.denoiser)).__name__ for subject in stage.subjects)
         found = SelfCheck(", ".join(names))
-        if methods is None:
-            methods = list(METHODS)
-        elif isinstance(methods, (str, Method, Composition)):
+        if isinstance(methods, (str, Method, Composition)):
             methods = [methods]
-        chosen = [_resolve(target, entry) for entry in methods]
+        for entry in methods or ():
+            compose(*_choose(target, denoisers_of(target), *_named(entry)))  # fails before anything runs
+        chosen = [_resolve(target, entry) for entry in (list(METHODS) if methods is None else methods)]
         for name, case in _tracked(chosen, progress):
             found.findings += _findings(stage, name, case)
     return found
@@ -80,10 +80,12 @@ def _tracked(cases: list[Any], progress: bool) -> Iterator[Any]:
     yield from track(cases, "selfcheck", console=Console(stderr=True))
 
 
+def _named(entry: Any) -> tuple[Any, dict[str, Any]]:
+    return parse_method(entry) if isinstance(entry, str) else (entry, {})
+
+
 def _resolve(target: Any, entry: Any) -> tuple[str, Case]:
-    name, settings = parse_method(entry) if isinstance(entry, str) else (entry, {})
-    chosen, axes = _choose(target, denoisers_of(target), name, settings)
-    compose(chosen, axes)
+    chosen, axes = _choose(target, denoisers_of(target), *_named(entry))
     label = chosen.info.name if isinstance(chosen, Method) else "composition"
     return label, Case(chosen, axes)
 
@@ -102,7 +104,7 @@ def _findings(stage: Stage, name: str, case: Case) -> list[Finding]:
         handle = stage.attach(case)
         site = handle._engines[0].composition.site
         handle.remove()
-    except (AnatomyError, CompositionError) as error:
+    except (AnatomyError, CalibrationError, CompositionError) as error:
         return [Finding(name, invariant, "not applicable", str(error)) for invariant in INVARIANTS]
     if isinstance(site, Trajectory):
         reason = "it acts in scheduler.step, which these checks never call; compare whole runs of the pipeline instead"

@@ -161,17 +161,22 @@ class Parts(Site):
     Args:
         kinds: which parts: ``attn``, ``cross_attn``, ``ffn``, ``fused`` (attention and MLP with one projection, as in
             FLUX's single-stream blocks), ``other``.
+        decisions: how many are taken in a step: ``"one"`` for all parts; ``"kind"``, one per kind, called by the
+            kind's name; ``"part"``, one per part, called by its path. Several need a gate that watches nothing.
 
     Raises:
-        SettingError: an unknown kind, or none.
+        SettingError: an unknown kind, or none; another word for decisions.
     """
 
     name: ClassVar[str] = "parts"
     words: ClassVar[str] = "the parts"
 
     kinds: tuple[PartKind, ...] = PART_KINDS
+    decisions: Literal["one", "kind", "part"] = "one"
 
     def __post_init__(self) -> None:
+        if self.decisions not in ("one", "kind", "part"):
+            raise SettingError(f"Parts(decisions={self.decisions!r}): use 'one', 'kind' or 'part'.")
         unknown = [kind for kind in self.kinds if kind not in PART_KINDS]
         if unknown or not self.kinds:
             raise SettingError(f"Parts(kinds={self.kinds}): use one or more of {', '.join(PART_KINDS)}.")
@@ -258,6 +263,8 @@ class MixedScore(Parts):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.decisions != "one":
+            raise SettingError(f"MixedScore(decisions={self.decisions!r}): one weight serves the step; use 'one'.")
         if not self.slope > 0:
             raise SettingError(f"MixedScore(slope={self.slope}): slope must be above 0.")
 

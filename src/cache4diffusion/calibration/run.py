@@ -1,0 +1,157 @@
+"""Calibrating: sample the user's prompts uncached, once, and fit what the method asks for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cache4diffusion.calibration.observer import Observer
+from cache4diffusion.calibration.store import Calibration, Provenance, statistic_of
+from cache4diffusion.calls import default_steps, quiet, sampler
+from cache4diffusion.errors import Cache4DiffusionError, RunError, SettingError
+from cache4diffusion.files import check_writable
+from cache4diffusion.method import Method
+from cache4diffusion.run.taps import schedulers_of
+
+
+def calibrate(
+    pipe: Any,
+    method: str | Method,
+    prompts: Sequence[Any],
+    *,
+    seeds: int | Sequence[int] = 0,
+    steps: int | None = None,
+    call: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> Calibration:
+    """Measure on your own pipeline what a method needs to know before sampling. Nothing is left attached.
+
+        made = c4d.calibrate(pipe, "teacache", prompts, call={"guidance_scale": 3.5}, out="teacache.safetensors")
+        print(made.verdict())
+        c4d.accelerate(pipe, "teacache", calibration="teacache.safetensors")
+
+    Every prompt is sampled once, uncached. Calibrate with the steps, scheduler, guidance and size you will sample with.
+
+    Args:
+        pipe: a diffusers pipeline.
+        method: its slug, or a method (of which only the kind counts).
+        prompts: one run each: texts (class labels for class-to-image pipelines), or mappings of arguments of the
+            pipeline's call (``prompt_embeds`` and the like).
+        seeds: one per prompt, or the first of consecutive ones. Shards of one calibration need different samples.
+        steps: sampling steps; None: the pipeline's default.
+        call: further arguments of the pipeline's call.
+        out: write the calibration there.
+        progress: a progress bar on stderr.
+        **options: settings of what is measured, as ``c4d show METHOD`` lists them.
+
+    Raises:
+        UnknownNameError, SettingError: a method, an option or an argument is not accepted.
+        CalibrationError: the method measures nothing, or the runs differ in their steps.
+        AnatomyError: the denoiser lacks what the method needs.
+    """
+    name = method.info.name if isinstance(method, Method) else method
+    statistic = statistic_of(name, options)
+    if isinstance(prompts, str) or not len(prompts):
+        raise SettingError("calibrate(prompts=...): give a list of one prompt or more.")
+    chosen = [seeds + i for i in range(len(prompts))] if isinstance(seeds, int) else [int(seed) for seed in seeds]
+    if len(chosen) != len(prompts):
+        raise SettingError(f"calibrate(seeds=...): {len(chosen)} seeds for {len(prompts)} prompts.")
+    steps = default_steps(pipe) if steps is None else steps
+    if steps < 2:
+        raise SettingError(f"calibrate(steps={steps}): use 2 or more; one step has nothing to be compared with.")
+    if out is not None:
+        check_writable(out)
+    call = {"output_type": "latent", **(call or {})}
+    sampler(pipe, call)  # refuses arguments that the pipeline does not take
+    with Observer(pipe, statistic) as observer, quiet(pipe), torch.inference_mode():
+        for prompt, seed in _tracked(list(zip(prompts, chosen, strict=True)), progress):
+            _sample(pipe, call, prompt, seed, steps)
+        entries = observer.entries()
+    made = Calibration(
+        name,
+        {entry["name"]: _plain(getattr(statistic, entry["name"])) for entry in statistic.describe()},
+        provenance_of(pipe, steps, call, [digest_of(p, s) for p, s in zip(prompts, chosen, strict=True)]),
+        entries,
+    )
+    if out is not None:
+        made.save(out)
+    return made
+
+
+def provenance_of(target: Any, steps: int, call: Mapping[str, Any], samples: Sequence[str]) -> Provenance:
+    """Where a calibration comes from."""
+    from cache4diffusion import __version__
+    from cache4diffusion.accelerate import denoisers_of
+
+    schedulers = [] if isinstance(target, nn.Module) else schedulers_of(target)
+    parameter = next(next(iter(denoisers_of(target).values())).parameters(), None)
+    return Provenance(
+        type(target).__name__,
+        type(schedulers[0]).__name__ if schedulers else None,
+        steps,
+        {key: _plain(value) for key, value in sorted(call.items())},
+        str(parameter.dtype).removeprefix("torch.") if parameter is not None else "none",
+        __version__,
+        tuple(samples),
+    )
+
+
+def digest_of(prompt: Any, seed: int) -> str:
+    """A digest of one sample: what was asked for, and the seed."""
+    digest = hashlib.sha256(f"{seed}/".encode())
+    for piece in _pieces(prompt):
+        digest.update(piece)
+    return digest.hexdigest()[:24]
+
+
+def _pieces(value: Any) -> Iterator[bytes]:
+    if isinstance(value, Tensor):
+        yield f"{value.dtype}{list(value.shape)}".encode()
+        yield value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    elif isinstance(value, Mapping):
+        for key in sorted(value):
+            yield f"{key}=".encode()
+            yield from _pieces(value[key])
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _pieces(entry)
+    else:
+        yield repr(value).encode()
+
+
+def _plain(value: Any) -> Any:
+    """A value of a call as JSON holds it; a digest in place of what JSON cannot hold."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError):
+        return f"{type(value).__name__} {digest_of(value, 0)}"
+
+
+def _sample(pipe: Any, call: Mapping[str, Any], prompt: Any, seed: int, steps: int) -> None:
+    """One run."""
+    own = dict(prompt) if isinstance(prompt, Mapping) else {}
+    sample = sampler(pipe, {**call, **own})
+    try:
+        sample(None if own else [prompt], [seed], steps)
+    except Cache4DiffusionError:
+        raise
+    except Exception as error:  # the host's own code may raise anything
+        raise RunError(f"{type(pipe).__name__} failed: {type(error).__name__}: {error}") from error
+
+
+def _tracked(samples: list[Any], progress: bool) -> Iterator[Any]:
+    if not progress:
+        yield from samples
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(samples, "calibrate", console=Console(stderr=True))
