@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from cache4diffusion.calibration import Given
+from cache4diffusion.calibration.polynomial import SignalPolynomial
 from cache4diffusion.data import teacache_coefficients, teacache_thresholds
 from cache4diffusion.errors import SettingError
 from cache4diffusion.gates import AccumulatedChange, ForceLast, Guard, Warmup
@@ -27,19 +29,21 @@ class TeaCache(Method):
     running the block.
 
     ``coefficients`` is a set's name from the published table (``c4d show teacache`` lists them) or the numbers
-    themselves, highest power first. ``"identity"`` sums the raw changes: for denoisers without a fit.
+    themselves, highest power first. ``"identity"`` sums the raw changes: for denoisers without a fit. A ``calibration``
+    takes their place: the polynomial fitted to your own denoiser, used within the range of changes it was fitted to.
 
     Cost: the signal and one residual per stream that is read afterwards. One host sync per step.
-    Differences from the code: a polynomial that is negative outside its fitted range counts as 0
-    (``variant="official"`` lets it lower the sum, and then even a threshold of 0 may cache); scores are float32. The
-    code has a polynomial for every denoiser it serves; the default here is none, and 0.4 is then not the 0.4 of the
-    published tables: FLUX's polynomial counts a raw change from 0 to 0.2 as 0.18 to 0.26.
+    Differences from the code: a polynomial that is negative outside its fitted range counts as 0, and one of your own
+    is never asked outside it (``variant="official"`` does neither, and then even a threshold of 0 may cache); scores
+    are float32. The code has a polynomial for every denoiser it serves; the default here is none, and 0.4 is then not
+    the 0.4 of the published tables: FLUX's polynomial counts a raw change from 0 to 0.2 as 0.18 to 0.26.
     """
 
     threshold: float = setting(0.4, "accumulated change at which a step is full; 0 is off. Code: 0.4 (FLUX)", ge=0)
     coefficients: str | tuple[float, ...] = setting(
         "identity", "name of a published set, 'identity', or numbers, highest power first"
     )
+    calibration: Given = setting(None, "polynomial of your denoiser: a file of c4d calibrate, or what it returned")
     warmup: int = setting(
         1, "first steps that are always full. Code: 1; a tenth of the run (HiDream), 5 (Wan, use_ret_steps)", ge=1
     )
@@ -49,6 +53,7 @@ class TeaCache(Method):
     decide: Literal["batch", "any", "row"] = setting("batch", "one decision, full if any row needs it, or per row")
     variant: Literal["default", "official"] = setting("default", "'official': negative rescaled changes lower the sum")
 
+    calibrator = SignalPolynomial
     info: ClassVar[MethodInfo] = MethodInfo(
         name="teacache",
         title="TeaCache",
@@ -69,7 +74,16 @@ class TeaCache(Method):
 
     def compose(self) -> Composition:
         """All blocks x accumulated signal x reuse, first and last steps full."""
-        if isinstance(self.coefficients, str):
+        fitted = None
+        if self.calibration is not None:
+            if self.coefficients != "identity":
+                raise SettingError(
+                    f"TeaCache(coefficients={self.coefficients!r}, calibration=...): give one of the two."
+                )
+            fit = self.measured.fit
+            coefficients = tuple(fit["coefficients"].tolist())
+            fitted = (float(fit["range"][0]), float(fit["range"][1]))
+        elif isinstance(self.coefficients, str):
             coefficients = teacache_coefficients(self.coefficients)
         elif self.coefficients:
             coefficients = self.coefficients
@@ -78,10 +92,14 @@ class TeaCache(Method):
         guards: tuple[Guard, ...] = (Warmup(self.warmup),)
         if self.cooldown:
             guards += (ForceLast(self.cooldown),)
+        is_official = self.variant == "official"
         return Composition(
             site=Span(),
             gate=AccumulatedChange(
-                self.threshold, coefficients, rescale="none" if self.variant == "official" else "clamp0"
+                self.threshold,
+                coefficients,
+                rescale="none" if is_official else "clamp0",
+                fitted=None if is_official else fitted,
             ),
             predictor=Reuse(),
             guards=guards,
