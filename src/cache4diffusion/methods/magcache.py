@@ -8,7 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from cache4diffusion.calibration import Given
+from cache4diffusion.calibration.magnitudes import MagnitudeRatios
 from cache4diffusion.data import magcache_ratios
+from cache4diffusion.errors import SettingError
 from cache4diffusion.gates import MagnitudeError
 from cache4diffusion.method import Composition, Method, MethodInfo
 from cache4diffusion.predictors import Reuse
@@ -26,7 +29,8 @@ class MagCache(Method):
     not rescaled by A. Nothing is watched while sampling.
 
     ``ratios`` is a set's name from the published table (``"flux"``; not re-measured here) or numbers, one per step of a
-    run of any length. ``"flux"`` fits FLUX.1-dev only: for another denoiser give its own.
+    run of any length. ``"flux"`` fits FLUX.1-dev only: for another denoiser give its own, or a ``calibration``, which
+    has them for each CFG branch. A run of other steps or noise levels than the calibration's needs ``resample=True``.
 
     Cost: one residual per stream that is read afterwards. A cached step runs no block.
     Differences from the code: ``<`` instead of ``<=``, so that 0 is off; ratios of a table of another length are
@@ -39,6 +43,10 @@ class MagCache(Method):
     retention: float = setting(0.1, "first fraction of the steps that is full. Code: 0.1 (FLUX), 0.2", ge=0, le=1)
     ratios: str | tuple[float, ...] = setting("flux", "name of a published set, or numbers, one per step")
     variant: Literal["default", "official"] = setting("default", "'official': the FLUX code's comparison and table")
+    calibration: Given = setting(None, "ratios of your denoiser: a file of c4d calibrate, or what it returned")
+    resample: bool = setting(False, "accept other steps than the calibration's; its law is interpolated")
+
+    calibrator = MagnitudeRatios
 
     info: ClassVar[MethodInfo] = MethodInfo(
         name="magcache",
@@ -60,17 +68,28 @@ class MagCache(Method):
 
     def compose(self) -> Composition:
         """All blocks x magnitude law x reuse."""
-        is_official = self.variant == "official"
+        is_official, branches, made_for = self.variant == "official", {}, None
+        ratios = magcache_ratios(self.ratios) if isinstance(self.ratios, str) else self.ratios
+        if self.calibration is not None:
+            if self.ratios != "flux":
+                raise SettingError(f"MagCache(ratios={self.ratios!r}, calibration=...): give one of the two.")
+            entry = self.measured
+            measured = {name: tuple(values.tolist()) for name, values in entry.fit.items()}
+            ratios = measured.pop("ratios")
+            branches = {name.removeprefix("ratios/"): values for name, values in measured.items()}
+            made_for = None if self.resample else (len(ratios), entry.levels)
         return Composition(
             site=Span(),
             gate=MagnitudeError(
-                ratios=magcache_ratios(self.ratios) if isinstance(self.ratios, str) else self.ratios,
+                ratios=ratios,
                 threshold=self.threshold,
                 max_run=self.max_run,
                 retention=self.retention,
                 resample="nearest" if is_official else "law",
                 is_inclusive=is_official,
-                exempt=(11,) if is_official and self.ratios == "flux" else (),
+                exempt=(11,) if is_official and self.ratios == "flux" and self.calibration is None else (),
+                branches=branches,
             ),
             predictor=Reuse(),
+            made_for=made_for,
         )

@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from cache4diffusion.calibration import Given
+from cache4diffusion.calibration.changes import ChangeScales
+from cache4diffusion.errors import SettingError
 from cache4diffusion.gates import FixedInterval, Window
 from cache4diffusion.method import Composition, Method, MethodInfo
 from cache4diffusion.predictors import ScaledDelta
@@ -20,8 +23,8 @@ class TaoCache(Method):
     """Everything is computed in the early part of a run, which makes the structure; then every ``interval``-th step.
 
     A cached step follows the last change of the output, predicted ones included, times the measured ratio of norms and
-    the cosine between successive changes; see `ScaledDelta`. ``predictors.tao.fit_changes`` measures both on uncached
-    runs of the same scheduler, steps and guidance; as they are, changes go on unscaled.
+    the cosine between successive changes; see `ScaledDelta`. ``c4d calibrate`` measures both on uncached runs, for runs
+    of the same scheduler, steps and guidance; without a calibration changes go on unscaled.
 
     Cost: 2 copies of the output after guidance; a cached step runs nothing.
     Differences from the paper: the formula is ours under its idea (least-squares projection); schedule and numbers are
@@ -33,6 +36,9 @@ class TaoCache(Method):
     ratios: tuple[float, ...] = setting((1.0,), "norm ratio of successive changes by step, the last one for the rest")
     cosines: tuple[float, ...] = setting((1.0,), "cosine between them by step; (1.0,) keeps the norm")
 
+    calibration: Given = setting(None, "both, of your denoiser: a file of c4d calibrate, or what it returned")
+
+    calibrator = ChangeScales
     info: ClassVar[MethodInfo] = MethodInfo(
         name="taocache",
         title="TaoCache",
@@ -49,10 +55,18 @@ class TaoCache(Method):
 
     def compose(self) -> Composition:
         """Trajectory x interval in the late part x scaled last change."""
+        ratios, cosines, made_for = self.ratios, self.cosines, None
+        if self.calibration is not None:
+            if (ratios, cosines) != ((1.0,), (1.0,)):
+                raise SettingError(f"TaoCache(ratios={ratios}, cosines={cosines}, calibration=...): one of the two.")
+            entry = self.measured
+            ratios, cosines = (tuple(entry.fit[name].tolist()) for name in ("ratios", "cosines"))
+            made_for = (len(ratios), entry.levels)
         return Composition(
             site=Trajectory(),
             gate=FixedInterval(self.interval),
-            predictor=ScaledDelta(self.ratios, self.cosines),
+            predictor=ScaledDelta(ratios, cosines),
             guards=(Window(start=self.start),),
             branches="tied",
+            made_for=made_for,
         )

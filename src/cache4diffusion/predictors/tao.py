@@ -55,6 +55,14 @@ class ScaledDelta(RecursivePredictor):
         return [1 + scale, -scale]
 
 
+def compare_changes(now: Tensor, before: Tensor) -> tuple[float, float]:
+    """Ratio of the norms of two successive changes, and the cosine between them; 0 where one is nothing."""
+    now, before = now.double().flatten(), before.double().flatten()
+    lengths = torch.linalg.vector_norm(now), torch.linalg.vector_norm(before)
+    cosine = torch.dot(now, before) / (lengths[0] * lengths[1]).clamp_min(1e-300)
+    return float(lengths[0] / lengths[1].clamp_min(1e-300)), float(cosine)
+
+
 def fit_changes(trajectories: Sequence[Sequence[Tensor]]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Measure ``r_i`` and ``c_i`` on uncached runs.
 
@@ -69,10 +77,8 @@ def fit_changes(trajectories: Sequence[Sequence[Tensor]]) -> tuple[tuple[float, 
     for i in range(2, len(trajectories[0])):
         seen = []
         for run in trajectories:
-            now, before = (run[j].double().flatten() - run[j - 1].double().flatten() for j in (i, i - 1))
-            lengths = torch.linalg.vector_norm(now), torch.linalg.vector_norm(before)
-            cosine = torch.dot(now, before) / (lengths[0] * lengths[1]).clamp_min(1e-300)
-            seen.append((float(lengths[0] / lengths[1].clamp_min(1e-300)), float(cosine)))
+            now, before = (run[j].double() - run[j - 1].double() for j in (i, i - 1))
+            seen.append(compare_changes(now, before))
         ratios.append(sum(ratio for ratio, _ in seen) / len(seen))
         cosines.append(sum(cosine for _, cosine in seen) / len(seen))
     return tuple(ratios), tuple(cosines)
