@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import cache4diffusion as c4d
+import toys
 from cache4diffusion.accelerate import compose
 from cache4diffusion.errors import AnatomyError, CompositionError, SettingError, UnknownNameError
 from cache4diffusion.gates import GATES, FixedInterval, ProbeThreshold
@@ -270,7 +271,7 @@ def test_what_a_denoiser_cannot_serve_is_refused_at_the_first_call(transformer, 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_one_of_these_combinations(name):
-    composition = METHODS[name]().compose()
+    composition = METHODS[name](**toys.CALIBRATED.get(name, {})).compose()
     if composition.site is not None:
         assert type(composition.site) in SITES.values()
         assert type(composition.gate) in GATES.values()

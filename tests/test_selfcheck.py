@@ -46,6 +46,7 @@ def test_every_invariant_holds_for_every_method_that_fits(denoiser):
         unfit = {"deepcache": "no U-Net levels", "dbcache": "watches the first 8 blocks"}  # the toy has five
         unfit |= dict.fromkeys(["meancache", "taocache", "waveex", "z-cache"], "acts in scheduler.step")
         unfit["dbprune"] = "keeps the first 8"
+        unfit |= {other: "c4d calibrate" for other, cls in c4d.METHODS.items() if cls.info.needs_calibration}
         if name in unfit:
             assert all(f.status == "not applicable" and unfit[name] in f.detail for f in mine.values())
             continue

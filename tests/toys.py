@@ -21,12 +21,29 @@ from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProc
 from torch import nn
 
 import cache4diffusion as c4d
+from cache4diffusion.calibration import Calibration
 from cache4diffusion.predictors import LinearPredictor
-from cache4diffusion.sites import Trajectory
+from cache4diffusion.sites import PART_KINDS, Trajectory
+
+# Calibrations that fit every small denoiser: written by hand, for 12 steps, and stretched to others.
+CALIBRATED = {
+    "smoothcache": {
+        "calibration": Calibration.by_hand(
+            "smoothcache",
+            12,
+            {kind: torch.full((3, 12), 0.1) for kind in PART_KINDS[:-1]} | {"other": torch.ones(3, 12)},
+        ),
+        "resample": True,
+    },
+    "dpcache": {
+        "calibration": Calibration.by_hand("dpcache", 12, {"errors": torch.ones(12, 10, 9)}),
+        "resample": True,
+    },
+}
 
 # Settings at which a method caches within a dozen steps on these small denoisers, where its defaults do not. A method
 # that is registered takes part in all general tests without a word here.
-ACTIVE = {name: {} for name in c4d.METHODS} | {
+ACTIVE = {name: dict(CALIBRATED.get(name, {})) for name in c4d.METHODS} | {
     "bwcache": {"threshold": 9.0, "tail": 0.0},
     "dbcache": {"threshold": 0.5, "front": 1, "back": 1, "warmup": 2},
     "dbprune": {"threshold": 0.5, "front": 1, "warmup": 2},
@@ -45,14 +62,16 @@ ACTIVE = {name: {} for name in c4d.METHODS} | {
     "toca": {"interval": 3, "recompute_ratio": 0.3, "schedule": "constant"},
 }
 # What a method that is off needs besides its registry row to fit so small a denoiser.
-FITTING = {
+FITTING = CALIBRATED | {
     "dbcache": {"front": 1, "warmup": 2},
     "dbprune": {"front": 1, "warmup": 2},
     "easycache": {"warmup": 1},
     "fastercache": {"warmup": 2},
 }
 # Methods that act on the trajectory need a scheduler: test_trajectory.py has their general tests.
-_TRAJECTORY = {name for name, cls in c4d.METHODS.items() if isinstance(cls().compose().site, Trajectory)}
+_TRAJECTORY = {
+    name for name in c4d.METHODS if isinstance(c4d.method(name, **CALIBRATED.get(name, {})).compose().site, Trajectory)
+}
 TRANSFORMER_METHODS = sorted(set(c4d.METHODS) - {"deepcache"} - _TRAJECTORY)
 
 

@@ -7,10 +7,9 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 import cache4diffusion as c4d
 import toys
 from cache4diffusion.errors import CompositionError, RunError
-from cache4diffusion.sites import Trajectory
 
 STEPS = 12
-NAMES = [name for name, cls in sorted(c4d.METHODS.items()) if isinstance(cls().compose().site, Trajectory)]
+NAMES = sorted(set(c4d.METHODS) - set(toys.TRANSFORMER_METHODS) - {"deepcache"})
 ACTIVE = {name: {} for name in NAMES} | {"z-cache": {"interval": 2, "ahead": 2, "warmup": 1}}
 trajectory = pytest.mark.parametrize("name", NAMES)
 GUIDED = toys.prompt(1, negative=2)

@@ -9,6 +9,7 @@ from cache4diffusion.methods.deepcache import DeepCache
 from cache4diffusion.methods.delta_dit import DeltaDiT
 from cache4diffusion.methods.dicache import DiCache
 from cache4diffusion.methods.dmd import DMD
+from cache4diffusion.methods.dpcache import DPCache
 from cache4diffusion.methods.easycache import EasyCache
 from cache4diffusion.methods.fastercache import FasterCache
 from cache4diffusion.methods.fbcache import FBCache
@@ -25,6 +26,7 @@ from cache4diffusion.methods.newton import Newton
 from cache4diffusion.methods.scm import SCM
 from cache4diffusion.methods.seacache import SeaCache
 from cache4diffusion.methods.skip_dit import SkipDiT
+from cache4diffusion.methods.smoothcache import SmoothCache
 from cache4diffusion.methods.speca import SpeCa
 from cache4diffusion.methods.spectrum import Spectrum
 from cache4diffusion.methods.taocache import TaoCache
@@ -44,6 +46,7 @@ __all__ = [
     "BWCache",
     "DBCache",
     "DBPrune",
+    "DPCache",
     "DeepCache",
     "DeltaDiT",
     "DiCache",
@@ -61,6 +64,7 @@ __all__ = [
     "Newton",
     "SeaCache",
     "SkipDiT",
+    "SmoothCache",
     "SpeCa",
     "Spectrum",
     "TaoCache",
