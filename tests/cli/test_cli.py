@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -14,6 +15,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import cache4diffusion as c4d
+import toys
 from cache4diffusion.cli.app import DEMO_METHODS, app
 from cache4diffusion.cli.models import Model, family_of, read_prompts
 from cache4diffusion.cli.show import strip_of
@@ -49,7 +51,17 @@ def test_help_has_one_line_of_purpose_and_an_example_that_parses(name):
 
 
 def test_no_command_is_a_stub_and_every_command_speaks_json():
-    assert sorted(COMMANDS) == ["bench", "cite", "demo", "generate", "methods", "report", "selfcheck", "show"]
+    assert sorted(COMMANDS) == [
+        "bench",
+        "calibrate",
+        "cite",
+        "demo",
+        "generate",
+        "methods",
+        "report",
+        "selfcheck",
+        "show",
+    ]
     for name in COMMANDS:
         assert "--json" in run(name, "--help").stdout
 
@@ -82,7 +94,7 @@ def test_show_has_every_setting_and_the_strip(name):
     text = run("show", name).stdout
     for setting in settings:
         assert f"\n  {setting} " in text
-    assert (shown["strip"] or "decided while sampling") in text
+    assert (shown["strip"] or "20 steps   decided ") in text
     assert shown["strip"] is None or len(shown["strip"]) == 20
 
 
@@ -386,3 +398,58 @@ def test_the_package_runs_as_a_module_and_stays_light():
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=True)
     assert "FORA" in done.stdout
+
+
+# --- calibrate --------------------------------------------------------------------------------------------------------
+
+
+def test_calibrate_writes_says_and_merges(monkeypatch, tmp_path):
+    from cache4diffusion.calibration import load_calibration
+    from cache4diffusion.cli import models
+
+    pipe = toys.flux_pipeline()
+    call = {"height": 16, "width": 16, "guidance_scale": 1.0}
+    monkeypatch.setattr(models, "load_model", lambda *_: models.Model(pipe, "toy", call, 5))
+    monkeypatch.setattr(
+        models, "prompts_to_calibrate", lambda model, count, file, seed: [toys.prompt(seed + i) for i in range(2)]
+    )
+    parts = []
+    for seed in (0, 2):
+        out = tmp_path / f"part{seed}.safetensors"
+        made = facts("calibrate", "toy", "--method", "smoothcache", "--seed", str(seed), "--out", str(out))
+        assert made["options"] == {"lookahead": 3}
+        assert "explains" in made["quality"]["transformer"]["verdict"]
+        assert Path(made["plots"][0]).read_text().startswith("<svg")
+        parts.append(str(out))
+    whole = tmp_path / "whole.safetensors"
+    said = run("calibrate", "--merge", *parts, "--out", str(whole)).stdout.splitlines()
+    assert said[0].startswith("transformer: the mean of a step explains")
+    assert said[1] == str(whole)
+    assert len(load_calibration(whole).provenance.samples) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["calibrate", "toy", "--out", "x"], "--method is missing"),
+        (["calibrate", "a", "b", "--method", "teacache", "--out", "x"], "give one model, or join"),
+        (["calibrate", "toy", "--method", "fora", "--out", "x"], "fora needs no calibration"),
+        (["calibrate", "toy", "--method", "teacache", "--set", "degre=3", "--out", "x"], "did you mean 'degree'"),
+        (["calibrate", "--merge", "nowhere", "--out", "x"], "There is no calibration nowhere"),
+        (["calibrate", "--merge", "a", "--method", "teacache", "--out", "x"], "--merge joins files"),
+        (["bench", "--methods", "smoothcache"], "c4d calibrate MODEL --method smoothcache"),
+    ],
+)
+def test_calibrate_is_answered_before_a_model_is_loaded(words, said):
+    failed = run(*words, code=2)
+    assert said in failed.stderr
+
+
+def test_show_names_the_command_that_calibrates():
+    text = run("show", "smoothcache").stdout
+    assert "Needs a calibration on your denoiser: c4d calibrate MODEL --method smoothcache" in text
+    assert "--set lookahead  3" in text
+    assert "decided in the calibration" in text
+    assert "Can be calibrated on your denoiser" in run("show", "teacache").stdout
+    assert facts("show", "smoothcache")["calibration"]["options"][0]["name"] == "lookahead"
+    assert facts("show", "fora")["calibration"] is None

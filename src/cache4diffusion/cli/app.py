@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import sys
@@ -121,6 +122,7 @@ def show(
     """
     import inspect
 
+    from cache4diffusion.calibration.store import command as calibrate_command
     from cache4diffusion.cli.show import NOT_REMEASURED, published_of, quotes_published, strip_of
     from cache4diffusion.method import method as make
 
@@ -130,7 +132,10 @@ def show(
     published = published_of(info)
     if as_json:
         settings = [{**entry, "default": _plain(entry["default"])} for entry in chosen.describe()]
-        facts = {"doc": text, "settings": settings, "published": published}
+        facts = {"doc": text, "settings": settings, "published": published, "calibration": None}
+        if chosen.calibrator is not None:
+            measured = [{**entry, "default": _plain(entry["default"])} for entry in chosen.calibrator.describe()]
+            facts["calibration"] = {"command": calibrate_command(info.name), "options": measured}
         _print_json({**chosen.row(), **facts, "strip": strip, "citation": info.citation})
         return
     out = [f"{info.title}  ({info.name})", "", info.use, "", text, "", "Settings"]
@@ -146,8 +151,15 @@ def show(
         out += [f"  {row['name']:<{width}}  {_assignments(row['settings'])}" for row in rows]
     if not info.remeasured and quotes_published(chosen.describe()):
         out += ["", f"Values behind 'Code:' and 'Paper:' are published ones, {NOT_REMEASURED}."]
+    if chosen.calibrator is not None:
+        need = "Needs a calibration" if info.needs_calibration else "Can be calibrated"
+        measured = chosen.calibrator.describe()
+        width = max((len(entry["name"]) for entry in measured), default=0)
+        out += ["", f"{need} on your denoiser: {calibrate_command(info.name)}"]
+        out += [f"{' ' * 2}--set {entry['name']:<{width}}  {entry['default']!r}  {entry['doc']}" for entry in measured]
     off = _assignments(info.off)
-    out += ["", f"20 steps   {strip or 'decided while sampling, by ' + info.gate}", f"Off        {off}"]
+    when = "in the calibration" if info.needs_calibration else "while sampling"
+    out += ["", f"20 steps   {strip or f'decided {when}, by {info.gate}'}", f"Off        {off}"]
     out += [f"Fidelity   {info.fidelity}", f"Source     {_source(info)}"]
     typer.echo("\n".join(out))
 
@@ -305,6 +317,73 @@ def demo(
     entries = split_methods(methods) if methods else list(DEMO_METHODS)
     measured = _measure((model, {}, device, dtype), entries, captions, None, steps, batch, 0, out)
     _print_results(measured, out, as_json)
+
+
+@command
+def calibrate(
+    model: Annotated[
+        list[str], typer.Argument(help="A reference model or a pipeline's folder; with --merge, the shards.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The calibration to write.")],
+    method: Annotated[str | None, typer.Option("--method", help="A method's name.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", help="A file with one prompt per line; reference models: captions of training."),
+    ] = None,
+    captions: Annotated[int | None, typer.Option("--captions", "-n", help="How many; all of the file, or 16.")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=2, help="Sampling steps; the model's own by default.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the first prompt; the others follow.")] = 0,
+    merge: Annotated[bool, typer.Option("--merge", help="Join calibrations made with different prompts.")] = False,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="What is measured, name=value, as c4d show lists it.")
+    ] = None,
+    arguments: ArgOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure on your pipeline what a method must know before sampling, and say whether it will work there.
+
+    Example: c4d calibrate scenes-flux --method teacache --captions 16 --out teacache.safetensors
+    """
+    from cache4diffusion.calibration import load_calibration, merge_calibrations
+    from cache4diffusion.calibration.run import calibrate as run
+    from cache4diffusion.calibration.store import statistic_of
+    from cache4diffusion.cli.models import load_model, prompts_to_calibrate, read_prompts
+    from cache4diffusion.errors import SettingError
+    from cache4diffusion.files import check_writable, write_whole
+
+    check_writable(out)
+    if merge:
+        if method is not None or prompts is not None:
+            raise SettingError("--merge joins files: write c4d calibrate --merge SHARD SHARD --out FILE.")
+        made = merge_calibrations([load_calibration(shard) for shard in model])
+    else:
+        if method is None:
+            raise SettingError("--method is missing: write for example --method teacache.")
+        if len(model) != 1:
+            raise SettingError(f"{' '.join(model)}: give one model, or join calibrations with --merge.")
+        options = _values(settings, "--set")
+        statistic_of(method, options)  # what can be wrong is found before the model is loaded
+        if prompts is not None:
+            read_prompts(prompts)
+        loaded = load_model(model[0], _values(arguments, "--arg"), device, dtype)
+        asked = prompts_to_calibrate(loaded, captions, prompts, seed)
+        steps = steps or loaded.steps
+        made = run(loaded.pipe, method, asked, seeds=seed, steps=steps, call=loaded.call, progress=True, **options)
+    made.save(out)
+    plots = {name: out.with_name(f"{out.stem}.{name}.svg") for name in made.plots()}
+    for name, text in made.plots().items():
+        write_whole(plots[name], text)
+    if as_json:
+        quality = {name: dataclasses.asdict(entry.quality) for name, entry in made.entries.items()}
+        facts = {"method": made.method, "options": made.options, "quality": quality}
+        provenance = dataclasses.asdict(made.provenance)
+        _print_json({"path": str(out), "plots": [str(p) for p in plots.values()], **facts, "provenance": provenance})
+        return
+    typer.echo("\n".join([made.verdict(), str(out), *map(str, plots.values())]))
 
 
 @command

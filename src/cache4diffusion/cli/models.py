@@ -181,6 +181,28 @@ def captions_for(model: Model, count: int | None, file: Path | None, seed: int) 
     return [model.prompt(caption) for caption in captions], model
 
 
+def prompts_to_calibrate(model: Model, count: int | None, file: Path | None, seed: int) -> list[Any]:
+    """Prompts to calibrate with: the first ``count`` lines of a file, or captions of the reference model's training.
+
+    Never the held-out ones, by which methods are judged.
+
+    Raises:
+        SettingError: there is neither file nor reference model, or nothing in the file.
+        FileFormatError: the file cannot be read.
+    """
+    if count is not None and count < 1:
+        raise SettingError(f"--captions {count}: use 1 or more.")
+    if file is not None:
+        return [model.prompt(text) for text in read_prompts(file)[:count]]
+    if not model.is_scenes:
+        raise SettingError(f"{model.name} has no captions of its own: give --prompts FILE, one prompt per line.")
+    from itertools import islice
+
+    from cache4diffusion.reference.scenes import training_scenes
+
+    return [scene.caption for scene in islice(training_scenes(seed), count or 16)]
+
+
 def read_prompts(file: Path) -> list[str]:
     """The lines of a text file that are not empty.
 

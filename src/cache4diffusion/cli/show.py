@@ -45,7 +45,9 @@ def quotes_published(settings: list[dict[str, Any]]) -> bool:
 
 
 def strip_of(method: Method, steps: int) -> str | None:
-    """One letter per step of a run without surprises; None where the gate looks at what is sampled."""
+    """One letter per step of a run without surprises; None where it depends on what is sampled or was calibrated."""
+    if method.info.needs_calibration and method.loaded is None:
+        return None
     composition = method.compose()
     letters = []
     if composition.gate is not None:

@@ -1,0 +1,16 @@
+"""A small pipeline, prompts for it, and calibrations made of them."""
+
+import cache4diffusion as c4d
+import toys
+
+STEPS = 6
+CALL = {"height": 16, "width": 16, "guidance_scale": 1.0}
+CALIBRATED = sorted(name for name, cls in c4d.METHODS.items() if cls.calibrator is not None)
+
+
+def prompts(count, first=0):
+    return [toys.prompt(seed=first + i) for i in range(count)]
+
+
+def calibrated(pipe, method, count=2, first=0, steps=STEPS, **options):
+    return c4d.calibrate(pipe, method, prompts(count, first), seeds=first, steps=steps, call=CALL, **options)
