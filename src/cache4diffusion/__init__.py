@@ -7,6 +7,7 @@ from cache4diffusion.calibration.run import calibrate
 from cache4diffusion.compare import compare
 from cache4diffusion.errors import Cache4DiffusionError
 from cache4diffusion.handle import Handle
+from cache4diffusion.memory import cache_bytes
 from cache4diffusion.method import METHODS, Composition, Method, method
 from cache4diffusion.selfcheck import selfcheck
 
@@ -21,6 +22,7 @@ __all__ = [
     "Method",
     "__version__",
     "accelerate",
+    "cache_bytes",
     "calibrate",
     "compare",
     "method",

@@ -17,6 +17,12 @@ from cache4diffusion.shadow import Shadow
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+_PROMPTS = {
+    "prompt": ["a red circle on a gray background", "a blue star left of a green square on a white background"],
+    "class_labels": [0, 1],
+}
+
+
 class _Enough(BaseException):
     """What was to be seen has been seen."""
 
@@ -58,6 +64,49 @@ def first_step(denoiser: nn.Module, schedulers: Sequence[Any], sample: Callable[
     return calls
 
 
+class Sampling:
+    """A short run of a pipeline that asks for nothing in particular and decodes nothing.
+
+    Args:
+        pipe: a diffusers pipeline.
+        call: arguments of its call; without a prompt (or embeddings) two simple ones are drawn.
+        steps: of the run.
+
+    Raises:
+        SettingError: an argument is not known.
+    """
+
+    def __init__(self, pipe: Any, call: Mapping[str, Any], steps: int) -> None:
+        check_call(pipe, call)
+        call, name = dict(call), subject(pipe)
+        call.pop("num_inference_steps", None)
+        embeddings = call.get("prompt_embeds")
+        prompts = call.pop(name, examples(pipe) if embeddings is None else None)
+        self.pipe, self.steps = pipe, steps
+        self.prompts = [prompts] if isinstance(prompts, (str, int)) else prompts
+        self.rows = len(embeddings) if self.prompts is None else len(self.prompts)  # type: ignore[arg-type]
+        self._sample = sampler(pipe, {**call, "output_type": "latent"})
+
+    def __call__(self) -> Any:
+        """Run it: latents."""
+        return self._sample(self.prompts, list(range(self.rows)), self.steps)
+
+    def first_steps(self, denoisers: Mapping[str, nn.Module], schedulers: Sequence[Any]) -> dict[str, list[Call]]:
+        """Arguments of each denoiser's calls in its first step.
+
+        Raises:
+            SettingError: none of them is called.
+        """
+        with torch.no_grad():
+            calls = {name: first_step(module, schedulers, self) for name, module in denoisers.items()}
+        if not any(calls.values()):
+            raise SettingError(
+                f"A run of {type(self.pipe).__name__} with {self.steps} steps calls none of {', '.join(denoisers)}: "
+                "there is nothing to look at."
+            )
+        return calls
+
+
 def subject(pipe: Any) -> str:
     """Name of the argument that says what to draw: ``prompt``, or ``class_labels`` for class-to-image pipelines.
 
@@ -69,6 +118,11 @@ def subject(pipe: Any) -> str:
         if name in names:
             return name
     raise SettingError(f"{type(pipe).__name__} takes neither 'prompt' nor 'class_labels', so it cannot be called here.")
+
+
+def examples(pipe: Any) -> list[Any]:
+    """Two things to draw, in the words that the pipeline takes."""
+    return list(_PROMPTS[subject(pipe)])
 
 
 def default_steps(pipe: Any) -> int:

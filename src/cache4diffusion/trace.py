@@ -92,7 +92,7 @@ def unique_bytes(tensors: Iterable[Tensor]) -> int:
         if tensor.device.type == "meta":
             continue
         storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
+        storages[storage._cdata] = storage.nbytes()  # not the address: tensors without data have none
     return sum(storages.values())
 
 

@@ -18,10 +18,10 @@ import cache4diffusion as c4d
 import toys
 from cache4diffusion.cli.app import DEMO_METHODS, app
 from cache4diffusion.cli.models import Model, family_of, read_prompts
-from cache4diffusion.cli.show import strip_of
 from cache4diffusion.compare import parse_method, split_methods
 from cache4diffusion.errors import SettingError
 from cache4diffusion.reference.scenes import held_out_scenes
+from cache4diffusion.strip import planned_strip
 
 COMMANDS = get_command(app).commands
 METHODS = sorted(c4d.METHODS)
@@ -125,11 +125,19 @@ def test_show_tells_remeasured_sets_from_others(monkeypatch):
     assert "HunyuanVideo" not in here
 
 
+def test_show_counts_the_cache_on_a_model():
+    shown = facts("show", "taylorseer-lite", "--set", "order=1", "--model", "flux.1-dev", "--resolution", 512)
+    assert shown["cache"]["bytes"] == 2 * (512 // 16) ** 2 * 64 * 2  # two snapshots in bfloat16
+    assert shown["cache"]["conditions"] == "flux.1-dev, 512 x 512 pixels, 50 steps, bfloat16"
+    run("show", "fora", "--resolution", 512, code=2)
+    run("show", "fora", "--model", "flux.1-dev", "--resolution", 500, code=2)
+
+
 def test_strips_of_static_methods():
-    assert strip_of(c4d.method("fora", interval=3), 9) == "FccFccFcc"
-    assert strip_of(c4d.method("taylorseer", interval=5, warmup=3), 12) == "FFFccccFcccc"
-    assert strip_of(c4d.method("toca", interval=3, warmup=1), 6) == "FppFpp"
-    assert strip_of(c4d.method("dbcache"), 9) is None
+    assert planned_strip(c4d.method("fora", interval=3).compose(), 9) == "FccFccFcc"
+    assert planned_strip(c4d.method("taylorseer", interval=5, warmup=3).compose(), 12) == "FFFccccFcccc"
+    assert planned_strip(c4d.method("toca", interval=3, warmup=1).compose(), 6) == "FppFpp"
+    assert planned_strip(c4d.method("dbcache").compose(), 9) is None
 
 
 @pytest.mark.parametrize("name", METHODS)

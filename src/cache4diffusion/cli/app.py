@@ -113,26 +113,48 @@ def methods(
 
 @command
 def show(
-    method: Annotated[str, typer.Argument(help="A method's name.")],
+    method: Annotated[str, typer.Argument(help="A method's name, or name(setting=value).")],
+    settings: SetOption = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Also count its cache on this: flux.1-dev ..., scenes-flux, or a folder."),
+    ] = None,
+    resolution: Annotated[
+        int | None, typer.Option("--resolution", min=1, help="Side of the image in pixels; the model's own by default.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=2, help="Of the run that is counted.")] = None,
+    arguments: ArgOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Explain a method: formula, settings with published values, cost, and its strip over 20 steps.
 
-    Example: c4d show taylorseer
+    Example: c4d show taylorseer --set order=1 --model flux.1-dev --resolution 1024
     """
     import inspect
 
     from cache4diffusion.calibration.store import command as calibrate_command
-    from cache4diffusion.cli.show import NOT_REMEASURED, published_of, quotes_published, strip_of
+    from cache4diffusion.cli.show import NOT_REMEASURED, count_cache, published_of, quotes_published, strip_of
+    from cache4diffusion.measure.table import size
     from cache4diffusion.method import method as make
 
-    chosen = make(method)
+    name, given = _method_with(method, settings)
+    assert name is not None
+    chosen = make(name, **given)
+    call = _values(arguments, "--arg")
+    counted = None
+    if model is not None:
+        with _status(f"counting on {model}"):
+            counted = count_cache(chosen, model, resolution, steps, call)
+    elif resolution or steps or call:
+        from cache4diffusion.errors import SettingError
+
+        raise SettingError("--resolution, --steps and --arg say how --model is to be called: add --model.")
     info, text = chosen.info, inspect.getdoc(type(chosen)) or ""
     strip = strip_of(chosen, 20)
     published = published_of(info)
     if as_json:
-        settings = [{**entry, "default": _plain(entry["default"])} for entry in chosen.describe()]
-        facts = {"doc": text, "settings": settings, "published": published, "calibration": None}
+        entries = [{**entry, "default": _plain(entry["default"])} for entry in chosen.describe()]
+        facts = {"doc": text, "settings": entries, "published": published, "calibration": None, "cache": counted}
         if chosen.calibrator is not None:
             measured = [{**entry, "default": _plain(entry["default"])} for entry in chosen.calibrator.describe()]
             facts["calibration"] = {"command": calibrate_command(info.name), "options": measured}
@@ -157,6 +179,8 @@ def show(
         width = max((len(entry["name"]) for entry in measured), default=0)
         out += ["", f"{need} on your denoiser: {calibrate_command(info.name)}"]
         out += [f"{' ' * 2}--set {entry['name']:<{width}}  {entry['default']!r}  {entry['doc']}" for entry in measured]
+    if counted is not None:
+        out += ["", f"Cache      {size(counted['bytes'])} with {_text(name, given)}: {counted['conditions']}"]
     off = _assignments(info.off)
     when = "in the calibration" if info.needs_calibration else "while sampling"
     out += ["", f"20 steps   {strip or f'decided {when}, by {info.gate}'}", f"Off        {off}"]

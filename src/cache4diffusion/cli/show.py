@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
-from cache4diffusion.gates import Step
 from cache4diffusion.method import Method, MethodInfo
+from cache4diffusion.strip import planned_strip
 
 NOT_REMEASURED = "not re-measured on real weights"
 
@@ -48,29 +47,45 @@ def strip_of(method: Method, steps: int) -> str | None:
     """One letter per step of a run without surprises; None where it depends on what is sampled or was calibrated."""
     if method.info.needs_calibration and method.loaded is None:
         return None
-    composition = method.compose()
-    letters = []
-    if composition.gate is not None:
-        gate = composition.gate
-        if gate.watch is not None:
-            return None
-        state = gate.begin(steps)
-        guards = [(guard, guard.begin()) for guard in composition.guards]
-        for index in range(steps):
-            step = Step(index, steps)
-            opinions = (guard.overrule(kept, step) for guard, kept in guards)
-            opinion = next((opinion for opinion in opinions if opinion is not None), None)
-            cached = index > 0 and (gate.propose(state, step, None) if opinion is None else opinion)
-            gate.commit(state, step, cached, None)
-            for guard, kept in guards:
-                guard.commit(kept, step, cached, None)
-            letters.append(("p" if composition.tokens is not None else "c") if cached else "F")
-        return "".join(letters)
-    assert composition.cfg is not None
-    letters = []
-    known = SimpleNamespace(low=[], step=0)  # what the rule keeps of the last step at which both branches ran
-    for index in range(steps):
-        is_cached = index > 0 and composition.cfg.is_cached(known, Step(index, steps))
-        known.step = known.step if is_cached else index
-        letters.append("h" if is_cached else "F")
-    return "".join(letters)
+    return planned_strip(method.compose(), steps)
+
+
+def count_cache(
+    chosen: Method, model: str, resolution: int | None, steps: int | None, arguments: dict[str, Any]
+) -> dict[str, Any]:
+    """Bytes of a method's cache on a model, and what of the call they depend on.
+
+    Args:
+        chosen: the method.
+        model: one of `SHAPES`, which needs no weights, or what `load_model` takes.
+        resolution: side of the image in pixels; None: the model's own.
+        steps: of the run; None: the model's own.
+        arguments: of the pipeline's call.
+
+    Raises:
+        SettingError: the resolution or an argument is not accepted.
+    """
+    from cache4diffusion.errors import SettingError
+    from cache4diffusion.memory import cache_bytes
+    from cache4diffusion.shapes import SHAPES
+
+    if model in SHAPES:
+        if arguments:
+            raise SettingError(f"--arg is for pipelines; {model} is known by its shapes alone.")
+        known, steps = SHAPES[model], steps or 50
+        side = resolution or known.resolution
+        count = cache_bytes(known.denoiser(), chosen, inputs=known.calls(height=side), steps=steps)
+        frames = f", {known.frames} frames" if known.frames > 1 else ""
+        branches = f", {known.branches} CFG branches" if known.branches > 1 else ""
+        conditions = f"{model}, {side} x {side} pixels{frames}{branches}, {steps} steps, bfloat16"
+        return {"bytes": count, "conditions": conditions}
+    from cache4diffusion.calls import default_steps, examples, subject
+    from cache4diffusion.cli.models import load_model
+
+    loaded = load_model(model, arguments)
+    call = {**loaded.call, **({} if resolution is None else {"height": resolution, "width": resolution})}
+    steps = steps or loaded.steps or default_steps(loaded.pipe)
+    one = {subject(loaded.pipe): examples(loaded.pipe)[:1]}
+    count = cache_bytes(loaded.pipe, chosen, call={**one, **call}, steps=steps)
+    words = [f"{name}={value!r}" for name, value in call.items()]
+    return {"bytes": count, "conditions": ", ".join([loaded.name, "one image", f"{steps} steps", *words])}

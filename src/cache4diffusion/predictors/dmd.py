@@ -142,7 +142,7 @@ class DynamicModes(LinearPredictor):
         values, vectors = torch.linalg.eig(u.mH @ after @ back)
         modes = back.to(vectors.dtype) @ vectors  # Phi = X' modes
         phi = after.to(modes.dtype) @ modes
-        b = torch.linalg.lstsq(phi, triangle[:, -1:].to(phi.dtype)).solution[:, 0]
+        b = torch.linalg.pinv(phi) @ triangle[:, -1].to(phi.dtype)
         if not bool(torch.isfinite(torch.view_as_real(modes)).all() & torch.isfinite(torch.view_as_real(b)).all()):
             return None
         return Modes(values.tolist(), modes.flip(0).tolist(), b.tolist(), track.times[0] - track.times[1])

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from cache4diffusion.accelerate import accelerate, compose, denoisers_of
 from cache4diffusion.anatomy import Anatomy
-from cache4diffusion.calls import Call, check_call, first_step, sampler, subject
+from cache4diffusion.calls import Call, Sampling
 from cache4diffusion.engine.inputs import inputs_of
 from cache4diffusion.engine.leaves import get_argument, with_arguments
 from cache4diffusion.errors import SettingError
@@ -23,11 +23,6 @@ from cache4diffusion.method import Composition, Method
 from cache4diffusion.run.taps import schedulers_of
 from cache4diffusion.selfcheck.values import tensors
 from cache4diffusion.wrap import owner_of
-
-_PROMPTS = {
-    "prompt": ["a red circle on a gray background", "a blue star left of a green square on a white background"],
-    "class_labels": [0, 1],
-}
 
 
 class Failed(Exception):
@@ -148,30 +143,14 @@ class Stage:
         self.is_pipeline = not isinstance(target, nn.Module)
         found = denoisers_of(target)
         if self.is_pipeline:
-            check_call(target, call)
-            name, embeddings = subject(target), call.get("prompt_embeds")
-            prompts = call.pop(name, _PROMPTS[name] if embeddings is None else None)
-            self.prompts = [prompts] if isinstance(prompts, (str, int)) else prompts
-            self.rows = len(embeddings) if self.prompts is None else len(self.prompts)  # type: ignore[arg-type]
-            call = {key: value for key, value in call.items() if key != "num_inference_steps"}
-            self._sample = sampler(target, {**call, "output_type": "latent"})
-            schedulers = schedulers_of(target)
-            with torch.no_grad():
-                calls = {name: first_step(module, schedulers, self._run) for name, module in found.items()}
-            if not any(calls.values()):
-                raise SettingError(
-                    f"A run of {type(target).__name__} with {steps} steps calls none of {', '.join(found)}: nothing "
-                    "can be checked."
-                )
+            self._sample = Sampling(target, call, steps)
+            calls = self._sample.first_steps(found, schedulers_of(target))
         elif inputs is None:
             raise SettingError("selfcheck(denoiser) needs inputs=...: the arguments of one call, a tuple or a dict.")
         else:
             (name,) = found
             calls = {name: [((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})]}
         self.subjects = [Subject(name, module, calls[name], steps) for name, module in found.items()]
-
-    def _run(self) -> Any:
-        return self._sample(self.prompts, list(range(self.rows)), self.steps)
 
     def attach(self, case: Case) -> Handle:
         """Accelerate the target, and attach at once to all its denoisers that a run calls.
@@ -190,7 +169,7 @@ class Stage:
         """A whole run: of the pipeline, or of a small loop around the denoiser."""
         with torch.no_grad():
             if self.is_pipeline:
-                return tensors(self._run())
+                return tensors(self._sample())
             with handle.run(num_steps=self.steps) if handle is not None else nullcontext():
                 return self._loop(*self.subjects)
 

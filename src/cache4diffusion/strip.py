@@ -1,0 +1,41 @@
+"""Which steps a composition computes, as far as that is known before any sampling."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from cache4diffusion.gates import Step
+from cache4diffusion.method import Composition
+from cache4diffusion.trace import CACHED, FULL, HALF, PARTIAL
+
+
+def planned_strip(composition: Composition, steps: int) -> str | None:
+    """One letter per step of a run, as in `Trace.strip`; None where the gate looks at what is sampled.
+
+    Args:
+        composition: gate, guards, token rule and branch rule.
+        steps: of the run.
+    """
+    gate, letters = composition.gate, []
+    if gate is not None:
+        if gate.watch is not None:
+            return None
+        state = gate.begin(steps)
+        guards = [(guard, guard.begin()) for guard in composition.guards]
+        for index in range(steps):
+            step = Step(index, steps)
+            opinions = (guard.overrule(kept, step) for guard, kept in guards)
+            opinion = next((opinion for opinion in opinions if opinion is not None), None)
+            cached = index > 0 and (gate.propose(state, step, None) if opinion is None else opinion)
+            gate.commit(state, step, cached, None)
+            for guard, kept in guards:
+                guard.commit(kept, step, cached, None)
+            letters.append((PARTIAL if composition.tokens is not None else CACHED) if cached else FULL)
+        return "".join(letters)
+    assert composition.cfg is not None
+    known = SimpleNamespace(low=[], step=0)  # what the rule keeps of the last step at which both branches ran
+    for index in range(steps):
+        is_cached = index > 0 and composition.cfg.is_cached(known, Step(index, steps))
+        known.step = known.step if is_cached else index
+        letters.append(HALF if is_cached else FULL)
+    return "".join(letters)
