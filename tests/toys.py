@@ -25,6 +25,8 @@ from cache4diffusion.calibration import Calibration
 from cache4diffusion.predictors import LinearPredictor
 from cache4diffusion.sites import PART_KINDS, Trajectory
 
+_DOUBLE = {"attn": "attn", "attn1": "attn", "ff": "ffn", "ff_context": "ffn"}
+
 # Calibrations that fit every small denoiser: written by hand, for 12 steps, and stretched to others.
 CALIBRATED = {
     "smoothcache": {
@@ -37,6 +39,20 @@ CALIBRATED = {
     },
     "dpcache": {
         "calibration": Calibration.by_hand("dpcache", 12, {"errors": torch.ones(12, 10, 9)}),
+        "resample": True,
+    },
+    "bacache": {
+        "calibration": Calibration.by_hand(
+            "bacache",
+            12,
+            {  # of FLUX and of DiT; the farther apart two steps are, the less alike
+                f"{kind} {path}": 1 - (torch.arange(12.0)[:, None] - torch.arange(12.0)).abs() / 12
+                for kind, path in [
+                    *((kind, f"transformer_blocks.{i}.{part}") for i in range(3) for part, kind in _DOUBLE.items()),
+                    *(("fused", f"single_transformer_blocks.{i}.proj_out") for i in range(3)),
+                ]
+            },
+        ),
         "resample": True,
     },
 }

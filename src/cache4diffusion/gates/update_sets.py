@@ -14,7 +14,7 @@ def update_steps(similarity: Matrix, budget: int) -> tuple[int, ...]:
     """The ``budget`` steps, 0 among them, whose outputs stand best for those of the steps behind them.
 
     They maximise ``sum over j of similarity[c(j)][j]`` for the last update step ``c(j)`` before or at ``j``, found by
-    dynamic programming over (number of updates, the last of them). Of equal sets the one with the earlier steps.
+    dynamic programming over (number of updates that follow, update step). Of equal sets the one with the earlier steps.
 
     Args:
         similarity: ``[K][K]`` for a run of K steps; only ``j > i`` is read.
@@ -27,17 +27,19 @@ def update_steps(similarity: Matrix, budget: int) -> tuple[int, ...]:
     if not 1 <= budget <= count:
         raise SettingError(f"update_steps(budget={budget}): budget must be 1 to {count} steps.")
     reach = [_running(row, i) for i, row in enumerate(similarity)]  # [i][j]: sum of similarity[i][i + 1 .. j]
-    best: list[tuple[float, tuple[int, ...]]] = [(0.0, (0,))] + [(float("-inf"), ())] * (count - 1)
+    worth = [sums[-1] for sums in reach]  # of the steps behind update step i, if so many updates follow: here none
+    following: list[list[int]] = []  # the update step behind i that is worth most, and of equals the first
     for _ in range(budget - 1):
         best = [
-            max(
-                ((gained + reach[last][step - 1], (*steps, step)) for last, (gained, steps) in enumerate(best[:step])),
-                key=_rank,
-                default=(float("-inf"), ()),
-            )
-            for step in range(count)
+            max(((reach[i][j - 1] + worth[j], -j) for j in range(i + 1, count)), default=(float("-inf"), 0))
+            for i in range(count)
         ]
-    return max(((gained + reach[last][-1], steps) for last, (gained, steps) in enumerate(best)), key=_rank)[1]
+        worth = [gained for gained, _ in best]
+        following.append([-j for _, j in best])
+    steps = [0]
+    for after in reversed(following):
+        steps.append(after[steps[-1]])
+    return tuple(steps)
 
 
 def _running(row: Sequence[float], start: int) -> list[float]:
@@ -46,10 +48,6 @@ def _running(row: Sequence[float], start: int) -> list[float]:
         total += row[j]
         sums[j] = total
     return sums
-
-
-def _rank(found: tuple[float, tuple[int, ...]]) -> tuple[float, tuple[int, ...]]:
-    return found[0], tuple(-step for step in found[1])
 
 
 def caching_error(similarity: Matrix, steps: Sequence[int]) -> float:

@@ -2,6 +2,7 @@
 
 from cache4diffusion.methods.ab_cache import ABCache
 from cache4diffusion.methods.adacache import AdaCache
+from cache4diffusion.methods.bacache import BACache
 from cache4diffusion.methods.bwcache import BWCache
 from cache4diffusion.methods.dbcache import DBCache
 from cache4diffusion.methods.dbprune import DBPrune
@@ -43,6 +44,7 @@ __all__ = [
     "SCM",
     "ABCache",
     "AdaCache",
+    "BACache",
     "BWCache",
     "DBCache",
     "DBPrune",
