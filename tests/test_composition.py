@@ -31,6 +31,7 @@ GATE = {name: name for name in GATES} | {
     "quadratic": "quadratic(interval=2, center=2.0)",
     "widening": "widening(warmup=1, window=2.0)",
     "scaled": "scaled(full_steps=(0, 3), made_for=6)",
+    "code-table": "code-table(codes=(0, 2, 2, 0, 2, 0))",
     "accumulated": "accumulated(threshold=0.2)",
     "adaptive": "adaptive(thresholds=(), rates=(3,))",
     "entrance": "entrance(threshold=0.5)",
@@ -66,7 +67,7 @@ ANYWHERE = [name for name in PREDICTOR if name not in ("mean-velocity", "two-sid
 LOOKS_INSIDE = ("accumulated", "probe", "entrance")  # gates that decide while the blocks run
 NEEDS_STACK = (*LOOKS_INSIDE, "adaptive", "triggered")
 WATCHES = (*NEEDS_STACK, "drift")
-PARTS = ("parts", "mixed_score")
+PARTS = ("parts", "mixed_score", "scaled_parts")
 SPLITS_ROWS = ("span", "switching_span", "blocks")
 
 
@@ -178,7 +179,7 @@ def predictors(site, gate):
 
 
 # Sites whose driver is another's with one thing changed: they need not meet every gate as well.
-FAMILY = {"switching_span": "span", "blocks": "span", "mixed_score": "parts"}
+FAMILY = {"switching_span": "span", "blocks": "span", "mixed_score": "parts", "scaled_parts": "parts"}
 
 
 def runs(site, gate):

@@ -16,6 +16,7 @@ from cache4diffusion.errors import SettingError
 from cache4diffusion.gates import (
     GATES,
     AccumulatedChange,
+    CodeTable,
     Entrance,
     FixedInterval,
     ForceLast,
@@ -531,6 +532,7 @@ def test_nothing_compared_with_nothing_is_no_change_and_something_is_infinite():
 CHOSEN = {
     "interval": FixedInterval(3, warmup=2),
     "schedule": Schedule((0, 3, 7)),
+    "code-table": CodeTable((0, 2, 1, 2, 0)),
     "quadratic": Quadratic(4, 5.0),
     "accumulated": AccumulatedChange(0.5, (1.0, 0.1)),
     "probe": ProbeThreshold(0.3),

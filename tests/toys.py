@@ -67,6 +67,7 @@ ACTIVE = {name: dict(CALIBRATED.get(name, {})) for name in c4d.METHODS} | {
     "easycache": {"threshold": 0.5, "warmup": 1},
     "fastercache": {"interval": 3, "warmup": 2},
     "fbcache": {"threshold": 0.5},
+    "feb-cache": {"table": (0, 2, 2, 0, 2, 2, 0)},
     "fora": {"interval": 3},
     "magcache": {"ratios": (1.0, 0.99)},
     "scm": {"mask": "ultra"},

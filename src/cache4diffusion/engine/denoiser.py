@@ -65,15 +65,32 @@ def shifted(output: Tensor, latent: Tensor, sign: int) -> Tensor:
     """
     if output.shape == latent.shape:
         return output + sign * latent.to(output.dtype)
+    result = output.clone()
+    _first_channels(result, latent, "it has no residual").add_(latent.to(output.dtype), alpha=sign)
+    return result
+
+
+def scaled(output: Tensor, latent: Tensor, factor: float) -> Tensor:
+    """``factor * output``; where the output has more channels than the latent, of the first ones.
+
+    Raises:
+        AnatomyError: the two are not of one shape.
+    """
+    if output.shape == latent.shape:
+        return output * factor
+    result = output.clone()
+    _first_channels(result, latent, "it is not known what to scale").mul_(factor)
+    return result
+
+
+def _first_channels(output: Tensor, latent: Tensor, lack: str) -> Tensor:
     differs = [i for i, (a, b) in enumerate(zip(output.shape, latent.shape, strict=False)) if a != b]
     if output.ndim != latent.ndim or len(differs) != 1 or output.shape[differs[0]] < latent.shape[differs[0]]:
         raise AnatomyError(
-            f"The output {tuple(output.shape)} is not of the latent's shape {tuple(latent.shape)}, so it has no "
-            "residual. Use site='denoiser' (its output), or a method for the blocks."
+            f"The output {tuple(output.shape)} is not of the latent's shape {tuple(latent.shape)}, so {lack}. "
+            "Use site='denoiser' (its output), or a method for the blocks."
         )
-    result = output.clone()
-    result.narrow(differs[0], 0, latent.shape[differs[0]]).add_(latent.to(output.dtype), alpha=sign)
-    return result
+    return output.narrow(differs[0], 0, latent.shape[differs[0]])
 
 
 class DenoiserDriver(Driver):

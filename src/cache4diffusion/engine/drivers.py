@@ -8,10 +8,22 @@ from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.level import LevelDriver
 from cache4diffusion.engine.mixed import MixedScoreDriver
 from cache4diffusion.engine.parts import PartsDriver
+from cache4diffusion.engine.scaled import ScaledPartsDriver
 from cache4diffusion.engine.span import BlocksDriver, SpanDriver, SwitchingSpanDriver
 from cache4diffusion.engine.trajectory import TrajectoryDriver
 from cache4diffusion.errors import CompositionError
-from cache4diffusion.sites import Blocks, Denoiser, MixedScore, Parts, Site, Span, SwitchingSpan, Trajectory, UNetLevel
+from cache4diffusion.sites import (
+    Blocks,
+    Denoiser,
+    MixedScore,
+    Parts,
+    ScaledParts,
+    Site,
+    Span,
+    SwitchingSpan,
+    Trajectory,
+    UNetLevel,
+)
 
 DRIVERS: dict[type[Site], type[Driver]] = {
     Denoiser: DenoiserDriver,
@@ -20,6 +32,7 @@ DRIVERS: dict[type[Site], type[Driver]] = {
     Blocks: BlocksDriver,
     Parts: PartsDriver,
     MixedScore: MixedScoreDriver,
+    ScaledParts: ScaledPartsDriver,
     UNetLevel: LevelDriver,
     Trajectory: TrajectoryDriver,
 }

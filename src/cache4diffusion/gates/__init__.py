@@ -19,6 +19,7 @@ from cache4diffusion.gates.base import (
     Verification,
     Watch,
 )
+from cache4diffusion.gates.code_table import CodeTable
 from cache4diffusion.gates.entrance import EntranceThreshold
 from cache4diffusion.gates.guards import (
     ForceLast,
@@ -53,6 +54,7 @@ GATES = {
     "quadratic": Quadratic,
     "widening": WideningInterval,
     "timetable": Timetable,
+    "code-table": CodeTable,
     "mask": StepMask,
     "magnitude": MagnitudeError,
     "accumulated": AccumulatedChange,
@@ -68,6 +70,7 @@ __all__ = [
     "WATCHES",
     "AccumulatedChange",
     "AdaptiveInterval",
+    "CodeTable",
     "Drift",
     "Entrance",
     "EntranceThreshold",

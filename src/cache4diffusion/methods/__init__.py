@@ -14,6 +14,7 @@ from cache4diffusion.methods.dpcache import DPCache
 from cache4diffusion.methods.easycache import EasyCache
 from cache4diffusion.methods.fastercache import FasterCache
 from cache4diffusion.methods.fbcache import FBCache
+from cache4diffusion.methods.feb_cache import FEBCache
 from cache4diffusion.methods.femo import FeMO
 from cache4diffusion.methods.foca import FoCa
 from cache4diffusion.methods.fora import Fora
@@ -54,6 +55,7 @@ __all__ = [
     "DiCache",
     "EasyCache",
     "FBCache",
+    "FEBCache",
     "FRDiff",
     "FasterCache",
     "FeMO",

@@ -276,3 +276,30 @@ class MixedScore(Parts):
     def weight(self, progress: float) -> float:
         """``lam`` at a fraction of the run."""
         return min(max((self.slope * (progress - self.bias) + 2) / 4, 0.0), 1.0)
+
+
+@dataclass(frozen=True)
+class ScaledParts(Parts):
+    """The parts, and on every step, full or cached, the denoiser's output divided by a number.
+
+    Where the output has more channels than the latent (a learned variance), only the first ones are divided. Guidance
+    is linear, so that dividing each branch is dividing what it makes of them.
+
+    Args:
+        kinds: which parts, as in `Parts`.
+        decisions: how many are taken in a step, as in `Parts`.
+        divisor: 1 leaves the output as it is.
+
+    Raises:
+        SettingError: the divisor is not above 0.
+    """
+
+    name: ClassVar[str] = "scaled_parts"
+    words: ClassVar[str] = "the parts and the output's scale"
+
+    divisor: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.divisor > 0:
+            raise SettingError(f"ScaledParts(divisor={self.divisor}): divisor must be above 0.")
