@@ -18,7 +18,7 @@ import cache4diffusion as c4d
 import toys
 from cache4diffusion.cli.app import DEMO_METHODS, app
 from cache4diffusion.cli.models import Model, family_of, read_prompts
-from cache4diffusion.compare import parse_method, split_methods
+from cache4diffusion.compare import check_methods, parse_method, split_methods
 from cache4diffusion.errors import SettingError
 from cache4diffusion.reference.scenes import held_out_scenes
 from cache4diffusion.strip import planned_strip
@@ -302,9 +302,7 @@ def test_families_are_those_the_scenes_were_drawn_from():
 
 
 def test_the_demo_compares_methods_that_exist():
-    for entry in DEMO_METHODS:
-        name, settings = parse_method(entry)
-        c4d.method(name, **settings)
+    check_methods(DEMO_METHODS)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,7 @@ from cache4diffusion.errors import SettingError
 from cache4diffusion.handle import Handle
 from cache4diffusion.method import Composition, Method, method
 from cache4diffusion.predictors import Reuse
-from cache4diffusion.selfcheck.inside import Probe, alive, always_resting, counted, poison
+from cache4diffusion.selfcheck.inside import Probe, always_resting, counted, newcomers, poison
 from cache4diffusion.selfcheck.stage import Case, Failed, NotApplicable, Stage, Subject
 from cache4diffusion.selfcheck.values import all_equal, difference, distance, kind, tensors, tolerance
 from cache4diffusion.sites import Denoiser, Parts, UNetLevel
@@ -263,24 +262,23 @@ def _ledger_equals_held(subject: Subject, case: Case) -> str:
     case = case.forced(subject.steps)
     with subject.attach(case) as handle:
         list(subject.frozen(handle))  # whatever the denoiser memoises
-        gc.collect()
-        before = alive()
         engine, most = handle._engines[0], 0
-        for step, number, output, _ in subject.frozen(handle):
-            del output
-            if number < len(subject.calls) - 1 or step not in (1, subject.steps - 1):
-                continue
-            found = {key: size for key, size in alive().items() if key not in before}
-            held, most = engine.ledger.held, max(most, engine.ledger.held)
-            # Decisions, finite checks, and on accelerators the 32 values by which conditioning is recognised.
-            small = sum(size for size in found.values() if size <= 256)
-            if not 0 <= sum(found.values()) - held <= max(small, 64):
-                raise Failed(f"the ledger says {held} bytes at step {step}, {sum(found.values())} are held")
-        if engine.ledger.held:
-            raise Failed(f"{engine.ledger.held} bytes are held after the run")
-        left = {key: size for key, size in alive().items() if key not in before and size > 64}
-        if left:
-            raise Failed(f"{sum(left.values())} bytes outlive the run")
+        with newcomers() as found_since:
+            for step, number, output, _ in subject.frozen(handle):
+                del output
+                if number < len(subject.calls) - 1 or step not in (1, subject.steps - 1):
+                    continue
+                found = list(found_since().values())
+                held, most = engine.ledger.held, max(most, engine.ledger.held)
+                # Decisions, finite checks, and on accelerators the 32 values by which conditioning is recognised.
+                small = sum(size for size in found if size <= 256)
+                if not 0 <= sum(found) - held <= max(small, 64):
+                    raise Failed(f"the ledger says {held} bytes at step {step}, {sum(found)} are held")
+            if engine.ledger.held:
+                raise Failed(f"{engine.ledger.held} bytes are held after the run")
+            left = [size for size in found_since().values() if size > 64]
+            if left:
+                raise Failed(f"{sum(left)} bytes outlive the run")
     return f"{most} bytes at the largest, 0 after the run"
 
 

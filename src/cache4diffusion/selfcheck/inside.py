@@ -148,8 +148,25 @@ def poison(engine: Engine) -> int:
     return len(floats)
 
 
-def alive() -> dict[int, int]:
-    """Bytes of every storage some tensor of this process lies in."""
+@contextmanager
+def newcomers() -> Iterator[Callable[[], dict[int, int]]]:
+    """Within: a function that returns, by address, the bytes of storages that came up since.
+
+    Objects from before are set aside, or every look would go through all of a process's millions.
+    """
+    gc.collect()
+    before, is_ours = _storages(), gc.get_freeze_count() == 0
+    if is_ours:
+        gc.freeze()
+    try:
+        yield lambda: {address: size for address, size in _storages().items() if address not in before}
+    finally:
+        if is_ours:
+            gc.unfreeze()
+
+
+def _storages() -> dict[int, int]:
+    """Bytes of every storage some tensor of this process lies in, by address."""
     storages = {}
     for thing in gc.get_objects():
         # A subclass keeps its data in plain tensors; a fake tensor, as torch.compile leaves about, has none.
