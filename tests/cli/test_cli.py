@@ -154,7 +154,7 @@ def test_cite_names_authors_and_source(name):
     ("words", "said"),
     [
         (["show", "taylorser"], "did you mean 'taylorseer'?"),
-        (["cite", "fb-cache"], "did you mean 'fbcache'?"),
+        (["cite", "fbcahe"], "did you mean 'fbcache'?"),
         (["bench", "--methods", "toka", "--model", "scenes-flux"], "did you mean 'toca'?"),
         (["bench", "--methods", "fora(interval", "--model", "scenes-flux"], "write it like 'name(setting=value)'"),
         (["selfcheck", "--model", "scene-flux"], "did you mean 'scenes-flux'?"),
