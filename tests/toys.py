@@ -45,11 +45,12 @@ CALIBRATED = {
         "calibration": Calibration.by_hand(
             "bacache",
             12,
-            {  # of FLUX and of DiT; the farther apart two steps are, the less alike
+            {  # of FLUX, of DiT and of `Blocks`; the farther apart two steps are, the less alike
                 f"{kind} {path}": 1 - (torch.arange(12.0)[:, None] - torch.arange(12.0)).abs() / 12
                 for kind, path in [
                     *((kind, f"transformer_blocks.{i}.{part}") for i in range(3) for part, kind in _DOUBLE.items()),
                     *(("fused", f"single_transformer_blocks.{i}.proj_out") for i in range(3)),
+                    *(("ffn", f"blocks.{i}.ff") for i in range(3)),
                 ]
             },
         ),
@@ -69,6 +70,7 @@ ACTIVE = {name: dict(CALIBRATED.get(name, {})) for name in c4d.METHODS} | {
     "fbcache": {"threshold": 0.5},
     "feb-cache": {"table": (0, 2, 2, 0, 2, 2, 0)},
     "fora": {"interval": 3},
+    "goc": {"start_full": 1.0},
     "magcache": {"ratios": (1.0, 0.99)},
     "scm": {"mask": "ultra"},
     "skip-dit": {"interval": 3, "start": 0.0, "stop": 1.0},
