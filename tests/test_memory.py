@@ -3,7 +3,12 @@
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from tests.toys import (
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import cache4diffusion as c4d
+from cache4diffusion.errors import AnatomyError, SettingError
+from cache4diffusion.shapes import SHAPES, shape
+from toys import (
     ACTIVE,
     TRANSFORMER_METHODS,
     distinct_methods,
@@ -17,11 +22,6 @@ from tests.toys import (
     prompt,
     sample_of,
 )
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-import cache4diffusion as c4d
-from cache4diffusion.errors import AnatomyError, SettingError
-from cache4diffusion.shapes import SHAPES, shape
 
 STEPS = 14
 SMALL = {
