@@ -312,6 +312,7 @@ def bench(
 # step by step: intervals that widen need as many full steps as equal ones, and leave far smaller errors.
 DEMO_METHODS: tuple[str, ...] = (
     "taylorseer-lite(warmup=10, gate='widening(warmup=10, window=3, growth=1)')",
+    "taylorseer-lite(interval=6, warmup=10)",
     "speca(warmup=10)",
     "taylorseer(interval=6, warmup=10)",
     "dbcache(threshold=0.12, front=1, warmup=8)",
