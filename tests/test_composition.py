@@ -170,11 +170,8 @@ def is_possible(site, gate, tokens, decide="batch", predictor="reuse"):
 
 
 def predictors(site, gate):
-    """All of them under the plain gate; one of each kind under those that watch; else one, for they never meet."""
-    if gate == "interval" and site not in FAMILY:
-        wanted = ANYWHERE
-    else:
-        wanted = [*KINDS, "aligned"] if gate in (*WATCHES, "interval", "speculative") else ["reuse"]
+    """All of them under the plain gate, one of each kind under the others."""
+    wanted = ANYWHERE if gate == "interval" and site not in FAMILY else [*KINDS, "aligned"]
     return [name for name in dict.fromkeys(wanted) if is_possible(site, gate, None, "batch", name)]
 
 

@@ -71,7 +71,7 @@ ACTIVE = {name: dict(CALIBRATED.get(name, {})) for name in c4d.METHODS} | {
     "feb-cache": {"table": (0, 2, 2, 0, 2, 2, 0)},
     "fora": {"interval": 3},
     "goc": {"start_full": 1.0},
-    "magcache": {"ratios": (1.0, 0.99)},
+    "magcache": {"ratios": (1.0, 0.99), "max_run": 2},
     "scm": {"mask": "ultra"},
     "skip-dit": {"interval": 3, "start": 0.0, "stop": 1.0},
     "speca": {"threshold": 0.5},

@@ -154,7 +154,7 @@ def test_nothing_keeps_cached_tensors_alive_after_a_run(name, monkeypatch):
     pipe, remembered = toys.flux_pipeline(), Remembered(monkeypatch)
     with c4d.accelerate(pipe, name, **toys.ACTIVE[name]) as handle:
         images = toys.generate(pipe, 6, **GUIDED)
-        assert len(remembered.references) > 2
+        assert len(remembered.references) > 5
         assert not remembered.alive()
         assert handle.memory["held"] == 0 < handle.memory["peak"]
     assert images is not None
