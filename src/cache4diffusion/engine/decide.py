@@ -85,7 +85,7 @@ def decide(
 
 def mean_size(x: Tensor, per_row: bool) -> Tensor:
     """``mean|x|`` in float32, per row or over all rows; shape [rows] or [1]."""
-    sizes = torch.linalg.vector_norm(x.float(), ord=1, dim=tuple(range(1, x.ndim))) / max(x[0].numel(), 1)
+    sizes = _size(x.float()) / max(x[0].numel(), 1)
     return sizes if per_row else sizes.mean().reshape(1)
 
 
@@ -118,13 +118,16 @@ def relative_change(now: Tensor, before: Tensor, per_row: bool) -> Tensor:
 
     0 where nothing changed and nothing was there, infinite where something came from nothing.
     """
-    dims = tuple(range(1, now.ndim))
     before = before.float()
-    num = torch.linalg.vector_norm(now.float() - before, ord=1, dim=dims)
-    den = torch.linalg.vector_norm(before, ord=1, dim=dims)
+    num, den = _size(now.float() - before), _size(before)
     if not per_row:
         num, den = num.sum().reshape(1), den.sum().reshape(1)
     return torch.where((den == 0) & (num == 0), torch.zeros_like(num), num / den)
+
+
+def _size(x: Tensor) -> Tensor:
+    """``sum|x|`` of every row. On the CPU ``vector_norm(ord=1)`` takes five times as long."""
+    return x.abs().sum(tuple(range(1, x.ndim)))
 
 
 def prediction_error(predicted: Tensor, true: Tensor, verification: Verification, per_row: bool = True) -> Tensor:
