@@ -119,7 +119,7 @@ def relative_change(now: Tensor, before: Tensor, per_row: bool) -> Tensor:
     0 where nothing changed and nothing was there, infinite where something came from nothing.
     """
     before = before.float()
-    num, den = _size(now.float() - before), _size(before)
+    num, den = (now.float() - before).abs_().sum(tuple(range(1, now.ndim))), _size(before)
     if not per_row:
         num, den = num.sum().reshape(1), den.sum().reshape(1)
     return torch.where((den == 0) & (num == 0), torch.zeros_like(num), num / den)

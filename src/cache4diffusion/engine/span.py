@@ -14,7 +14,6 @@ from cache4diffusion.engine.leaves import get_output, own, select_rows
 from cache4diffusion.engine.passage import Passage
 from cache4diffusion.engine.state import Context, Verdict
 from cache4diffusion.errors import AnatomyError
-from cache4diffusion.predictors import FrontAware
 from cache4diffusion.sites import Blocks, Span, SwitchingSpan
 
 
@@ -87,9 +86,9 @@ class SpanDriver(Driver):
                 "Methods for the whole denoiser ('taylorseer-lite') or for U-Net levels ('deepcache') may work."
             )
         self.stretches = self.cut([len(stack.blocks) for stack in anatomy.main], anatomy.seams)
-        if isinstance(self.host.predictor, FrontAware) and len(self.stretches) > 1:
+        if self.host.front_aware is not None and len(self.stretches) > 1:
             raise AnatomyError(
-                f"{type(self.host.predictor).__name__} reads what the first blocks add, but in {anatomy.denoiser} no "
+                f"{type(self.host.front_aware).__name__} reads what the first blocks add, but in {anatomy.denoiser} no "
                 "span runs from there to the last block: its lists of blocks hand over their streams in another shape. "
                 "Use predictor='reuse'."
             )
@@ -127,7 +126,7 @@ class SpanDriver(Driver):
         """Once the residual of every stretch of this decision was recorded."""
         sites = context.state.sites
         mine = [stretch for stretch in self.active(context) if stretch.key == key]
-        if isinstance(self.host.predictor, FrontAware) and "front_residuals" not in context.scratch:
+        if self.host.front_aware is not None and "front_residuals" not in context.scratch:
             return False  # what the front added could not be told
         return bool(mine) and all(s.name in sites and self.host.predictor.is_ready(sites[s.name]) for s in mine)
 
@@ -208,8 +207,8 @@ class SpanDriver(Driver):
         places: list[int] | None = None,
     ) -> None:
         """Take in a feature: of the given rows of the batch, which are at these places of the call."""
-        predictor, sites = self.host.predictor, context.state.sites
-        if not isinstance(predictor, FrontAware):
+        predictor, sites = self.host.front_aware, context.state.sites
+        if predictor is None:
             self.keep(context, stretch.name, features, rows)
             return
         if "front_residuals" not in context.scratch:
@@ -228,8 +227,8 @@ class SpanDriver(Driver):
         places: list[int] | None = None,
     ) -> list[Tensor]:
         """What a cached step goes on with."""
-        predictor = self.host.predictor
-        if not isinstance(predictor, FrontAware):
+        predictor = self.host.front_aware
+        if predictor is None:
             return self.forecast(context, stretch.name, rows)
         front, rows = self._front(context, stretch, places), context.rows if rows is None else rows
         return predictor.predict_seeing(context.state.sites[stretch.name], front, context.time, rows)

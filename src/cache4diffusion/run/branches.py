@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -179,9 +180,12 @@ def pick(tensor: Tensor) -> Tensor:
 
     The latter because prompts are padded: most evenly spread samples of a short prompt would hit equal padding.
     """
-    count = tensor.numel()
-    row = tensor.shape[-1] if tensor.dim() else 1
+    index = torch.tensor(_places(tensor.numel(), tensor.shape[-1] if tensor.dim() else 1), dtype=torch.long)
+    return tensor.detach().reshape(-1)[index.to(tensor.device, non_blocking=True)]
+
+
+@functools.lru_cache(maxsize=64)
+def _places(count: int, row: int) -> list[int]:
     even = [(count - 1) * k // 15 for k in range(16)]
     near = [min(int(1.6**k) * row + k, count - 1) for k in range(16)]
-    index = torch.tensor(even + near if count else [], dtype=torch.long)
-    return tensor.detach().reshape(-1)[index.to(tensor.device, non_blocking=True)]
+    return even + near if count else []

@@ -15,7 +15,6 @@ from cache4diffusion.engine.passage import Passage
 from cache4diffusion.engine.state import Context
 from cache4diffusion.errors import AnatomyError
 from cache4diffusion.gates import Front
-from cache4diffusion.predictors import FrontAware
 from cache4diffusion.sites import Span
 
 
@@ -76,13 +75,13 @@ class FrontObserver(Observer):
         passage.leave(self._watched(self.host.stream_outputs(position, args, kwargs, output)))
         if position - start == self.watch.blocks - 1 and key in self.driver.keys:
             is_sound = self.host.is_sound(passage)
-            if isinstance(self.host.predictor, FrontAware) and is_sound:
+            if self.host.front_aware is not None and is_sound:
                 context.scratch["front_residuals"] = [passage.residual(i) for i in range(len(passage.out))]
             self.meet(context, key, lambda: self._seen(key, passage) if is_sound else None)
 
     def _watched(self, streams: list[Tensor]) -> list[Tensor]:
         """The image stream; all of them for a predictor that asks what the front added."""
-        return streams if isinstance(self.host.predictor, FrontAware) else streams[:1]
+        return streams if self.host.front_aware is not None else streams[:1]
 
     def _seen(self, key: int, passage: Passage) -> Seen:
         seen: Seen = {key: passage.left[0] if self.watch.of == "stream" else passage.residual(0)}
