@@ -134,6 +134,15 @@ class Reads(zoo.PlainBlock):
         return super().forward(x, c) if c.abs().max() > 0 else x
 
 
+def test_weights_cast_for_autocast_are_the_real_ones_afterwards():
+    module, args, kwargs = zoo.flux()
+    module.requires_grad_(True)  # autocast keeps casts of such weights only
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        anatomy.observe(module, args, kwargs)
+        found = run(module, args, kwargs)
+    assert type(found) is torch.Tensor
+
+
 def test_a_denoiser_that_reads_its_data_is_watched_in_a_real_forward():
     module, args, kwargs = zoo.plain(block=Reads)
     found = anatomy.observe(module, args, kwargs)

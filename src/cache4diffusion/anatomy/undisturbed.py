@@ -119,6 +119,8 @@ def undisturbed(denoiser: nn.Module, observer: CallObserver) -> Iterator[None]:
     snapshots += [_Snapshot(helper) for helper in helpers.values()]
     sizes = [(cache, cache.cache_info().currsize) for cache in _caches(modules)]
     random_state, torch_state = random.getstate(), torch.get_rng_state()
+    keeps_casts = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)  # a traced weight, cast, would stay for the real call
     try:
         for path, module in named:
             module.__dict__["_compiled_call_impl"] = _observed(path, plain_forward(module), observer)
@@ -133,6 +135,7 @@ def undisturbed(denoiser: nn.Module, observer: CallObserver) -> Iterator[None]:
                 cache.cache_clear()
         random.setstate(random_state)
         torch.set_rng_state(torch_state)
+        torch.set_autocast_cache_enabled(keeps_casts)
 
 
 def _observed(path: str, forward: Callable[..., Any], observer: CallObserver) -> Callable[..., Any]:
