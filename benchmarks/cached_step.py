@@ -157,9 +157,7 @@ def variants() -> list[Variant]:
     )
     family = ["whole denoiser", "parts", "one probed block", "two probed blocks", "signal"]
     found = [
-        Variant(
-            "uncached", "baseline", "diffusers " + diffusers.__version__, "denoiser(...)", lambda denoiser: None, 4
-        ),
+        Variant("uncached", "baseline", f"diffusers {diffusers.__version__}", "denoiser(...)", lambda denoiser: None),
         ours("taylorseer-lite", family[0], interval=5, order=1),
         hooked("TaylorSeer lite", family[0], lite, words + "use_lite_mode=True, taylor_factors_dtype=torch.float32)"),
         ours("taylorseer", family[1], interval=5, order=1),
@@ -331,14 +329,14 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2 repeats instead of 8")
+    parser.add_argument("--quick", action="store_true", help="2 repeats instead of 16")
     parser.add_argument("--repeats", type=int, default=None)
     parser.add_argument("--json", metavar="FILE", help="write JSON here (- is stdout)")
     parser.add_argument("--write", metavar="STEM", help="write STEM.md and STEM.json")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     with torch.no_grad():
-        result = measure(options.repeats or (2 if options.quick else 8))
+        result = measure(options.repeats or (2 if options.quick else 16))
     text = json.dumps(result, indent=2) + "\n"
     if options.json == "-":
         print(text, end="")

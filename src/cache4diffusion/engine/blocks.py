@@ -20,6 +20,9 @@ class BlockView:
         self.block = block
         self._order = sorted(range(len(block.streams)), key=lambda i: (_ORDER[block.streams[i].kind], i))
         self.streams: list[Stream] = [block.streams[i] for i in self._order]  # in canonical order
+        paths = [stream.argument for stream in self.streams]
+        self._names = [path[0] for path in paths if len(path) == 1 and isinstance(path[0], str)]
+        self._is_plain = len(self._names) == len(paths)  # each stream is an argument with a name
         template = block.output_template
         refs = template if type(template) is tuple else ()
         self._places: list[int] | None = None  # for an output that is a plain tuple of streams: which, canonically
@@ -38,6 +41,11 @@ class BlockView:
 
     def inputs(self, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
         """What enters, one tensor per stream."""
+        if self._is_plain and not args:
+            try:
+                return [kwargs[name] for name in self._names]
+            except KeyError:
+                pass  # one was left out
         return [get_argument(module, args, kwargs, stream.argument) for stream in self.streams]
 
     def rebuild(self, values: Sequence[Tensor]) -> Any:

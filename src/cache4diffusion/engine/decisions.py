@@ -44,6 +44,8 @@ class Decisions:
             self._drop(lambda run, step: run == lead[0] and step != lead[1])
             self._leads[lead] = verdict
         context.verdicts[key] = verdict
+        if verdict.is_cached:
+            context.passing |= self.driver.passing(context, key)
         return verdict
 
     def take_all(self, context: Context, observe: Callable[[], Sequence[Any]] | None = None) -> None:

@@ -90,6 +90,10 @@ class Driver(ABC):
         """A main block is called; by default it runs."""
         return inner(*args, **kwargs)
 
+    def passing(self, context: Context, key: int) -> frozenset[int]:
+        """Main blocks that only hand on what enters them once this decision is to cache: nobody looks at them."""
+        return frozenset()
+
     def on_decided(self, context: Context, key: int) -> None:  # noqa: B027 - optional step
         """A verdict that was pending when the call began has been reached."""
 

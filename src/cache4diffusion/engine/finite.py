@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
@@ -33,14 +34,13 @@ class FiniteGuard:
 
     def passes(self, state: Unread, predicted: Sequence[Tensor]) -> bool:
         """Whether ``predicted`` may be handed on: it is finite, or that is left to `passed`."""
-        mode = self.mode or ("now" if predicted[0].device.type == "cpu" else "next")
-        if mode == "off":
+        floating = [x for x in predicted if x.is_floating_point()]
+        mode = self.mode or ("now" if not floating or floating[0].device.type == "cpu" else "next")
+        if mode == "off" or not floating:
             return True
-        # The extremes of a tensor are NaN if anything in it is; finding them takes one pass and no room.
-        extremes = [torch.stack(torch.aminmax(x)) for x in predicted if x.is_floating_point() and x.numel()]
-        if not extremes:
-            return True
-        is_finite = torch.stack([pair.isfinite().all() for pair in extremes]).all()
+        if mode == "now" and all(math.isfinite(x.sum(dtype=torch.float32)) for x in floating):
+            return True  # nothing infinite, and no NaN, is in a finite sum; one that overflowed is looked at again
+        is_finite = torch.stack([torch.isfinite(x).all() for x in floating]).all()
         if mode == "next":
             state.unread_finite = is_finite
             return True

@@ -90,6 +90,7 @@ class SiteRunner:
         self._forget(context)
         self.decisions.revoke(context, "not finite, recomputed")
         context.rows, context.is_checked, context.scratch, context.is_recomputed = None, False, {}, True
+        context.passing = frozenset()
         self._active = context
         return self.driver.run(context, inner, args, kwargs)
 
@@ -131,6 +132,8 @@ class SiteRunner:
         context = self._active
         if context is None:
             return inner(*args, **kwargs)
+        if position in context.passing:
+            return self.host.pass_through(position, args, kwargs)
         self.observer.before(context, position, inner, args, kwargs)
         output = self.driver.on_block(context, position, inner, args, kwargs)
         self.observer.after(context, position, args, kwargs, output)

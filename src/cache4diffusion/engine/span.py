@@ -74,6 +74,7 @@ class SpanDriver(Driver):
         super().__init__(host, site)
         self.stretches: list[Stretch] = []
         self._by_position: dict[int, Stretch] = {}
+        self._passing: dict[int, frozenset[int]] = {}  # by decision
         self.form: str = getattr(site, "form", "residual")
         self._rested: dict[Any, Rested] = {}  # by what rested: one object for many records
 
@@ -92,6 +93,7 @@ class SpanDriver(Driver):
                 "span runs from there to the last block: its lists of blocks hand over their streams in another shape. "
                 "Use predictor='reuse'."
             )
+        self._passing = {}
         if not self.stretches:
             count = sum(len(stack.blocks) for stack in anatomy.main)
             self.host.note(f"{self.site} leaves none of the {count} blocks to cache, so nothing is cached.")
@@ -109,6 +111,13 @@ class SpanDriver(Driver):
     def keys(self) -> tuple[int, ...]:
         """One decision, or one per list."""
         return tuple(dict.fromkeys(stretch.key for stretch in self.stretches))
+
+    def passing(self, context: Context, key: int) -> frozenset[int]:
+        """All blocks of its stretches but the last ones, which go on with what is predicted."""
+        if key not in self._passing:
+            mine = [stretch for stretch in self.stretches if stretch.key == key]
+            self._passing[key] = frozenset(p for stretch in mine for p in range(stretch.first, stretch.last))
+        return self._passing[key]
 
     def was_reached(self, context: Context) -> bool:
         """Whether a stretch was entered (its residual is not kept where the host wrote into the streams)."""
@@ -258,7 +267,7 @@ class SpanDriver(Driver):
     def _bypass(
         self, context: Context, stretch: Stretch, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if position != stretch.last:
+        if position != stretch.last:  # the first block, where the decision was taken in front of it
             return self.host.pass_through(position, args, kwargs)
         values = self.host.stream_inputs(position, args, kwargs)
         leaves = self._forecast(context, stretch)
@@ -323,6 +332,10 @@ class SwitchingSpanDriver(SpanDriver):
     def stretch_at(self, context: Context, position: int) -> Stretch | None:
         """The stretch a block belongs to at this step."""
         return next((s for s in self.active(context) if s.first <= position <= s.last), None)
+
+    def passing(self, context: Context, key: int) -> frozenset[int]:
+        """Those of this side."""
+        return frozenset(p for stretch in self.active(context) for p in range(stretch.first, stretch.last))
 
     def was_reached(self, context: Context) -> bool:
         """Whether a stretch of this side was entered."""

@@ -106,6 +106,7 @@ class Context:
     verdicts: dict[int, Verdict] = field(default_factory=dict)
     is_checked: bool = False  # whether a verification is due
     is_recomputed: bool = False  # whether this is the second attempt, in full, at a prediction that was not finite
+    passing: frozenset[int] = frozenset()  # main blocks that hand on what enters them
     scratch: dict[Any, Any] = field(default_factory=dict)  # of this call only
 
     @property
