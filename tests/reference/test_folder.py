@@ -9,6 +9,7 @@ import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file
 
+from cache4diffusion.calls import sampler
 from cache4diffusion.errors import FileFormatError, UnknownNameError
 from cache4diffusion.reference import build as building
 from cache4diffusion.reference import evaluate
@@ -100,6 +101,15 @@ def test_a_rows_noise_does_not_depend_on_its_batch(folder):
     alone = [next(iter(generate(pipe, [c], seed=5 + i, num_inference_steps=2))) for i, c in enumerate(captions)]
     for a, b in zip(together, alone, strict=True):
         assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
+
+
+def test_the_noise_of_evaluation_is_the_benchmarks(folder):
+    pipe, captions = load(folder), held_out_captions(2)
+    call = {key: value for key, value in SAMPLING.items() if key != "num_inference_steps"}
+    measured = sampler(pipe, call)(captions, [7, 8], 2)
+    evaluated = generate(pipe, captions, seed=7, num_inference_steps=2)
+    for a, b in zip(measured, evaluated, strict=True):
+        assert np.array_equal(np.rint(255 * np.asarray(a)), b)
 
 
 def test_accuracy_counts_per_family_and_demand(folder):

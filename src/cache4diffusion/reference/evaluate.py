@@ -22,6 +22,7 @@ from diffusers import AutoencoderKL, FluxPipeline
 from rich.console import Console
 from rich.progress import track
 
+from cache4diffusion.calls import sampler
 from cache4diffusion.errors import Cache4DiffusionError, SettingError
 from cache4diffusion.measure import wilson_interval
 from cache4diffusion.reference.checker import check, contradict
@@ -39,7 +40,7 @@ def generate(
 ) -> Iterable[np.ndarray]:
     """Yield one image, uint8 ``[128, 128, 3]``, per caption.
 
-    The noise of caption ``i`` depends on ``seed + i`` alone, not on the batch it falls into.
+    The noise of caption ``i`` depends on ``seed + i`` alone, not on the batch it falls into; `bench` draws the same.
 
     Args:
         pipe: a reference pipeline.
@@ -49,24 +50,17 @@ def generate(
         progress: show a progress bar on stderr.
         sampling: replaces entries of `SAMPLING`.
     """
+    call = SAMPLING | sampling
+    steps = call.pop("num_inference_steps")
+    sample = sampler(pipe, call)
     starts = range(0, len(captions), batch)
     if progress:
         starts = track(starts, "sampling", console=Console(stderr=True))
     for start in starts:
         part = captions[start : start + batch]
-        # Drawn one by one: the noise of a row must not depend on the rows before it.
-        noise = torch.cat([_noise(pipe, seed + start + i) for i in range(len(part))])
         with torch.inference_mode():
-            arguments: Any = SAMPLING | sampling | {"latents": noise, "output_type": "np", "return_dict": False}
-            (images,) = pipe(part, **arguments)
+            images = sample(part, range(seed + start, seed + start + len(part)), steps)
         yield from np.rint(255 * np.asarray(images)).astype(np.uint8)
-
-
-def _noise(pipe: FluxPipeline, seed: int) -> torch.Tensor:
-    config, side = pipe.transformer.config, SAMPLING["height"] // (2 * pipe.vae_scale_factor)
-    generator = torch.Generator("cpu").manual_seed(seed)
-    noise = torch.randn(1, side * side, config["in_channels"], generator=generator)
-    return noise.to(pipe.transformer.device, pipe.transformer.dtype)
 
 
 def accuracy(
