@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 import cache4diffusion as c4d
 import toys
-from cache4diffusion.cli.app import DEMO_METHODS, app
+from cache4diffusion.cli.app import app
+from cache4diffusion.cli.measuring import DEMO_METHODS
 from cache4diffusion.cli.models import Model, family_of, read_prompts
 from cache4diffusion.compare import check_methods, parse_method, split_methods
 from cache4diffusion.errors import SettingError
