@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from cache4diffusion.calibration import Calibration, Entry, Statistic
 from cache4diffusion.calibration.store import command, misshapen, opened
@@ -21,6 +21,19 @@ from cache4diffusion.tokens import TokenRule
 
 Fidelity = Literal["code", "paper", "reconstructed", "ours"]
 Decide = Literal["batch", "any", "row"]
+Family = Literal[
+    "forecasting",
+    "reuse of blocks and parts",
+    "adaptive gates",
+    "correctors",
+    "learned routers",
+    "trajectory",
+    "tokens",
+    "guidance",
+    "U-Net",
+]
+FAMILIES: tuple[Family, ...] = get_args(Family)
+"""What methods are listed under, in this order."""
 
 _EXAMPLES = {
     "site": "span(front=1)",
@@ -229,7 +242,7 @@ class Composition:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MethodInfo:
     """One row of the registry.
 
@@ -243,13 +256,17 @@ class MethodInfo:
         tokens: which tokens anyway, in a word, or None.
         fidelity: ``code`` (from official code), ``paper``, ``reconstructed`` (no readable formula) or ``ours``.
         off: settings at which it never caches.
-        use: one line: when to use it.
+        family: what it is listed under, one of `FAMILIES`.
+        when: one line that goes on from "use it when".
         citation: authors, title, venue.
         needs_calibration: whether a calibration file is needed.
         shares_branches: whether one CFG branch's prediction reads another's feature.
         published: settings of the paper or its released code, by what they are for. A set names what differs from our
             defaults or is worth saying; it is shown as *not re-measured* unless ``remeasured`` names it.
         remeasured: the published sets whose effect was measured again here, on real weights.
+
+    Raises:
+        SettingError: there is no such family, or nothing is said of when to use it.
     """
 
     name: str
@@ -261,12 +278,24 @@ class MethodInfo:
     tokens: str | None
     fidelity: Fidelity
     off: dict[str, Any]
-    use: str
+    family: Family
+    when: str
     citation: str
     needs_calibration: bool = False
     shares_branches: bool = False
     published: dict[str, dict[str, Any]] = field(default_factory=dict)
     remeasured: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise SettingError(
+                f"MethodInfo(name={self.name!r}, family={self.family!r}){closest(self.family, FAMILIES) or '.'} "
+                f"Families: {', '.join(FAMILIES)}."
+            )
+        if not self.when.strip() or self.when != self.when.strip() or self.when.endswith("."):
+            raise SettingError(
+                f'MethodInfo(name={self.name!r}, when={self.when!r}): go on from "use it when", without a full stop.'
+            )
 
 
 METHODS: dict[str, type[Method]] = {}
@@ -379,7 +408,9 @@ class Method(ABC):
             "needs_num_steps": info.needs_calibration or cls().compose().needs_num_steps,
             "fidelity": info.fidelity,
             "off": dict(info.off),
-            "use": info.use,
+            "family": info.family,
+            "when": info.when,
+            "use": info.when,  # its name in earlier releases
         }
 
     def is_off(self) -> bool:

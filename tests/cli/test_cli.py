@@ -21,7 +21,9 @@ from cache4diffusion.cli.measuring import DEMO_METHODS
 from cache4diffusion.cli.models import Model, family_of, read_prompts
 from cache4diffusion.compare import check_methods, parse_method, split_methods
 from cache4diffusion.errors import SettingError
+from cache4diffusion.method import FAMILIES, MethodInfo
 from cache4diffusion.reference.scenes import held_out_scenes
+from cache4diffusion.sites import Trajectory, UNetLevel
 from cache4diffusion.strip import planned_strip
 
 COMMANDS = get_command(app).commands
@@ -75,7 +77,7 @@ def test_methods_json_is_the_registry():
     assert [row["name"] for row in rows] == METHODS
     wanted = {
         "name", "title", "arxiv", "site", "gate", "predictor", "tokens", "needs_calibration", "needs_num_steps",
-        "fidelity", "off",
+        "fidelity", "off", "use", "family", "when",
     }  # fmt: skip
     for row in rows:
         assert wanted <= set(row)
@@ -83,8 +85,43 @@ def test_methods_json_is_the_registry():
         assert isinstance(row["off"], dict)
         assert row["off"]
         assert isinstance(row["needs_num_steps"], bool)
-    table = run("methods").stdout
-    assert all(name in table for name in METHODS)
+
+
+def test_methods_are_listed_by_family_with_one_line_each():
+    lines = [line.rstrip() for line in run("methods").stdout.splitlines()]
+    heads = [lines.index(family) for family in FAMILIES if family in lines]
+    assert heads == sorted(heads)
+    for name in METHODS:
+        info = c4d.METHODS[name].info
+        (at,) = [i for i, line in enumerate(lines) if line.split()[:1] == [name]]
+        assert lines[max(head for head in heads if head < at)] == info.family
+        assert f" {info.when} " in lines[at], f"{name}: the line must fit beside the name"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_family_of_a_method_is_that_of_its_parts(name):
+    """What acts on the trajectory, in a U-Net, on tokens or on guidance alone is found there, and only there."""
+    family, made = c4d.METHODS[name].info.family, c4d.method(name, **toys.CALIBRATED.get(name, {})).compose()
+    assert (family == "trajectory") == isinstance(made.site, Trajectory)
+    assert (family == "tokens") == (made.tokens is not None)
+    assert (family == "guidance") == (made.site is None)
+    if isinstance(made.site, UNetLevel):
+        assert family == "U-Net"
+    if family == "adaptive gates":
+        assert made.gate.watch is not None
+
+
+def test_a_method_says_its_family_and_when_to_use_it():
+    info = c4d.METHODS["fora"].info
+    facts = {entry.name: getattr(info, entry.name) for entry in dataclasses.fields(info)}
+    for missing in ("family", "when"):
+        with pytest.raises(TypeError, match=f"missing 1 required .*'{missing}'"):
+            MethodInfo(**{name: value for name, value in facts.items() if name != missing})
+    with pytest.raises(SettingError, match=r"did you mean 'tokens'.* Families: forecasting, reuse of blocks"):
+        dataclasses.replace(info, family="token")
+    for wrong in ("", " ", "it is needed."):
+        with pytest.raises(SettingError, match='go on from "use it when", without a full stop'):
+            dataclasses.replace(info, when=wrong)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -97,6 +134,38 @@ def test_show_has_every_setting_and_the_strip(name):
         assert f"\n  {setting} " in text
     assert (shown["strip"] or "20 steps   decided ") in text
     assert shown["strip"] is None or len(shown["strip"]) == 20
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_show_prints_the_card_of_the_docstring(name):
+    text, shown, info = run("show", name).stdout, facts("show", name), c4d.METHODS[name].info
+    assert text.splitlines()[1] == f"{info.family}: use it when {info.when}."
+    body = shown["doc"].split("\nCost: ")[0]
+    assert body in text
+    assert shown["cost"], f"{name}: its docstring needs a line that begins with 'Cost: '"
+    flat = " ".join(text.split())
+    assert f"Cost {shown['cost']}" in flat
+    assert f"Needs {'; '.join(shown['needs']) or 'nothing else'}" in flat
+    assert all(part["part"] in text and part["doc"] for part in shown["parts"])
+    assert "site" in {part["axis"] for part in shown["parts"]} or info.family == "guidance"
+    assert f"Fidelity   {info.fidelity}" in text
+    assert info.citation in text
+    if "Differences from" in shown["doc"]:
+        assert shown["differences"] in flat
+
+
+def test_the_card_says_what_a_method_needs():
+    assert facts("show", "taylorseer-lite")["needs"] == []
+    for name, words in {
+        "dpcache": ["a calibration made", "the number of steps", "blocks that carry"],
+        "fastercache": ["the number of steps", "classifier-free guidance"],
+        "fora": ["blocks with residual parts"],
+        "deepcache": ["the levels of a U-Net"],
+        "z-cache": ["the number of steps", "a solver without a history: FlowMatchEulerDiscreteScheduler"],
+    }.items():
+        needs = facts("show", name)["needs"]
+        assert len(needs) == len(words)
+        assert all(need.startswith(word) for need, word in zip(needs, words, strict=True))
 
 
 @pytest.mark.parametrize("name", METHODS)

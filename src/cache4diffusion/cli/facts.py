@@ -10,9 +10,7 @@ from cache4diffusion.cli.common import (
     ArgOption,
     JsonOption,
     SetOption,
-    assignments,
     method_with,
-    plain,
     print_json,
     source_line,
     status,
@@ -27,11 +25,11 @@ def methods(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of the README.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """List the methods.
+    """List the methods by family, and when to use each.
 
     Example: c4d methods --json
     """
-    from cache4diffusion.cli.show import methods_table, source_of
+    from cache4diffusion.cli.show import by_family, methods_table
     from cache4diffusion.method import METHODS
 
     rows = [{**METHODS[name].row(), "citation": METHODS[name].info.citation} for name in sorted(METHODS)]
@@ -43,12 +41,19 @@ def methods(
         return
     from rich.table import Table
 
-    table = Table(header_style="bold", caption="fidelity: code (from released code), paper, reconstructed, ours")
-    for column in ("name", "cached", "when", "predicted by", "fidelity", "source"):
+    table = Table(
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+        caption="fidelity: code (from released code), paper, reconstructed, ours. c4d show NAME explains a method.",
+        caption_justify="left",
+    )
+    for column in ("name", "use it when", "fidelity"):
         table.add_column(column, overflow="fold")
-    for row in rows:
-        predictor = row["predictor"] + (f", tokens: {row['tokens']}" if row["tokens"] else "")
-        table.add_row(row["name"], row["site"], row["gate"], predictor, row["fidelity"], source_of(row))
+    for family, members in by_family(rows).items():
+        table.add_row(f"\n{family}", style="bold")
+        for row in members:
+            table.add_row(f"  {row['name']}", row["when"], row["fidelity"])
     terminal().print(table)
 
 
@@ -66,15 +71,12 @@ def show(
     arguments: ArgOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Explain a method: formula, settings with published values, cost, and its strip over 20 steps.
+    """Explain a method: formula, settings with published values, cost, what it needs, and its strip over 20 steps.
 
     Example: c4d show taylorseer --set order=1 --model flux.1-dev --resolution 1024
     """
-    import inspect
-
-    from cache4diffusion.calibration.store import command as calibrate_command
-    from cache4diffusion.cli.show import NOT_REMEASURED, count_cache, published_of, quotes_published, strip_of
-    from cache4diffusion.measure.table import size
+    from cache4diffusion.cli.card import card_of, facts_of
+    from cache4diffusion.cli.show import count_cache
     from cache4diffusion.method import method as make
 
     name, given = method_with(method, settings)
@@ -87,43 +89,10 @@ def show(
             counted = count_cache(chosen, model, resolution, steps, call)
     elif resolution or steps or call:
         raise SettingError("--resolution, --steps and --arg say how --model is to be called: add --model.")
-    info, text = chosen.info, inspect.getdoc(type(chosen)) or ""
-    strip = strip_of(chosen, 20)
-    published = published_of(info)
     if as_json:
-        entries = [{**entry, "default": plain(entry["default"])} for entry in chosen.describe()]
-        facts = {"doc": text, "settings": entries, "published": published, "calibration": None, "cache": counted}
-        if chosen.calibrator is not None:
-            measured = [{**entry, "default": plain(entry["default"])} for entry in chosen.calibrator.describe()]
-            facts["calibration"] = {"command": calibrate_command(info.name), "options": measured}
-        print_json({**chosen.row(), **facts, "strip": strip, "citation": info.citation})
-        return
-    out = [f"{info.title}  ({info.name})", "", info.use, "", text, "", "Settings"]
-    width = max(len(entry["name"]) for entry in chosen.describe())
-    out += [
-        f"  {entry['name']:<{width}}  {entry['default']!r}  [{entry['accepts']}]  {entry['doc']}"
-        for entry in chosen.describe()
-    ]
-    for is_remeasured, words in ((True, "re-measured here"), (False, NOT_REMEASURED)):
-        rows = [row for row in published if row["remeasured"] is is_remeasured]
-        width = max((len(row["name"]) for row in rows), default=0)
-        out += ["", f"Published settings, {words}"] if rows else []
-        out += [f"  {row['name']:<{width}}  {assignments(row['settings'])}" for row in rows]
-    if not info.remeasured and quotes_published(chosen.describe()):
-        out += ["", f"Values behind 'Code:' and 'Paper:' are published ones, {NOT_REMEASURED}."]
-    if chosen.calibrator is not None:
-        need = "Needs a calibration" if info.needs_calibration else "Can be calibrated"
-        measured = chosen.calibrator.describe()
-        width = max((len(entry["name"]) for entry in measured), default=0)
-        out += ["", f"{need} on your denoiser: {calibrate_command(info.name)}"]
-        out += [f"{' ' * 2}--set {entry['name']:<{width}}  {entry['default']!r}  {entry['doc']}" for entry in measured]
-    if counted is not None:
-        out += ["", f"Cache      {size(counted['bytes'])} with {text_of(name, given)}: {counted['conditions']}"]
-    off = assignments(info.off)
-    when = "in the calibration" if info.needs_calibration else "while sampling"
-    out += ["", f"20 steps   {strip or f'decided {when}, by {info.gate}'}", f"Off        {off}"]
-    out += [f"Fidelity   {info.fidelity}", f"Source     {source_line(info)}"]
-    typer.echo("\n".join(out))
+        print_json(facts_of(chosen) | {"cache": counted})
+    else:
+        typer.echo(card_of(chosen, text_of(name, given), counted))
 
 
 def cite(method: Annotated[str, typer.Argument(help="A method's name.")], as_json: JsonOption = False) -> None:

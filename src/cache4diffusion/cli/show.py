@@ -1,10 +1,10 @@
-"""What is known of a method before any sampling: its published settings and its strip."""
+"""What is known of methods before any sampling: the list by family, published settings, strips, bytes."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from cache4diffusion.method import Method, MethodInfo
+from cache4diffusion.method import FAMILIES, Method, MethodInfo
 from cache4diffusion.strip import planned_strip
 
 NOT_REMEASURED = "not re-measured on real weights"
@@ -25,15 +25,24 @@ def source_of(row: dict[str, Any]) -> str:
     return str({"code": "released code", "ours": "ours"}.get(row["fidelity"], row["citation"]))
 
 
+def by_family(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of the registry under the family they belong to; families without methods are left out."""
+    groups = {family: [row for row in rows if row["family"] == family] for family in FAMILIES}
+    return {family: found for family, found in groups.items() if found}
+
+
 def methods_table(rows: list[dict[str, Any]]) -> str:
     """The registry as a markdown table, as it stands in the README."""
-    lines = ["| name | when to take it | site x gate x predictor | fidelity | source |", "|---|---|---|---|---|"]
-    for row in rows:
+    lines = [
+        "| family | name | use it when | site x gate x predictor | fidelity | source |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in (row for group in by_family(rows).values() for row in group):
         axes = [row[axis] for axis in ("site", "gate", "predictor", "tokens") if row[axis]]
         source = source_of(row)
         if row["arxiv"]:
             source = f"[{row['arxiv']}](https://arxiv.org/abs/{row['arxiv']})"
-        cells = (f"`{row['name']}`", row["use"], " x ".join(axes), row["fidelity"], source)
+        cells = (row["family"], f"`{row['name']}`", row["when"], " x ".join(axes), row["fidelity"], source)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

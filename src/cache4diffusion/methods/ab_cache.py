@@ -48,7 +48,8 @@ class ABCache(Method):
         tokens=None,
         fidelity="paper",
         off={"interval": 1},
-        use="The whole denoiser is skipped, on any denoiser and solver; moderate speed-ups after a long warm-up.",
+        family="forecasting",
+        when="whole steps should be skipped on any denoiser and solver, and a moderate speed-up is enough",
         citation="Yu et al., AB-Cache: Training-Free Acceleration of Diffusion Models via Adams-Bashforth Cached "
         "Feature Reuse, 2025",
         published={

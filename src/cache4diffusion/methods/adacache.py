@@ -52,7 +52,8 @@ class AdaCache(Method):
         tokens=None,
         fidelity="code",
         off={"codebook": "off"},
-        use="Adaptive intervals for video: quiet scenes are cached for long, moving ones are not.",
+        family="adaptive gates",
+        when="videos differ: quiet scenes should be cached for long, moving ones should not",
         citation="Kahatapitiya et al., Adaptive Caching for Faster Video Generation with Diffusion Transformers, "
         "ICCV 2025",
         published={

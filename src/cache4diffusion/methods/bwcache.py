@@ -45,7 +45,8 @@ class BWCache(Method):
         tokens=None,
         fidelity="reconstructed",
         off={"threshold": 0.0},
-        use="Video denoisers whose middle steps change little.",
+        family="adaptive gates",
+        when="a video denoiser changes little in its middle steps",
         citation="Cui et al., BWCache: Accelerating Video Diffusion Transformers through Block-Wise Caching, ICLR 2026",
         published={
             "Open-Sora": {"threshold": 0.15, "reuse": 0.1, "tail": 0.5},

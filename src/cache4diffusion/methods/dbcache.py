@@ -58,7 +58,8 @@ class DBCache(Method):
         tokens=None,
         fidelity="code",
         off={"threshold": 0.0},
-        use="Adaptive and robust: the quality dial is one threshold, the memory a few tensors.",
+        family="adaptive gates",
+        when="quality must hold from image to image: the dial is one threshold, the memory a few tensors",
         citation="DefTruth et al., cache-dit: A PyTorch-native inference engine with hybrid cache acceleration, 2025",
         published={
             "default, F8B0_W8_R0.08": {"threshold": 0.08, "front": 8, "back": 0, "warmup": 8},

@@ -53,7 +53,8 @@ class DBPrune(Method):
         tokens=None,
         fidelity="code",
         off={"threshold": 0.0},
-        use="The finest adaptive choice: every block for itself; needs memory for all of them.",
+        family="adaptive gates",
+        when="every block should decide for itself, and there is memory for what all of them add",
         citation="DefTruth et al., cache-dit: A PyTorch-native inference engine with hybrid cache acceleration, 2025",
         published={
             "default, F8B0_W8_R0.08": {"threshold": 0.08, "front": 8, "back": 0, "warmup": 8},

@@ -49,7 +49,8 @@ class DeepCache(Method):
         tokens=None,
         fidelity="code",
         off={"interval": 1},
-        use="The method of choice for U-Nets (Stable Diffusion 1.5, SDXL, SVD).",
+        family="U-Net",
+        when="the denoiser is a U-Net (Stable Diffusion 1.5, SDXL, SVD)",
         citation="Ma et al., DeepCache: Accelerating Diffusion Models for Free, CVPR 2024",
         published={
             "Stable Diffusion, demo": {

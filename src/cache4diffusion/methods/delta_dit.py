@@ -44,7 +44,8 @@ class DeltaDiT(Method):
         tokens=None,
         fidelity="reconstructed",
         off={"interval": 1},
-        use="Moderate, even savings with one tensor of memory; some blocks see every step.",
+        family="reuse of blocks and parts",
+        when="memory is for one tensor, some blocks should see every step, and a moderate saving is enough",
         citation="Chen et al., Delta-DiT: A Training-Free Acceleration Method Tailored for Diffusion Transformers, "
         "2024",
         published={

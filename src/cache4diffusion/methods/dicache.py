@@ -52,7 +52,8 @@ class DiCache(Method):
         tokens=None,
         fidelity="code",
         off={"threshold": 0.0},
-        use="Adaptive without calibration, and the cached residual follows where the first blocks are going.",
+        family="adaptive gates",
+        when="nothing can be calibrated, and the cached residual should follow where the first blocks are going",
         citation="Bu et al., DiCache: Let Diffusion Model Determine Its Own Cache, 2025",
         published={
             "FLUX.1-dev, 30 steps": {"threshold": 0.4, "retention": 0.2, "limit": 1.5},

@@ -45,7 +45,8 @@ class DMD(Method):
         tokens=None,
         fidelity="code",
         off={"interval": 1},
-        use="Long flow-matching runs with full steps at equal distances.",
+        family="forecasting",
+        when="a flow-matching run is long and its full steps lie at equal distances",
         citation="cache-dit's DMD calibrator; HiCache++, engrXiv 7309",
         published={
             "cache-dit": {"history": 6, "rank": 0, "ridge": 1e-8},

@@ -53,7 +53,8 @@ class DPCache(Method):
         tokens=None,
         fidelity="reconstructed",
         off={"budget": 1.0},
-        use="The best places for a given number of full steps, made for your denoiser, steps and scheduler.",
+        family="forecasting",
+        when="the number of full steps is given, and their best places may be measured on your denoiser",
         citation="DPCache: Denoising as Path Planning, CVPR 2026",
         needs_calibration=True,
     )

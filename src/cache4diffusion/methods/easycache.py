@@ -45,7 +45,8 @@ class EasyCache(Method):
         tokens=None,
         fidelity="code",
         off={"threshold": 0.0},
-        use="Adaptive without looking inside: any denoiser, no calibration, a cached step costs nothing.",
+        family="adaptive gates",
+        when="any denoiser should be cached adaptively, without calibration and without looking inside it",
         citation="Zhou et al., Less is Enough: Training-Free Video Diffusion Acceleration via Runtime-Adaptive "
         "Caching, 2025",
         published={

@@ -66,7 +66,8 @@ class FasterCache(Method):
         tokens=None,
         fidelity="code",
         off={"interval": 1},
-        use="Halves guided steps on any denoiser with classifier-free guidance; combines with every other method.",
+        family="guidance",
+        when="classifier-free guidance is on: it halves guided steps, and combines with every other method",
         citation="Lv et al., FasterCache: Training-Free Video Diffusion Model Acceleration, ICLR 2025",
         shares_branches=True,
         published={

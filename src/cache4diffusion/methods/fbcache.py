@@ -43,7 +43,8 @@ class FBCache(Method):
         tokens=None,
         fidelity="code",
         off={"threshold": 0.0},
-        use="The simplest adaptive cache for transformers: one threshold, almost no memory.",
+        family="adaptive gates",
+        when="a transformer needs the simplest adaptive cache: one threshold, almost no memory",
         citation="Cheng, ParaAttention: Context parallel attention and first block cache, 2024",
         published={
             "FLUX.1-dev": {"threshold": 0.08},

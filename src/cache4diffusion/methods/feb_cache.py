@@ -49,7 +49,8 @@ class FEBCache(Method):
         tokens=None,
         fidelity="code",
         off={"table": (0,), "delta": 1.0},
-        use="DiT at 50 steps on the published table; a table of your own may treat attention and MLP apart.",
+        family="reuse of blocks and parts",
+        when="DiT runs 50 steps, for which its table is published, or attention and MLP need tables of your own",
         citation="FEB-Cache: Frequency-Guided Exposure Bias Reduction for Enhancing Diffusion Transformer Caching, "
         "2025",
         published={"DiT-XL/2-256, 50 steps": {"table": DIT_50, "delta": 0.965}},

@@ -47,7 +47,8 @@ class FeMO(Method):
         tokens=None,
         fidelity="reconstructed",
         off={"interval": 1},
-        use="As TaylorSeer, where single differences are noisy.",
+        family="forecasting",
+        when="TaylorSeer fits, but single differences are noisy",
         citation="FeMO: Feature Momentum, submission 13027 to ICLR 2026",
         published={
             "order 1": {"interval": 10, "order": 1},

@@ -44,7 +44,8 @@ class FoCa(Method):
         tokens=None,
         fidelity="paper",
         off={"interval": 1},
-        use="As TaylorSeer of order 1, with a gentler start after each full step.",
+        family="forecasting",
+        when="TaylorSeer of order 1 fits, but its first steps after a full one are too bold",
         citation="Zheng et al., Forecast then Calibrate: Feature Caching as ODE for Efficient Diffusion Transformers, "
         "AAAI 2026",
         published={

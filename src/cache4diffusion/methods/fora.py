@@ -43,7 +43,8 @@ class Fora(Method):
         tokens=None,
         fidelity="code",
         off={"interval": 1},
-        use="The plain baseline: reuse of every part at a fixed interval.",
+        family="reuse of blocks and parts",
+        when="a plain baseline is needed: reuse of every part at a fixed interval",
         citation="Selvaraju et al., FORA: Fast-Forward Caching in Diffusion Transformer Acceleration, 2024",
         published={
             "DiT-XL/2, 250 steps": {"interval": 3, "anchor": "last"},

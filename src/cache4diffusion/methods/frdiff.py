@@ -43,7 +43,8 @@ class FRDiff(Method):
         tokens=None,
         fidelity="code",
         off={"interval": 1},
-        use="Fewer steps early and reuse late, in one method; the early cached steps cost nothing.",
+        family="reuse of blocks and parts",
+        when="fewer steps will do early in the run and reuse of parts late, in one method",
         citation="So et al., FRDiff: Feature Reuse for Universal Training-free Acceleration of Diffusion Models, "
         "ECCV 2024",
         published={

@@ -44,7 +44,8 @@ class FreqCa(Method):
         tokens=None,
         fidelity="code",
         off={"interval": 1},
-        use="Long intervals at the memory of a few hidden features.",
+        family="forecasting",
+        when="intervals are long, and memory is for a few hidden features only",
         citation="Liu et al., FreqCa: Accelerating Diffusion Models via Frequency-Aware Caching, 2025",
         published={
             "FLUX.1-dev": {"interval": 6, "order": 2, "low_order": 0, "sigma": 0.71, "transform": "dct", "warmup": 3},

@@ -20,10 +20,10 @@ class GOC(Method):
     """FORA in the first part of a run; a cached step adds ``eta`` times the last change of a part to what it reuses.
 
     The change is between the last two values *used*, predicted ones included; see `Delta`. With the defaults over 20
-    steps it caches at 1, 3, 5, 7, 9, as published; the first of them is plain reuse.
+    steps it caches at 1, 3, 5, 7, 9, as published; the first of them is plain reuse. With a router instead of the
+    interval the code has ``eta`` 0.8: ``predictor="delta(eta=0.8, steps=...)"``.
 
     Cost: 2 copies of every part's output.
-    With a router instead of the interval the code has ``eta`` 0.8: ``predictor="delta(eta=0.8, steps=...)"``.
     Differences from the code: its list of steps is made for 20; we scale the part of the run with caching
     (``start_full``) and add the change at every cached step that has one, which is the published list. The paper's
     choice of steps by inflection points is not included.
@@ -46,7 +46,8 @@ class GOC(Method):
         tokens=None,
         fidelity="code",
         off={"interval": 1},
-        use="Few steps and short intervals, where FORA loses detail.",
+        family="forecasting",
+        when="steps are few and intervals short, and FORA loses detail there",
         citation="Qiu et al., Accelerating Diffusion Transformer via Gradient-Optimized Cache, ICCV 2025",
         published={
             "DiT-XL/2 on FORA, 20 steps": {"interval": 2, "eta": 1.2, "delta_steps": (3, 5, 7, 9), "start_full": 0.5},

@@ -40,7 +40,8 @@ class HiCache(Method):
         tokens=None,
         fidelity="paper",
         off={"interval": 1},
-        use="Long intervals, where following the whole slope overshoots.",
+        family="forecasting",
+        when="intervals are long, and following the whole slope overshoots",
         citation="Feng et al., HiCache: Training-free Acceleration of Diffusion Models via Hermite Polynomial-based "
         "Feature Caching, 2025",
         published={

@@ -58,7 +58,8 @@ class MagCache(Method):
         tokens=None,
         fidelity="code",
         off={"threshold": 0.0},
-        use="A schedule with no cost and no tuning per prompt, where the denoiser's ratios are known.",
+        family="reuse of blocks and parts",
+        when="the denoiser's magnitude ratios are known, and deciding should cost nothing",
         citation="Ma et al., MagCache: Fast Video Generation with Magnitude-Aware Cache, NeurIPS 2025",
         published={
             "FLUX.1-dev": {"threshold": 0.24, "max_run": 5, "retention": 0.1, "ratios": "flux"},

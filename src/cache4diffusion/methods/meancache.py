@@ -45,7 +45,8 @@ class MeanCache(Method):
         tokens=None,
         fidelity="code",
         off={"full_steps": None},
-        use="Flow-matching runs of about 50 steps, on the published schedules.",
+        family="trajectory",
+        when="a flow-matching run has about 50 steps, as the published schedules do",
         citation="MeanCache: From Instantaneous to Average Velocity for Accelerating Flow Matching Inference, "
         "ICLR 2026",
         published={

@@ -36,7 +36,8 @@ class Newton(Method):
         tokens=None,
         fidelity="ours",
         off={"interval": 1},
-        use="As TaylorSeer, where features bend: order 2 follows a parabola exactly.",
+        family="forecasting",
+        when="TaylorSeer fits, but features bend: order 2 follows a parabola exactly",
         citation="cache4diffusion",
     )
 

@@ -52,7 +52,8 @@ class SCM(Method):
         tokens=None,
         fidelity="code",
         off={"mask": "off"},
-        use="A hand-made schedule: full control of which steps are computed, also for few-step denoisers.",
+        family="reuse of blocks and parts",
+        when="you want to say yourself which steps are computed, also with few-step denoisers",
         citation="DefTruth et al., cache-dit: A PyTorch-native inference engine with hybrid cache acceleration, 2025",
         published={
             "28 steps, slow": {"mask": "slow"},

@@ -45,7 +45,8 @@ class SeaCache(Method):
         tokens=None,
         fidelity="code",
         off={"threshold": 0.0},
-        use="As TeaCache, without coefficients fitted to the denoiser; for flow-matching denoisers.",
+        family="adaptive gates",
+        when="TeaCache fits, but no coefficients are known for your flow-matching denoiser",
         citation="Chung et al., SeaCache: Spectral-Evolution-Aware Cache for Accelerating Diffusion Models, CVPR 2026",
         published={
             "FLUX.1-dev, 18.0 s to 9.4 s": {"threshold": 0.3, "power": 2.0},

@@ -44,7 +44,8 @@ class SkipDiT(Method):
         tokens=None,
         fidelity="code",
         off={"interval": 1},
-        use="For denoisers with long skip connections (HunYuan-DiT, Skip-DiT weights); not for others.",
+        family="reuse of blocks and parts",
+        when="the denoiser has long skip connections (HunYuan-DiT, Skip-DiT weights); not otherwise",
         citation="Chen et al., Accelerating Vision Diffusion Transformers with Skip Branches, ICCV 2025",
         published={
             "HunYuan-DiT": {"interval": 2, "keep": 1, "start": 0.3, "stop": 0.95},

@@ -50,7 +50,8 @@ class SmoothCache(Method):
         tokens=None,
         fidelity="code",
         off={"threshold": 0.0},
-        use="A schedule made for your denoiser, steps and scheduler; attention and MLP each have their own.",
+        family="reuse of blocks and parts",
+        when="a schedule may be measured on your denoiser, for attention and for MLPs each its own",
         citation="Liu et al., SmoothCache: A Universal Inference Acceleration Technique for DiT, CVPR-W 2025",
         needs_calibration=True,
         published={

@@ -57,7 +57,8 @@ class SpeCa(Method):
         tokens=None,
         fidelity="code",
         off={"threshold": 0.0},
-        use="Adaptive per sample: easy images skip more steps than hard ones.",
+        family="adaptive gates",
+        when="images of a batch differ: easy ones should skip more steps than hard ones",
         citation="Liu et al., SpeCa: Accelerating Diffusion Transformers with Speculative Feature Caching, ACM MM 2025",
         published={
             name: dict(zip(_TUNED, values, strict=False))

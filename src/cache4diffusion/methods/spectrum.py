@@ -45,7 +45,8 @@ class Spectrum(Method):
         tokens=None,
         fidelity="code",
         off={"window": 1.0, "growth": 0.0},
-        use="Long runs, where a global fit is steadier than local slopes.",
+        family="forecasting",
+        when="runs are long, and a global fit is steadier than local slopes",
         citation="Han et al., Adaptive Spectral Feature Forecasting for Diffusion Sampling Acceleration, CVPR 2026",
         published={
             "50 steps, 14 full": {"degree": 4, "ridge": 0.1, "blend": 1.0, "warmup": 5, "window": 2.0, "growth": 0.75},

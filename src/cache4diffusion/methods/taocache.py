@@ -49,7 +49,8 @@ class TaoCache(Method):
         tokens=None,
         fidelity="reconstructed",
         off={"interval": 1},
-        use="Late steps only, where the structure must stay as it is.",
+        family="trajectory",
+        when="the structure must stay as it is, so that only late steps may be cached",
         citation="Fan et al., TaoCache: Structure-Maintained Video Generation Acceleration, 2025",
     )
 

@@ -44,7 +44,8 @@ class TaylorSeer(Method):
         tokens=None,
         fidelity="code",
         off={"interval": 1},
-        use="High speed-ups at good quality when memory for every part's output is at hand.",
+        family="forecasting",
+        when="the speed-up should be high at good quality, and memory for every part's output is at hand",
         citation="Liu et al., From Reusing to Forecasting: Accelerating Diffusion Models with TaylorSeers, ICCV 2025",
         published={
             "FLUX.1-dev": {"interval": 6, "order": 1, "warmup": 3},

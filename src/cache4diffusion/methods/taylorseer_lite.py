@@ -41,7 +41,8 @@ class TaylorSeerLite(Method):
         tokens=None,
         fidelity="code",
         off={"interval": 1},
-        use="The cheapest cached step there is, on any denoiser, at almost no memory.",
+        family="forecasting",
+        when="a cached step should cost next to nothing, on any denoiser, at almost no memory",
         citation="Liu et al., From Reusing to Forecasting: Accelerating Diffusion Models with TaylorSeers, ICCV 2025",
         published={
             "HunyuanImage-2.1, fast": {"interval": 5, "order": 2, "warmup": 3},

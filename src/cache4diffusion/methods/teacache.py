@@ -64,7 +64,8 @@ class TeaCache(Method):
         tokens=None,
         fidelity="code",
         off={"threshold": 0.0},
-        use="Adaptive where coefficients were fitted to the denoiser; a cached step runs no block at all.",
+        family="adaptive gates",
+        when="coefficients were fitted to your denoiser, or may be, and a cached step should run no block at all",
         citation="Liu et al., Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model, CVPR 2025",
         published={
             f"{name}, {note}": {"coefficients": name, "threshold": threshold}

@@ -92,7 +92,8 @@ class ToCa(Method):
         tokens="top score",
         fidelity="code",
         off={"interval": 1},
-        use="Reuse that refreshes the tokens the image looks at most; pays at many tokens.",
+        family="tokens",
+        when="there are many tokens, and those the image looks at most should be fresh on every step",
         citation="Zou et al., Accelerating Diffusion Transformers with Token-wise Feature Caching, ICLR 2025",
         published={
             "FLUX.1-dev (intervals 4 to 6)": {"interval": 4, "recompute_ratio": 0.1, "schedule": "flux", "warmup": 3},

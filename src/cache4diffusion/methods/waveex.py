@@ -45,7 +45,8 @@ class WaveEx(Method):
         tokens=None,
         fidelity="reconstructed",
         off={"full_steps": None},
-        use="Speech and music on straight flow-matching trajectories, at the highest speed-ups.",
+        family="trajectory",
+        when="speech or music follows a straight flow-matching trajectory, and the speed-up should be highest",
         citation="WaveEx, AAAI 2026 (article 40490)",
         published={
             "third-party code, 40 steps": {"full_steps": (0, 1, 2, 5, 10, 20), "order": 1, "history": 2},

@@ -47,7 +47,8 @@ class ZCache(Method):
         tokens=None,
         fidelity="code",
         off={"interval": 1},
-        use="Flow-matching runs of many steps, where interpolating beats extrapolating.",
+        family="trajectory",
+        when="a flow-matching run has many steps, and interpolating beats extrapolating",
         citation="Z-Cache, submission 4826 to ICLR 2026",
         published={
             "FreqCa's code": {"order": 2, "sigma": 0.71, "basis": "hermite", "warmup": 3},
