@@ -8,7 +8,7 @@ OUT ?= out
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install demo test test-slow test-floor lint format bench clean
+.PHONY: install demo test test-slow test-floor lint format bench bench-gpu clean
 
 install: $(BIN)/.installed
 
@@ -43,6 +43,9 @@ format: install
 
 bench: install  ## cost of a cached step, ours beside peers
 	$(BIN)/python benchmarks/cached_step.py
+
+bench-gpu: install  ## FLUX.1-dev at its real size with random weights, on a CUDA device: docs/benchmarks/gpu-flux.1-dev
+	$(BIN)/python benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) .venv-floor $(OUT) .pytest_cache .ruff_cache .hypothesis

@@ -1,16 +1,11 @@
 """Published numbers come from results, never from a keyboard."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
 from cache4diffusion import method
+from scripts import script
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "publish.py"
-spec = importlib.util.spec_from_file_location("publish", SCRIPT)
-publish = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(publish)
+publish = script("publish")
 
 
 def test_only_the_block_between_the_markers_changes(made_up):
