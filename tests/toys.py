@@ -45,11 +45,11 @@ CALIBRATED = {
         "calibration": Calibration.by_hand(
             "bacache",
             12,
-            {  # of FLUX, of DiT and of `Blocks`; the farther apart two steps are, the less alike
+            {  # of FLUX (and scenes-flux), of DiT and of `Blocks`; the farther apart two steps are, the less alike
                 f"{kind} {path}": 1 - (torch.arange(12.0)[:, None] - torch.arange(12.0)).abs() / 12
                 for kind, path in [
                     *((kind, f"transformer_blocks.{i}.{part}") for i in range(3) for part, kind in _DOUBLE.items()),
-                    *(("fused", f"single_transformer_blocks.{i}.proj_out") for i in range(3)),
+                    *(("fused", f"single_transformer_blocks.{i}.proj_out") for i in range(6)),
                     *(("ffn", f"blocks.{i}.ff") for i in range(3)),
                 ]
             },
@@ -120,6 +120,15 @@ methods = pytest.mark.parametrize("name", TRANSFORMER_METHODS)
 distinct_methods = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in TWINS else ()) for name in TRANSFORMER_METHODS]
 )
+
+
+def made(name, **settings):
+    """What a method composes on small denoisers, with settings of one's own."""
+    return c4d.method(name, **{**FITTING.get(name, {}), **settings}).compose()
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 def off(name):
