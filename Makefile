@@ -8,7 +8,7 @@ OUT ?= out
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install demo test test-slow test-floor lint format bench bench-gpu clean
+.PHONY: install demo test test-slow test-floor lint format bench bench-gpu matrix clean
 
 install: $(BIN)/.installed
 
@@ -46,6 +46,9 @@ bench: install  ## cost of a cached step, ours beside peers
 
 bench-gpu: install  ## FLUX.1-dev at its real size with random weights, on a CUDA device: docs/benchmarks/gpu-flux.1-dev
 	$(BIN)/python benchmarks/gpu.py
+
+matrix: install  ## every invariant for every method on tiny pipelines: docs/benchmarks/matrix.json and .md
+	$(BIN)/python benchmarks/matrix.py
 
 clean:
 	rm -rf $(VENV) .venv-floor $(OUT) .pytest_cache .ruff_cache .hypothesis

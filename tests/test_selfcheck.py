@@ -13,13 +13,15 @@ from cache4diffusion.engine.blocks import BlockView
 from cache4diffusion.engine.level import LevelDriver
 from cache4diffusion.engine.parts import PartSite
 from cache4diffusion.engine.state import BranchState
+from cache4diffusion.engine.trajectory import TrajectoryDriver
 from cache4diffusion.errors import SettingError, UnknownNameError
 from cache4diffusion.predictors import History
 from cache4diffusion.selfcheck import INVARIANTS
 from cache4diffusion.wrap import owner_of
-from toys import MLP, dit, flux, flux_inputs, flux_pipeline
+from toys import MLP, dit, flux, flux_inputs, flux_pipeline, prompt
 
 STEPS = 6
+SMALL = {"height": 16, "width": 16}
 
 
 @pytest.fixture
@@ -75,6 +77,21 @@ def test_a_pipeline_is_checked_with_its_own_calls_and_guidance():
     found = c4d.selfcheck(pipe, ["fastercache", "taylorseer-lite"], call=call, steps=STEPS)
     assert found.ok, str(found)
     assert found.of("fastercache", "frozen_input").status == "passed"
+
+
+def test_methods_on_the_trajectory_are_checked_in_whole_runs_of_a_pipeline():
+    found = c4d.selfcheck(flux_pipeline(), "taocache", call={**prompt(batch=2), **SMALL}, steps=STEPS)
+    assert found.ok, str(found)
+    passed = {finding.invariant for finding in found.findings if finding.status == "passed"}
+    assert passed == {"off_is_off", "remove_restores", "repeatable", "bad_settings_fail"}
+    assert "never calls" in found.of("taocache", "frozen_input").detail
+
+
+def test_a_latent_that_is_touched_on_a_full_step_fails(monkeypatch):
+    made = TrajectoryDriver.after_step
+    monkeypatch.setattr(TrajectoryDriver, "after_step", lambda *args: tuple(0.9 * part for part in made(*args)))
+    found = c4d.selfcheck(flux_pipeline(), "taocache", call={**prompt(batch=2), **SMALL}, steps=STEPS)
+    assert found.of("taocache", "off_is_off").status == "failed"
 
 
 def swap_streams(monkeypatch, name):
