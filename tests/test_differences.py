@@ -86,6 +86,7 @@ SPECIALISATIONS = (
     Same("speca", "taylorseer", "the draft without its check", {"order": 1}, {"order": 1}),
     Same("ab-cache", "fora", "one output alone", {"order": 1}),
     Same("toca", "fora", "no token", {"recompute_ratio": 0.0}),
+    Same("taocache", "ab-cache", "without a calibration the last change is added whole: order 2 over all steps"),
     Same("dpcache", "taylorseer", "the line through the last two full steps, at searched ones"),
 )  # fmt: skip
 

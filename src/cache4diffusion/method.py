@@ -242,6 +242,36 @@ class Composition:
             )
 
 
+@dataclass(frozen=True)
+class Dial:
+    """The setting by which an adaptive method caches more or less: a threshold that scores are compared with.
+
+    Args:
+        setting: its name.
+        low: a value at which little is cached.
+        high: one at which most of what the limits allow is.
+        unit: where the setting holds several thresholds: their values at 1, which a value multiplies.
+        beside: further settings that a value needs, such as a floor that would take its place.
+    """
+
+    setting: str
+    low: float
+    high: float
+    unit: tuple[float, ...] = ()
+    beside: dict[str, Any] = field(default_factory=dict)
+
+    OPEN: ClassVar[float] = 1e9  # accepts every score
+
+    def values(self, count: int) -> list[float]:
+        """Rising values at equal ratios from `low` to `high`, and `OPEN` as the last."""
+        ratio = (self.high / self.low) ** (1 / max(count - 2, 1))
+        return [self.low * ratio**i for i in range(count - 1)] + [self.OPEN]
+
+    def at(self, value: float) -> dict[str, Any]:
+        """The settings of a value."""
+        return {**self.beside, self.setting: tuple(value * unit for unit in self.unit) if self.unit else value}
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodInfo:
     """One row of the registry.
@@ -259,6 +289,7 @@ class MethodInfo:
         family: what it is listed under, one of `FAMILIES`.
         when: one line that goes on from "use it when".
         citation: authors, title, venue.
+        dial: of an adaptive method: what it caches more or less by.
         needs_calibration: whether a calibration file is needed.
         shares_branches: whether one CFG branch's prediction reads another's feature.
         published: settings of the paper or its released code, by what they are for. A set names what differs from our
@@ -266,7 +297,7 @@ class MethodInfo:
         remeasured: the published sets whose effect was measured again here, on real weights.
 
     Raises:
-        SettingError: there is no such family, or nothing is said of when to use it.
+        SettingError: there is no such family, nothing is said of when to use it, or an adaptive method has no dial.
     """
 
     name: str
@@ -281,6 +312,7 @@ class MethodInfo:
     family: Family
     when: str
     citation: str
+    dial: Dial | None = None
     needs_calibration: bool = False
     shares_branches: bool = False
     published: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -295,6 +327,11 @@ class MethodInfo:
         if not self.when.strip() or self.when != self.when.strip() or self.when.endswith("."):
             raise SettingError(
                 f'MethodInfo(name={self.name!r}, when={self.when!r}): go on from "use it when", without a full stop.'
+            )
+        if self.family == "adaptive gates" and self.dial is None:
+            raise SettingError(
+                f"MethodInfo(name={self.name!r}) has no dial: say what it caches more or less by, as in "
+                "dial=Dial('threshold', low=0.01, high=1.0)."
             )
 
 

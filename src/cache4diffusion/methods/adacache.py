@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from cache4diffusion.data import adacache_codebook
 from cache4diffusion.gates import AdaptiveInterval, ForceLast, Guard, Warmup
-from cache4diffusion.method import Composition, Method, MethodInfo
+from cache4diffusion.method import Composition, Dial, Method, MethodInfo
 from cache4diffusion.predictors import Reuse
 from cache4diffusion.settings import setting
 from cache4diffusion.sites import Span
@@ -54,6 +54,7 @@ class AdaCache(Method):
         off={"codebook": "off"},
         family="adaptive gates",
         when="videos differ: quiet scenes should be cached for long, moving ones should not",
+        dial=Dial("thresholds", 0.1, 6.0, unit=(0.08, 0.16, 0.24, 0.32, 0.40), beside={"rates": (6, 5, 4, 3, 2, 1)}),
         citation="Kahatapitiya et al., Adaptive Caching for Faster Video Generation with Diffusion Transformers, "
         "ICCV 2025",
         published={

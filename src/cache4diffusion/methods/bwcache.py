@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from cache4diffusion.gates import TriggeredInterval
-from cache4diffusion.method import Composition, Method, MethodInfo
+from cache4diffusion.method import Composition, Dial, Method, MethodInfo
 from cache4diffusion.predictors import Reuse
 from cache4diffusion.settings import setting
 from cache4diffusion.sites import Span
@@ -47,6 +47,7 @@ class BWCache(Method):
         off={"threshold": 0.0},
         family="adaptive gates",
         when="a video denoiser changes little in its middle steps",
+        dial=Dial("threshold", 0.05, 0.5),
         citation="Cui et al., BWCache: Accelerating Video Diffusion Transformers through Block-Wise Caching, ICLR 2026",
         published={
             "Open-Sora": {"threshold": 0.15, "reuse": 0.1, "tail": 0.5},

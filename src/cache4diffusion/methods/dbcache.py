@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from cache4diffusion.gates import Guard, Mask, MaxAccumulated, MaxRun, MaxTotal, ProbeThreshold, Warmup
-from cache4diffusion.method import Composition, Method, MethodInfo
+from cache4diffusion.method import Composition, Dial, Method, MethodInfo
 from cache4diffusion.predictors import Reuse
 from cache4diffusion.settings import setting
 from cache4diffusion.sites import Span
@@ -60,6 +60,7 @@ class DBCache(Method):
         off={"threshold": 0.0},
         family="adaptive gates",
         when="quality must hold from image to image: the dial is one threshold, the memory a few tensors",
+        dial=Dial("threshold", 0.06, 0.9),
         citation="DefTruth et al., cache-dit: A PyTorch-native inference engine with hybrid cache acceleration, 2025",
         published={
             "default, F8B0_W8_R0.08": {"threshold": 0.08, "front": 8, "back": 0, "warmup": 8},

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from cache4diffusion.gates import EntranceThreshold, Guard, MaxRun, MaxTotal, Warmup
-from cache4diffusion.method import Composition, Method, MethodInfo
+from cache4diffusion.method import Composition, Dial, Method, MethodInfo
 from cache4diffusion.predictors import Reuse
 from cache4diffusion.settings import setting
 from cache4diffusion.sites import Blocks
@@ -55,6 +55,7 @@ class DBPrune(Method):
         off={"threshold": 0.0},
         family="adaptive gates",
         when="every block should decide for itself, and there is memory for what all of them add",
+        dial=Dial("threshold", 0.03, 1.0),
         citation="DefTruth et al., cache-dit: A PyTorch-native inference engine with hybrid cache acceleration, 2025",
         published={
             "default, F8B0_W8_R0.08": {"threshold": 0.08, "front": 8, "back": 0, "warmup": 8},

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from cache4diffusion.gates import AccumulatedChange, ForceLast, Front, Guard, Warmup, Window
-from cache4diffusion.method import Composition, Method, MethodInfo
+from cache4diffusion.method import Composition, Dial, Method, MethodInfo
 from cache4diffusion.predictors import ProbeAligned
 from cache4diffusion.settings import setting
 from cache4diffusion.sites import Span
@@ -54,6 +54,7 @@ class DiCache(Method):
         off={"threshold": 0.0},
         family="adaptive gates",
         when="nothing can be calibrated, and the cached residual should follow where the first blocks are going",
+        dial=Dial("threshold", 0.1, 3.0),
         citation="Bu et al., DiCache: Let Diffusion Model Determine Its Own Cache, 2025",
         published={
             "FLUX.1-dev, 30 steps": {"threshold": 0.4, "retention": 0.2, "limit": 1.5},

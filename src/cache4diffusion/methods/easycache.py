@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from cache4diffusion.gates import AccumulatedChange, Drift, ForceLast, Guard, Warmup
-from cache4diffusion.method import Composition, Method, MethodInfo
+from cache4diffusion.method import Composition, Dial, Method, MethodInfo
 from cache4diffusion.predictors import Reuse
 from cache4diffusion.settings import setting
 from cache4diffusion.sites import Denoiser
@@ -47,6 +47,7 @@ class EasyCache(Method):
         off={"threshold": 0.0},
         family="adaptive gates",
         when="any denoiser should be cached adaptively, without calibration and without looking inside it",
+        dial=Dial("threshold", 0.02, 1.0),
         citation="Zhou et al., Less is Enough: Training-Free Video Diffusion Acceleration via Runtime-Adaptive "
         "Caching, 2025",
         published={

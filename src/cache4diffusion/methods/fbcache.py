@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from cache4diffusion.gates import ProbeThreshold, Warmup
-from cache4diffusion.method import Composition, Method, MethodInfo
+from cache4diffusion.method import Composition, Dial, Method, MethodInfo
 from cache4diffusion.predictors import Reuse
 from cache4diffusion.settings import setting
 from cache4diffusion.sites import Span
@@ -45,6 +45,7 @@ class FBCache(Method):
         off={"threshold": 0.0},
         family="adaptive gates",
         when="a transformer needs the simplest adaptive cache: one threshold, almost no memory",
+        dial=Dial("threshold", 0.06, 1.2),
         citation="Cheng, ParaAttention: Context parallel attention and first block cache, 2024",
         published={
             "FLUX.1-dev": {"threshold": 0.08},

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from cache4diffusion.gates import AccumulatedChange, ForceLast, Guard, Spectral, Warmup
-from cache4diffusion.method import Composition, Method, MethodInfo
+from cache4diffusion.method import Composition, Dial, Method, MethodInfo
 from cache4diffusion.predictors import Reuse
 from cache4diffusion.settings import setting
 from cache4diffusion.sites import Span
@@ -47,6 +47,7 @@ class SeaCache(Method):
         off={"threshold": 0.0},
         family="adaptive gates",
         when="TeaCache fits, but no coefficients are known for your flow-matching denoiser",
+        dial=Dial("threshold", 0.08, 4.0),
         citation="Chung et al., SeaCache: Spectral-Evolution-Aware Cache for Accelerating Diffusion Models, CVPR 2026",
         published={
             "FLUX.1-dev, 18.0 s to 9.4 s": {"threshold": 0.3, "power": 2.0},

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from cache4diffusion.gates import Speculative, Verification
-from cache4diffusion.method import Composition, Method, MethodInfo
+from cache4diffusion.method import Composition, Dial, Method, MethodInfo
 from cache4diffusion.predictors import Taylor
 from cache4diffusion.settings import setting
 from cache4diffusion.sites import Parts
@@ -59,6 +59,7 @@ class SpeCa(Method):
         off={"threshold": 0.0},
         family="adaptive gates",
         when="images of a batch differ: easy ones should skip more steps than hard ones",
+        dial=Dial("threshold", 0.3, 30.0, beside={"floor": 0.0}),
         citation="Liu et al., SpeCa: Accelerating Diffusion Transformers with Speculative Feature Caching, ACM MM 2025",
         published={
             name: dict(zip(_TUNED, values, strict=False))

@@ -13,7 +13,7 @@ from cache4diffusion.calibration.polynomial import SignalPolynomial
 from cache4diffusion.data import teacache_coefficients, teacache_thresholds
 from cache4diffusion.errors import SettingError
 from cache4diffusion.gates import AccumulatedChange, ForceLast, Guard, Warmup
-from cache4diffusion.method import Composition, Method, MethodInfo
+from cache4diffusion.method import Composition, Dial, Method, MethodInfo
 from cache4diffusion.predictors import Reuse
 from cache4diffusion.settings import setting
 from cache4diffusion.sites import Span
@@ -66,6 +66,7 @@ class TeaCache(Method):
         off={"threshold": 0.0},
         family="adaptive gates",
         when="coefficients were fitted to your denoiser, or may be, and a cached step should run no block at all",
+        dial=Dial("threshold", 0.08, 3.0),
         citation="Liu et al., Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model, CVPR 2025",
         published={
             f"{name}, {note}": {"coefficients": name, "threshold": threshold}
