@@ -122,6 +122,8 @@ def test_a_method_says_its_family_and_when_to_use_it():
     for wrong in ("", " ", "it is needed."):
         with pytest.raises(SettingError, match='go on from "use it when", without a full stop'):
             dataclasses.replace(info, when=wrong)
+    with pytest.raises(SettingError, match=r"name='fbcache'. has no dial: say what it caches"):
+        dataclasses.replace(c4d.METHODS["fbcache"].info, dial=None)
 
 
 @pytest.mark.parametrize("name", METHODS)
