@@ -555,6 +555,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parsed(arguments)
     check_writable(f"{options.write}.json")
+    diffusers.utils.logging.set_verbosity_error()  # changing the dtype is what is asked for
     stage = Stage(reference.load(options.model), reference.held_out_captions(options.captions, 0), options.steps)
     result = measure(stage, options.methods, options.rows, options.batch)
     write_whole(f"{options.write}.json", json.dumps(result, indent=1) + "\n")

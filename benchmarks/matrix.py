@@ -376,6 +376,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parsed(arguments)
     check_methods([text for text in options.methods if not c4d.METHODS[parse_method(text)[0]].info.needs_calibration])
     check_writable(f"{options.write}.json")
+    diffusers.utils.logging.set_verbosity_error()  # changing the dtype is what is asked for
     warnings.filterwarnings("ignore")
     rows = kept(options)
     known = {_cell(row) for row in rows}
