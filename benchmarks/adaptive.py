@@ -6,11 +6,12 @@
 1. **Sweep.** Every caption at the method's off settings, and at ten values of its dial (see `Dial`), the last of which
    accepts every score. Nothing may be cached at off; at the largest value the strip must be that of a gate which is
    always told 0; the mean cached share must rise with the value, with a rank correlation of 0.9 or more.
-2. **Rows**, at the value whose mean share is nearest to half of the largest. In float32 the strip of each caption in
-   one batch equals its strip alone. A step whose score lies within 1e-4 relative of the threshold is excepted: its
-   decision changes if the threshold is moved so far. Excepted are at most 1 % of the steps; what comes behind one that
-   was decided differently cannot be compared. Final latents agree to 1e-4 relative. In bfloat16 they may deviate twice
-   as much as those of the uncached batch deviate from uncached single runs.
+2. **Rows**, at the value whose mean share is nearest to the middle of the smallest and the largest, where rows differ
+   most. In float32 the strip of each caption in one batch equals its strip alone. A step whose score lies within 1e-4
+   relative of the threshold is excepted: its decision changes if the threshold is moved so far. Excepted are at most
+   1 % of the steps; what comes behind one that was decided differently cannot be compared. Final latents agree to 1e-4
+   relative. In bfloat16 they may deviate twice as much as those of the uncached batch deviate from uncached single
+   runs.
 3. **Spy.** In the batched run, every module that rests on cached steps was given as many rows, call by call, as were to
    be computed.
 
@@ -423,8 +424,8 @@ def measure(stage: Stage, names: Sequence[str], rows: int, batch: int) -> dict[s
     for name in names:
         subject = Subject(name)
         swept = sweep(stage, subject, batch)
-        largest = swept[-1]["share"]
-        value = min(swept[1:], key=lambda entry: abs(entry["share"] - largest / 2))["value"]
+        middle = (swept[1]["share"] + swept[-1]["share"]) / 2
+        value = min(swept[1:], key=lambda entry: abs(entry["share"] - middle))["value"]
         compared = compare_rows(stage, subject, value, rows)
         allowed = allowed_strip(subject.composition(Dial.OPEN), stage.steps)
         values = [entry["value"] for entry in swept[1:]]
