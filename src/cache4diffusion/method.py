@@ -14,9 +14,9 @@ from cache4diffusion.gates import Entrance, Front, Gate, Guard, LookAhead, Place
 from cache4diffusion.gates.guards import ForceLast, Warmup
 from cache4diffusion.gates.timetable import positions_of
 from cache4diffusion.guidance import BranchRule
-from cache4diffusion.predictors import FrontAware, Predictor, Reuse, TwoSided
+from cache4diffusion.predictors import Predictor, Reuse, TwoSided
 from cache4diffusion.settings import check, check_names, describe
-from cache4diffusion.sites import Blocks, Parts, Site, Span, SwitchingSpan, Trajectory, UNetLevel
+from cache4diffusion.sites import Blocks, Linears, Parts, Site, Span, SwitchingSpan, Trajectory, UNetLevel
 from cache4diffusion.tokens import TokenRule
 
 Fidelity = Literal["code", "paper", "reconstructed", "ours"]
@@ -115,10 +115,25 @@ class Composition:
                 f"{type(self.gate).__name__} watches the first blocks, and {site.words} caches them late in the run. "
                 "Use site='span', or a gate such as 'interval'."
             )
-        if isinstance(self.predictor, FrontAware) and not (isinstance(watch, Front) and isinstance(site, Span)):
+        sees, words = getattr(self.predictor, "sees", None), type(self.predictor).__name__
+        if sees == "front" and not (isinstance(watch, Front) and isinstance(site, Span)):
             raise CompositionError(
-                f"{type(self.predictor).__name__} reads what the first blocks add in the step itself. Use site='span' "
+                f"{words} reads what the first blocks add in the step itself. Use site='span' "
                 "with a gate that watches them, such as gate='probe'."
+            )
+        if sees == "input" and isinstance(site, (Trajectory, UNetLevel)):
+            raise CompositionError(
+                f"{words} maps what enters a site to what leaves it, and at {site.words} no module has both: what is "
+                "cached there is made by the whole denoiser. Use a site such as 'parts' or 'blocks'."
+            )
+        if getattr(self.predictor, "predicts", "anything") == "residual" and getattr(site, "form", "") == "output":
+            raise CompositionError(
+                f"{words} predicts what is added to what enters, and {site.words} in the form 'output' is not a sum. "
+                "Use form='residual', or a site such as 'blocks'."
+            )
+        if sees == "input" and self.tokens is not None:
+            raise CompositionError(
+                f"{words} maps every token as it is now, and a token rule hands it a selection. Use one of the two."
             )
         if isinstance(watch, Front) and isinstance(site, Span) and site.front < watch.blocks:
             raise CompositionError(
@@ -172,7 +187,7 @@ class Composition:
                 "A token rule writes into the prediction that all rows share, so rows cannot decide for themselves and "
                 "a prediction cannot be verified. Use decide='batch' or 'any' with a gate such as 'interval'."
             )
-        if self.tokens is not None and not isinstance(site, Parts):
+        if self.tokens is not None and (not isinstance(site, Parts) or isinstance(site, Linears)):
             raise CompositionError(
                 f"A token rule computes some tokens of a part; {site.words} has no parts. Use site='parts'."
             )

@@ -70,6 +70,7 @@ class Part:
         inner: modules of the block that run only to feed parts, this one among them.
         is_mutated: whether the block changes its output in place: hand out copies.
         calls: how often it runs per block call.
+        linears: paths of the linear layers that run once in it, or in a module that runs only to feed it.
     """
 
     path: str
@@ -81,6 +82,7 @@ class Part:
     inner: tuple[Inner, ...] = ()
     is_mutated: bool = False
     calls: int = 1
+    linears: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from cache4diffusion.anatomy.blocks import BlockView, written
-from cache4diffusion.anatomy.facts import Part, PartKind, StreamKind
+from cache4diffusion.anatomy.facts import Inner, Part, PartKind, StreamKind
 from cache4diffusion.anatomy.flow import ancestors, dependents, value_inputs
 from cache4diffusion.anatomy.tape import Call, Recording
 from cache4diffusion.anatomy.tree import LeafPath
@@ -150,6 +150,17 @@ class BlockReader:
         """The arguments that depend on the block's streams."""
         return tuple(path for path, serial in call.arguments.items() if serial in self.depends)
 
+    def linears(self, paths: list[str]) -> tuple[str, ...]:
+        """The innermost modules in these ones that run once and do nothing to tokens but a linear map."""
+        found: list[str] = []
+        for outer in [call for call in self.inner_calls if call.path in paths]:
+            for call in [outer, *self.recording.inside(outer)]:
+                names = [op.name for op in self.recording.ops[call.first : call.last] if op.name not in PASSES]
+                shapes = [self.recording.shape(serial) for serial in call.arguments.values()]
+                if call.end == call.index + 1 and names == ["linear"] and len(shapes) == 1 and len(shapes[0]) >= 3:
+                    found.append(call.path)
+        return tuple(path for path in dict.fromkeys(found) if found.count(path) == 1)
+
     def part(self, view: PartView) -> Part:
         """The finished fact, without its inner modules."""
         call = view.calls[0]
@@ -171,11 +182,24 @@ class BlockReader:
         )
 
 
-def with_inner(parts: list[Part], inner: list) -> tuple[Part, ...]:
-    """Give every part the inner modules that feed it; a part that an attention feeds is fused."""
-    finished = []
+def with_inner(reader: BlockReader, parts: list[Part], inner: list[Inner]) -> tuple[Part, ...]:
+    """Give every part the inner modules that feed it, and all their linears; a part that an attention feeds is fused.
+
+    A module that feeds several parts is counted with the first of them. Norms are left out: what is linear in them maps
+    the timestep.
+    """
+    finished: list[Part] = []
     for part in parts:
         mine = tuple(item for item in inner if part.path in item.feeds)
         fused = part.kind in ("other", "ffn") and any(item.kind == "attn" for item in mine)
-        finished.append(dataclasses.replace(part, inner=mine, kind="fused" if fused else part.kind))
+        known = {path for other in finished for path in other.linears}
+        linears = reader.linears([part.path, *[item.path for item in mine if item.role == "zero_width"]])
+        finished.append(
+            dataclasses.replace(
+                part,
+                inner=mine,
+                kind="fused" if fused else part.kind,
+                linears=tuple(path for path in linears if path not in known),
+            )
+        )
     return tuple(finished)

@@ -183,7 +183,7 @@ class StackFinder:
         for block in stack.blocks:
             reader = BlockReader(self.recording, block)
             parts = [reader.part(view) for view in reader.part_views()]
-            stack.parts.append(list(with_inner(parts, inner_modules(reader, parts))))
+            stack.parts.append(list(with_inner(reader, parts, inner_modules(reader, parts))))
             self.notes.extend(dict.fromkeys(reader.notes))
             if not parts:
                 self.notes.append(f"{block.call.path}: no part was found, only its whole output can be cached")

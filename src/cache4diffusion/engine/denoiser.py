@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from cache4diffusion.engine.driver import Driver, Inner
+from cache4diffusion.engine.driver import Driver, Inner, go_on_with, take_in
 from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.leaves import own, take_apart
 from cache4diffusion.engine.state import Context
 from cache4diffusion.errors import AnatomyError
-from cache4diffusion.predictors import Predictor
+from cache4diffusion.predictors import Corrector, Predictor
+from cache4diffusion.predictors.corrector import paired
 from cache4diffusion.sites import Denoiser
 
 
@@ -38,20 +39,31 @@ class OutputMemory:
 
     def record(self, context: Context, output: Any, base: Tensor | None = None) -> None:
         """Take in the output of a full step, minus ``base``."""
-        sites = context.state.sites
-        if self.name not in sites:
-            sites[self.name] = self.predictor.init(context.batch, context.step.num_steps)
         tensors, layout = take_apart(output)
         context.state.extra.setdefault("layouts", {})[self._kind(context)] = layout
         if base is not None:
             tensors = [shifted(tensor, base, -1) for tensor in tensors]
-        self.predictor.update(sites[self.name], tensors, context.time, context.rows)
+        if not isinstance(self.predictor, Corrector):
+            take_in(self.predictor, context, self.name, tensors)
+            return
+        latents = () if context.latent is None else (context.latent,)
+        pairs = paired(tensors, latents)
+        if pairs is None:
+            raise AnatomyError(
+                f"{type(self.predictor).__name__} maps what enters to what leaves, and the output has places that the "
+                "latent has not. Use a predictor such as 'reuse'."
+            )
+        context.state.extra["pairs"] = pairs
+        take_in(self.predictor, context, self.name, tensors, [latents[i] for i in pairs])
 
     def predicted(self, context: Context, base: Tensor | None = None) -> Any:
         """The output of a cached step: the prediction, plus ``base``."""
         state = context.state.sites[self.name]
-        tensors = self.predictor.predict(state, context.time, context.rows)
-        self.predictor.commit(state, tensors, context.time, context.rows)
+        seen = []
+        if isinstance(self.predictor, Corrector):
+            assert context.latent is not None  # or nothing would have been recorded
+            seen = [context.latent for _ in context.state.extra["pairs"]]
+        tensors = go_on_with(self.predictor, context, self.name, seen)
         if base is not None:
             tensors = [shifted(tensor, base, 1) for tensor in tensors]
         return context.state.extra["layouts"][self._kind(context)].fill(own(tensors, state))

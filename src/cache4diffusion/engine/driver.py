@@ -11,9 +11,46 @@ from torch import Tensor
 from cache4diffusion.anatomy import Anatomy
 from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.state import Context
+from cache4diffusion.predictors import Corrector, Predictor, Sited
 
 Inner = Callable[..., Any]
 Rested = tuple[tuple[str, float], ...]  # modules that did not run in a call, and for which share of the rows
+
+
+def take_in(
+    predictor: Predictor | Corrector,
+    context: Context,
+    name: str,
+    leaves: Sequence[Tensor],
+    seen: Sequence[Tensor] = (),
+    rows: Sequence[int] | None = None,
+) -> None:
+    """Give a site's predictor the feature of a full step; a corrector also what it saw with it."""
+    sites, rows = context.state.sites, context.rows if rows is None else rows
+    if name not in sites:
+        size = (context.batch, context.step.num_steps)
+        sites[name] = predictor.init_at(name, *size) if isinstance(predictor, Sited) else predictor.init(*size)
+    if isinstance(predictor, Corrector):
+        predictor.update_seeing(sites[name], leaves, seen, context.time, rows)
+    else:
+        predictor.update(sites[name], leaves, context.time, rows)
+
+
+def go_on_with(
+    predictor: Predictor | Corrector,
+    context: Context,
+    name: str,
+    seen: Sequence[Tensor] = (),
+    rows: Sequence[int] | None = None,
+) -> list[Tensor]:
+    """What a cached step goes on with at a site: the prediction, of which the predictor takes note."""
+    state, rows = context.state.sites[name], context.rows if rows is None else rows
+    if isinstance(predictor, Corrector):
+        leaves = predictor.predict_seeing(state, seen, context.time, rows)
+    else:
+        leaves = predictor.predict(state, context.time, rows)
+    predictor.commit(state, leaves, context.time, rows)
+    return leaves
 
 
 class Driver(ABC):
@@ -31,6 +68,7 @@ class Driver(ABC):
 
     def __init__(self, host: Host, site: Any) -> None:
         self.host, self.site = host, site
+        self.sees_input = host.sees == "input"  # it is given what enters a site
 
     def install(self, anatomy: Anatomy | None) -> None:  # noqa: B027 - optional step
         """Wrap what must be wrapped.
@@ -67,22 +105,29 @@ class Driver(ABC):
     def run(self, context: Context, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the denoiser's call (``inner``) under the verdicts of ``context``."""
 
-    def keep(self, context: Context, name: str, leaves: Sequence[Tensor], rows: Sequence[int] | None = None) -> None:
-        """Take in what a full step computed at a site, for the rows of the call (or only the given ones of them)."""
-        predictor, sites = self.host.predictor, context.state.sites
-        if name not in sites:
-            sites[name] = predictor.init(context.batch, context.step.num_steps)
-        predictor.update(sites[name], leaves, context.time, context.rows if rows is None else rows)
-        if self.host.listener is not None:
-            self.host.listener.hear_feature(context, name, self.decision_of(name), leaves)
+    def serves(self, site: str) -> bool:
+        """Whether the predictor can serve a site of this name; if not, it is computed on every step."""
+        predictor = self.host.predictor
+        return not isinstance(predictor, Sited) or predictor.serves(site)
 
-    def forecast(self, context: Context, name: str, rows: Sequence[int] | None = None) -> list[Tensor]:
-        """What a cached step goes on with at a site: the prediction, of which the predictor takes note."""
-        predictor, state = self.host.predictor, context.state.sites[name]
-        rows = context.rows if rows is None else rows
-        leaves = predictor.predict(state, context.time, rows)
-        predictor.commit(state, leaves, context.time, rows)
-        return leaves
+    def keep(
+        self,
+        context: Context,
+        name: str,
+        leaves: Sequence[Tensor],
+        seen: Sequence[Tensor] = (),
+        rows: Sequence[int] | None = None,
+    ) -> None:
+        """Take in what a full step computed at a site, for the rows of the call (or only the given ones of them)."""
+        take_in(self.host.predictor, context, name, leaves, seen, rows)
+        if self.host.listener is not None:
+            self.host.listener.hear_feature(context, name, self.decision_of(name), leaves, seen)
+
+    def forecast(
+        self, context: Context, name: str, seen: Sequence[Tensor] = (), rows: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        """What a cached step goes on with at a site, for the rows of the call (or only the given ones of them)."""
+        return go_on_with(self.host.predictor, context, name, seen, rows)
 
     def on_block(
         self, context: Context, position: int, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -6,6 +6,7 @@ from cache4diffusion.engine.denoiser import DenoiserDriver
 from cache4diffusion.engine.driver import Driver
 from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.level import LevelDriver
+from cache4diffusion.engine.linears import LinearsDriver
 from cache4diffusion.engine.mixed import MixedScoreDriver
 from cache4diffusion.engine.parts import PartsDriver
 from cache4diffusion.engine.scaled import ScaledPartsDriver
@@ -15,6 +16,7 @@ from cache4diffusion.errors import CompositionError
 from cache4diffusion.sites import (
     Blocks,
     Denoiser,
+    Linears,
     MixedScore,
     Parts,
     ScaledParts,
@@ -31,6 +33,7 @@ DRIVERS: dict[type[Site], type[Driver]] = {
     SwitchingSpan: SwitchingSpanDriver,
     Blocks: BlocksDriver,
     Parts: PartsDriver,
+    Linears: LinearsDriver,
     MixedScore: MixedScoreDriver,
     ScaledParts: ScaledPartsDriver,
     UNetLevel: LevelDriver,

@@ -18,7 +18,6 @@ from cache4diffusion.engine.passage import Passage
 from cache4diffusion.errors import AnatomyError
 from cache4diffusion.gates import Front
 from cache4diffusion.method import Composition
-from cache4diffusion.predictors import FrontAware
 from cache4diffusion.trace import Trace
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -46,8 +45,7 @@ class Host:
         self.denoiser, self.composition, self.trace, self.name = denoiser, composition, trace, name
         self.listener = listener
         self.gate, self.predictor = composition.gate, composition.predictor
-        # Asked for at every block, and an isinstance of a protocol takes 20 microseconds.
-        self.front_aware = self.predictor if isinstance(self.predictor, FrontAware) else None
+        self.sees: str | None = getattr(self.predictor, "sees", None)  # of the step itself, if it is a corrector
         self.inputs = inputs_of(denoiser)
         self.anatomy: Anatomy | None = None
         self.blocks: list[BlockView] = []  # the main blocks of all lists

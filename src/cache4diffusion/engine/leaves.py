@@ -59,6 +59,39 @@ def get_argument(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
     return value
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a module's argument is found, made out beforehand: inside a compiled block nothing may be looked up.
+
+    Args:
+        name: of the parameter, if it has one.
+        index: among the positional arguments.
+        path: from there to the leaf.
+    """
+
+    name: str | None
+    index: int
+    path: LeafPath = ()
+
+    @classmethod
+    def of(cls, module: nn.Module, path: LeafPath) -> Place:
+        """The place of the argument leaf at ``path``, as `get_argument` finds it."""
+        head, names = path[0], parameter_names(type(module))
+        if isinstance(head, str):
+            return cls(head, names.index(head) if head in names else len(names), tuple(path[1:]))
+        return cls(names[head] if head < len(names) else None, head, tuple(path[1:]))
+
+    def get(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What is there; None if the host did not pass it."""
+        if self.name is not None and self.name in kwargs:
+            value = kwargs[self.name]
+        else:
+            value = args[self.index] if self.index < len(args) else None
+        for key in self.path:
+            value = _child(value, key)
+        return value
+
+
 def get_output(output: Any, path: LeafPath) -> Any:
     """The leaf of an output at ``path``; ``()`` is the output itself."""
     for key in path:

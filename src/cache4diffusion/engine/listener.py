@@ -13,7 +13,9 @@ from cache4diffusion.engine.state import Context
 class Listener(Protocol):
     """Hears of every full call of a denoiser: first each feature, at the site where it is recorded, then the call."""
 
-    def hear_feature(self, context: Context, site: str, decision: str, leaves: Sequence[Tensor]) -> None:
+    def hear_feature(
+        self, context: Context, site: str, decision: str, leaves: Sequence[Tensor], seen: Sequence[Tensor]
+    ) -> None:
         """A site has recorded ``leaves``. The host may still write into them: copy what is kept.
 
         Args:
@@ -21,6 +23,7 @@ class Listener(Protocol):
             site: its name.
             decision: the name of the decision that it follows; empty where there is only one.
             leaves: what was recorded.
+            seen: what the predictor saw with it, if it asks for that.
         """
         ...
 

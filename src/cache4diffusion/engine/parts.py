@@ -13,17 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cache4diffusion.anatomy import Anatomy, Inner, Part
+from cache4diffusion.anatomy import Anatomy, Block, Inner, Part
 from cache4diffusion.engine.decide import prediction_error
 from cache4diffusion.engine.driver import Driver, Rested
 from cache4diffusion.engine.driver import Inner as InnerCall
 from cache4diffusion.engine.host import Host
-from cache4diffusion.engine.leaves import get_output, own, take_apart
+from cache4diffusion.engine.leaves import Layout, Place, get_output, own, take_apart
 from cache4diffusion.engine.state import Context
 from cache4diffusion.engine.tokens import TokenDriver
 from cache4diffusion.errors import AnatomyError
 from cache4diffusion.gates import Verification
-from cache4diffusion.predictors import Predictor
+from cache4diffusion.predictors import Corrector, Predictor
+from cache4diffusion.predictors.corrector import paired
 from cache4diffusion.sites import Parts
 from cache4diffusion.wrap import ForwardWrapper
 
@@ -57,6 +58,13 @@ class PartSite:
         self.prepared: Any = None  # output predicted for the call in progress
         self.is_traced = False
         self.must_run = False  # its decision is another than that of the parts that are predicted in this call
+        self.corrector = driver.predictor if isinstance(driver.predictor, Corrector) else None
+        self.layout: Layout | None = None  # of the output, for a corrector in a compiled block
+        self.pairs: tuple[int, ...] = ()  # which of the inputs each of the output's tensors is made from
+        self.fresh_seen: list[Tensor] = []  # what entered with ``fresh``
+        self.entered: Any = None  # what entered in front of it in the call in progress, where a module there rests
+        self.is_fed = False  # whether one does
+        self._inputs = [Place.of(module, path) for path in part.inputs] if driver.sees_input else []
         self.wrapper = ForwardWrapper(module, self._make)
 
     def _make(self, found: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,12 +72,13 @@ class PartSite:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if switch.is_cached and not site.must_run:
-                output = site.given()
+                output = site.given(args, kwargs)
                 if output is not None:
                     return output
+            seen = site.seen(args, kwargs) if switch.is_on else []
             output = found(*args, **kwargs)
             if switch.is_on:
-                site.take(output)
+                site.take(output, seen)
             return output
 
         if tokens is None:
@@ -78,14 +87,22 @@ class PartSite:
 
         def forward_with_tokens(*args: Any, **kwargs: Any) -> Any:
             if switch.is_cached and site.is_known:
-                return tokens.run(site, found, args, kwargs) if tokens.handles(site) else site.given()
+                return tokens.run(site, found, args, kwargs) if tokens.handles(site) else site.given(args, kwargs)
             if not switch.is_on or not is_captured:
                 return forward(*args, **kwargs)
             output = tokens.capture(site.position, site.part.kind, found, args, kwargs)
-            site.take(output)
+            site.take(output, [])
             return output
 
         return forward_with_tokens
+
+    def seen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """What a corrector sees of this call: all that enters the part, or what enters the module in front of it."""
+        if self.is_fed:
+            entered, self.entered = self.entered, None
+            return [entered]
+        values = [place.get(args, kwargs) for place in self._inputs]
+        return [value for value in values if isinstance(value, Tensor)]
 
     @property
     def is_known(self) -> bool:
@@ -93,18 +110,24 @@ class PartSite:
         context = self.switch.context
         return context is not None and self.name in context.state.sites
 
-    def given(self) -> Any:
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output of this cached step; None if there is nothing to predict from, and the part must run."""
         if torch.compiler.is_compiling() or self.prepared is not None:
-            return self.prepared
-        return self.driver.predict(self) if self.is_known else None
+            if self.corrector is None or self.prepared is None:
+                return self.prepared
+            seen = self.seen(args, kwargs)
+            assert self.layout is not None
+            return self.layout.fill(self.corrector.correct(self.prepared, [seen[i] for i in self.pairs]))
+        return self.driver.predict(self, self.seen(args, kwargs)) if self.is_known else None
 
-    def take(self, output: Any) -> None:
-        """Keep what was computed."""
+    def take(self, output: Any, seen: list[Tensor]) -> None:
+        """Keep what was computed, and what entered."""
         if torch.compiler.is_compiling() or self.switch.is_watching:
             self.fresh = output
+            if seen:
+                self.fresh_seen = seen
         else:
-            self.driver.record(self, output)
+            self.driver.record(self, output, seen)
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
         """The part's output around its tensors."""
@@ -128,6 +151,7 @@ class RestingModule:
             None  # for compiled blocks: made before the call, as sizes kept in numbers would be compiled in
         )
         self.must_run = False  # a part that it feeds has nothing to predict from
+        self.shows: PartSite | None = None  # the part whose input is what enters here
         self.wrapper = ForwardWrapper(module, self._make)
 
     def _make(self, found: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,6 +159,8 @@ class RestingModule:
         is_norm = self.inner.role == "nan_token"
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if switch.is_on and rest.shows is not None:
+                rest.shows.entered = first_tensor(args, kwargs)
             if switch.is_cached and not rest.must_run:
                 return rest.placeholder(args, kwargs)
             output = found(*args, **kwargs)
@@ -164,7 +190,7 @@ class RestingModule:
 
     def placeholder(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What stands for the output."""
-        x = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
+        x = first_tensor(args, kwargs)
         if self.inner.role == "nan_token":
             return x.new_full((x.shape[0], 1, x.shape[-1]), float("nan"))
         if torch.compiler.is_compiling():
@@ -175,6 +201,11 @@ class RestingModule:
         """Zero-width tensors in place of the output's."""
         found = [like.new_empty((rows, *shape[1:-1], 0)) for shape in self.shapes]
         return found[0] if len(found) == 1 else tuple(found)
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The tokens that a module of one input is called with."""
+    return args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
 
 
 def shapes_of(output: Any) -> tuple[tuple[int, ...], ...]:
@@ -215,22 +246,39 @@ class PartsDriver(Driver):
         nested = [block for stack in anatomy.stacks if not stack.is_main for block in stack.blocks]
         if main and not self.host.is_unet:
             nested = []
+        unserved: list[str] = []
         chosen = list(enumerate(main))[first:] + [(len(main) + i, block) for i, block in enumerate(nested)]
         for position, block in chosen:
-            parts = [part for part in block.parts if part.kind in self.site.kinds and part.calls == 1]
-            for part in parts:
-                decision = {"one": "", "kind": part.kind, "part": part.path}[self.site.decisions]
+            for name, part in self.sites_of(block):
+                if not self.serves(name):
+                    unserved.append(name)
+                    continue
+                decision = {"one": "", "kind": part.kind, "part": name}[self.site.decisions]
                 if decision not in self._names:
                     self._names.append(decision)
                 key = self._names.index(decision)
-                self.sites.append(PartSite(part.path, part, position, modules[part.path], self, key))
+                self.sites.append(PartSite(name, part, position, modules[part.path], self, key))
         wrapped = {site.part.path for site in self.sites}
         resting: dict[str, Inner] = {}
         for site in self.sites:
             for inner in site.part.inner:
-                if all(path in wrapped for path in inner.feeds):
+                # What enters a part is what its norm makes: for those who look at it, norms run.
+                is_read = self.sees_input and inner.role == "nan_token"
+                if not is_read and all(path in wrapped for path in inner.feeds):
                     resting[inner.path] = inner
         self.resting = [RestingModule(inner, modules[path], self) for path, inner in resting.items()]
+        if self.sees_input:
+            self._find_entrances()
+        words = type(self.predictor).__name__
+        if unserved and not self.sites:
+            raise AnatomyError(
+                f"{words} has numbers for none of the sites of {anatomy.denoiser} ({unserved[0]} and "
+                f"{len(unserved) - 1} more): its calibration was made for another site or denoiser. Calibrate anew."
+            )
+        if unserved:
+            self.host.note(
+                f"{words} has no numbers for {len(unserved)} sites ({unserved[0]} ...): they always run."
+            )
         if not self.sites:
             raise AnatomyError(
                 f"{anatomy.denoiser} has no parts of the kinds {', '.join(self.site.kinds)} that can be told apart. "
@@ -238,6 +286,19 @@ class PartsDriver(Driver):
             )
         if self.tokens is not None:
             self.tokens.install(anatomy, {r.inner.path: r for r in self.resting})
+
+    def sites_of(self, block: Block) -> list[tuple[str, Part]]:
+        """What is cached of a block, each with the name of its site."""
+        chosen = [part for part in block.parts if part.kind in self.site.kinds and part.calls == 1]
+        return [(part.path, part) for part in chosen]
+
+    def _find_entrances(self) -> None:
+        """Where modules in front of a part rest with it, what enters the first of them is what enters the part."""
+        resting = {rest.inner.path: rest for rest in self.resting if rest.inner.role == "zero_width"}
+        for site in self.sites:
+            first = next((resting[inner.path] for inner in site.part.inner if inner.path in resting), None)
+            if first is not None:
+                first.shows, site.is_fed = site, True
 
     def uninstall(self) -> None:
         """Unwrap everything."""
@@ -286,7 +347,8 @@ class PartsDriver(Driver):
             switch.turn(on=False)
             switch.context = None
             for site in self.sites:
-                site.fresh = site.prepared = None
+                site.fresh = site.prepared = site.entered = None
+                site.fresh_seen = []
                 site.must_run = False
 
     def on_block(
@@ -320,7 +382,7 @@ class PartsDriver(Driver):
         for rest in self.resting:
             rest.must_run = bool(running) and not running.isdisjoint(rest.inner.feeds)
         for site in self._traced:
-            site.prepared = self.predict(site) if site.name in known and not site.must_run else None
+            site.prepared = self.prepare(site) if site.name in known and not site.must_run else None
         ready = next((site.prepared for site in self._traced if site.prepared is not None), None)
         if ready is not None:
             like, rows = take_apart(ready)[0][0], context.batch if context.rows is None else len(context.rows)
@@ -336,23 +398,47 @@ class PartsDriver(Driver):
             if not site.is_traced:
                 site.is_traced = True
                 self._traced.append(site)
-            self.record(site, site.fresh)
+            self.record(site, site.fresh, site.fresh_seen)
 
-    def record(self, site: PartSite, output: Any) -> None:
-        """Take in the feature of a full step."""
+    def record(self, site: PartSite, output: Any, seen: list[Tensor]) -> None:
+        """Take in the feature of a full step, and what entered with it.
+
+        Raises:
+            AnatomyError: a corrector is to see what entered, and nothing of the output's shape did.
+        """
         context = self.switch.context
         assert context is not None
         tensors, layout = take_apart(output)
         if layout != context.state.layouts.get(site.name):  # first time, or its structure changed: start anew
             self.forget(site)
             context.state.layouts[site.name] = layout
-        self.keep(context, site.name, tensors)
+        if self.sees_input:
+            pairs = paired(tensors, seen)
+            if pairs is None:
+                raise AnatomyError(
+                    f"{type(self.predictor).__name__} maps what enters to what leaves, and {site.name} returns tokens "
+                    "that it was not given. Use a predictor that sees only the feature, such as 'reuse'."
+                )
+            site.pairs, seen = pairs, [seen[i] for i in pairs]
+        self.keep(context, site.name, tensors, seen)
 
-    def predict(self, site: PartSite) -> Any:
+    def prepare(self, site: PartSite) -> Any:
+        """What a compiled block finds at the part: its output, or what a corrector makes the output from in there."""
+        if site.corrector is None:
+            return self.predict(site, [])
+        context = self.switch.context
+        assert context is not None
+        site.layout = context.state.layouts[site.name]
+        material = site.corrector.material(context.state.sites[site.name], context.time, context.rows)
+        return [tensor.detach() for tensor in material]
+
+    def predict(self, site: PartSite, seen: list[Tensor]) -> Any:
         """The output of this cached step; a copy of its own where the host writes into it."""
         context = self.switch.context
         assert context is not None
-        tensors = self.forecast(context, site.name)
+        if self.sees_input:
+            seen = [seen[i] for i in site.pairs]
+        tensors = self.forecast(context, site.name, seen)
         if site.is_traced:  # a snapshot handed out as it is would be a view, which a compiled block tells from others
             tensors = [tensor.detach() for tensor in tensors]
         return site.rebuild(own(tensors, context.state.sites[site.name]) if site.part.is_mutated else tensors)
@@ -379,12 +465,12 @@ class PartsDriver(Driver):
         predicted = context.scratch["last_output"]
         self.switch.is_cached, self.switch.is_watching = False, True
         true = inner(*args, **kwargs)
-        kept = mine[-1].fresh
+        kept, seen = mine[-1].fresh, mine[-1].fresh_seen
         self.switch.is_cached, self.switch.is_watching = True, False
         for site in mine:
-            site.fresh = None
+            site.fresh, site.fresh_seen = None, []
         if len(mine) == 1 and mine[0].part.kind == "fused" and kept is not None:
-            before, after = take_apart(self.predict(mine[0]))[0][0], take_apart(kept)[0][0]
+            before, after = take_apart(self.predict(mine[0], seen))[0][0], take_apart(kept)[0][0]
         else:
             path = next(s.output for s in self.host.blocks[last].streams if s.output is not None)
             before, after = get_output(predicted, path), get_output(true, path)

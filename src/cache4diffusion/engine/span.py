@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,12 +88,7 @@ class SpanDriver(Driver):
                 "Methods for the whole denoiser ('taylorseer-lite') or for U-Net levels ('deepcache') may work."
             )
         self.stretches = self.cut([len(stack.blocks) for stack in anatomy.main], anatomy.seams)
-        if self.host.front_aware is not None and len(self.stretches) > 1:
-            raise AnatomyError(
-                f"{type(self.host.front_aware).__name__} reads what the first blocks add, but in {anatomy.denoiser} no "
-                "span runs from there to the last block: its lists of blocks hand over their streams in another shape. "
-                "Use predictor='reuse'."
-            )
+        self._check_predictor(anatomy)
         self._passing = {}
         if not self.stretches:
             count = sum(len(stack.blocks) for stack in anatomy.main)
@@ -102,6 +98,27 @@ class SpanDriver(Driver):
             block = self.host.blocks[position]
             if not block.can_rebuild or any(s.output is None and s.feeds_output for s in block.streams):
                 raise AnatomyError(f"{block.path} returns more than its streams, so it cannot be bypassed.")
+
+    def _check_predictor(self, anatomy: Anatomy) -> None:
+        """Leave out what the predictor does not serve; see whether what it sees is there at all."""
+        words = type(self.host.predictor).__name__
+        if self.host.sees == "front" and len(self.stretches) > 1:
+            raise AnatomyError(
+                f"{words} reads what the first blocks add, but in {anatomy.denoiser} no "
+                "span runs from there to the last block: its lists of blocks hand over their streams in another shape. "
+                "Use predictor='reuse'."
+            )
+        served = [stretch for stretch in self.stretches if self.serves(stretch.name)]
+        if self.stretches and not served:
+            raise AnatomyError(
+                f"{words} has numbers for none of the sites {', '.join(s.name for s in self.stretches)} of "
+                f"{anatomy.denoiser}: its calibration was made for another site or denoiser. Calibrate anew."
+            )
+        if len(served) < len(self.stretches):
+            self.host.note(
+                f"{words} has numbers for {len(served)} of {len(self.stretches)} sites; the others always run."
+            )
+        self.stretches = served
 
     def cut(self, lengths: list[int], seams: tuple[bool, ...]) -> list[Stretch]:
         """The stretches, once it is known how many blocks there are."""
@@ -115,9 +132,13 @@ class SpanDriver(Driver):
     def passing(self, context: Context, key: int) -> frozenset[int]:
         """All blocks of its stretches but the last ones, which go on with what is predicted."""
         if key not in self._passing:
-            mine = [stretch for stretch in self.stretches if stretch.key == key]
-            self._passing[key] = frozenset(p for stretch in mine for p in range(stretch.first, stretch.last))
+            self._passing[key] = self._inside([stretch for stretch in self.stretches if stretch.key == key])
         return self._passing[key]
+
+    def _inside(self, chosen: Sequence[Stretch]) -> frozenset[int]:
+        """Blocks of stretches that nobody looks at: a corrector is shown what enters the first one."""
+        shown = int(self.sees_input)
+        return frozenset(p for stretch in chosen for p in range(stretch.first + shown, stretch.last))
 
     def was_reached(self, context: Context) -> bool:
         """Whether a stretch was entered (its residual is not kept where the host wrote into the streams)."""
@@ -135,7 +156,7 @@ class SpanDriver(Driver):
         """Once the residual of every stretch of this decision was recorded."""
         sites = context.state.sites
         mine = [stretch for stretch in self.active(context) if stretch.key == key]
-        if self.host.front_aware is not None and "front_residuals" not in context.scratch:
+        if self.host.sees == "front" and "front_residuals" not in context.scratch:
             return False  # what the front added could not be told
         return bool(mine) and all(s.name in sites and self.host.predictor.is_ready(sites[s.name]) for s in mine)
 
@@ -178,69 +199,49 @@ class SpanDriver(Driver):
         return context.scratch[stretch.name]
 
     def _finish(self, context: Context, stretch: Stretch, passage: Passage, verdict: Verdict, output: Any) -> Any:
-        is_known = self.host.is_sound(passage) or self.form == "output"
+        is_known = self.host.is_sound(passage) or (self.form == "output" and not self.sees_input)
         if not is_known and verdict.is_full:
             context.state.sites.pop(stretch.name, None)
             return output
         features = [self._feature(passage, i) for i in self._kept(stretch)]
+        seen = self._seen(context, stretch, passage.entered)
         if verdict.is_full:
-            self._keep(context, stretch, features)
+            if seen is None:
+                context.state.sites.pop(stretch.name, None)
+            else:
+                self.keep(context, stretch.name, features, seen)
             return output
+        assert seen is not None  # or nothing would be ready
         rows = [context.rows[r] if context.rows else r for r in verdict.full_rows]
         cached = [context.rows[r] if context.rows else r for r in verdict.cached_rows]
         there = verdict.cached_rows
-        for i, leaf in zip(self._kept(stretch), self._forecast(context, stretch, cached, there), strict=True):
+        predicted = self.forecast(context, stretch.name, [select_rows(leaf, there) for leaf in seen], cached)
+        for i, leaf in zip(self._kept(stretch), predicted, strict=True):
             if self.form == "residual":
                 leaf = passage.out[i][there] + leaf
             passage.out[i][there] = leaf
         if is_known:
             fresh = [select_rows(feature, verdict.full_rows) for feature in features]
-            self._keep(context, stretch, fresh, rows, verdict.full_rows)
+            self.keep(context, stretch.name, fresh, [select_rows(leaf, verdict.full_rows) for leaf in seen], rows)
         return output
 
     def _feature(self, passage: Passage, i: int) -> Tensor:
         """What is recorded of one stream."""
         return passage.left[i] if self.form == "output" else passage.residual(i)
 
-    def _front(self, context: Context, stretch: Stretch, places: list[int] | None) -> list[Tensor]:
-        """What the watched blocks in front of the stretch added to the streams it keeps (at places of the call)."""
-        seen = [context.scratch["front_residuals"][i] for i in self._kept(stretch)]
-        return seen if places is None else [select_rows(leaf, places) for leaf in seen]
+    def _seen(self, context: Context, stretch: Stretch, entered: Sequence[Tensor]) -> list[Tensor] | None:
+        """What a corrector sees of the streams that the stretch keeps; None where it cannot be told.
 
-    def _keep(
-        self,
-        context: Context,
-        stretch: Stretch,
-        features: list[Tensor],
-        rows: list[int] | None = None,
-        places: list[int] | None = None,
-    ) -> None:
-        """Take in a feature: of the given rows of the batch, which are at these places of the call."""
-        predictor, sites = self.host.front_aware, context.state.sites
-        if predictor is None:
-            self.keep(context, stretch.name, features, rows)
-            return
-        if "front_residuals" not in context.scratch:
-            sites.pop(stretch.name, None)
-            return
-        if stretch.name not in sites:
-            sites[stretch.name] = predictor.init(context.batch, context.step.num_steps)
-        front, rows = self._front(context, stretch, places), context.rows if rows is None else rows
-        predictor.update_seeing(sites[stretch.name], features, front, context.time, rows)
-
-    def _forecast(
-        self,
-        context: Context,
-        stretch: Stretch,
-        rows: list[int] | None = None,
-        places: list[int] | None = None,
-    ) -> list[Tensor]:
-        """What a cached step goes on with."""
-        predictor = self.host.front_aware
-        if predictor is None:
-            return self.forecast(context, stretch.name, rows)
-        front, rows = self._front(context, stretch, places), context.rows if rows is None else rows
-        return predictor.predict_seeing(context.state.sites[stretch.name], front, context.time, rows)
+        Args:
+            context: the call.
+            stretch: of blocks.
+            entered: what entered it, one tensor per stream.
+        """
+        sees = self.host.sees
+        if sees is None:
+            return []
+        streams = entered if sees == "input" else context.scratch.get("front_residuals")
+        return None if streams is None else [streams[i] for i in self._kept(stretch)]
 
     def _some_rows(
         self,
@@ -267,15 +268,22 @@ class SpanDriver(Driver):
     def _bypass(
         self, context: Context, stretch: Stretch, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if position != stretch.last:  # the first block, where the decision was taken in front of it
-            return self.host.pass_through(position, args, kwargs)
         values = self.host.stream_inputs(position, args, kwargs)
-        leaves = self._forecast(context, stretch)
+        if position == stretch.first and self.sees_input:  # now, for the host may write into the streams on their way
+            context.scratch["predicted", stretch.name] = self._predict(context, stretch, values)
+        if position != stretch.last:
+            return self.host.blocks[position].rebuild(values)
+        leaves = context.scratch.pop(("predicted", stretch.name), None) or self._predict(context, stretch, values)
         if self.form == "output":
             leaves = own(leaves, context.state.sites[stretch.name])
         for i, leaf in zip(self._kept(stretch), leaves, strict=True):
             values[i] = values[i] + leaf if self.form == "residual" else leaf
         return self.host.blocks[position].rebuild(values)
+
+    def _predict(self, context: Context, stretch: Stretch, entered: Sequence[Tensor]) -> list[Tensor]:
+        seen = self._seen(context, stretch, entered)
+        assert seen is not None  # or nothing would be ready
+        return self.forecast(context, stretch.name, seen)
 
     def rested(self, context: Context) -> Rested | None:
         """The blocks of the stretches, with the share of the rows for which each did not run."""
@@ -327,7 +335,7 @@ class SwitchingSpanDriver(SpanDriver):
         else:
             assert step.num_steps is not None  # the engine refuses to begin without it
             is_early = step.index < switch * step.num_steps
-        return self.rear if is_early else self.front
+        return [stretch for stretch in (self.rear if is_early else self.front) if stretch in self.stretches]
 
     def stretch_at(self, context: Context, position: int) -> Stretch | None:
         """The stretch a block belongs to at this step."""
@@ -335,7 +343,7 @@ class SwitchingSpanDriver(SpanDriver):
 
     def passing(self, context: Context, key: int) -> frozenset[int]:
         """Those of this side."""
-        return frozenset(p for stretch in self.active(context) for p in range(stretch.first, stretch.last))
+        return self._inside(self.active(context))
 
     def was_reached(self, context: Context) -> bool:
         """Whether a stretch of this side was entered."""

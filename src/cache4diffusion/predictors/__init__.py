@@ -1,15 +1,19 @@
 """With what: predictors make the feature of a cached step from those of full steps."""
 
 from cache4diffusion.predictors.adams_bashforth import AdamsBashforth
-from cache4diffusion.predictors.aligned import FrontAware, ProbeAligned
+from cache4diffusion.predictors.aligned import ProbeAligned
 from cache4diffusion.predictors.bands import Bands
 from cache4diffusion.predictors.base import LinearPredictor, Predictor, RecursivePredictor
 from cache4diffusion.predictors.chebyshev import Chebyshev
+from cache4diffusion.predictors.corrector import Blank, Corrector, Sited, Weights
 from cache4diffusion.predictors.delta import Delta
 from cache4diffusion.predictors.dmd import DynamicModes
 from cache4diffusion.predictors.foca import ForecastCalibrate
 from cache4diffusion.predictors.hermite import Hermite
 from cache4diffusion.predictors.history import History, weighted_sum
+from cache4diffusion.predictors.increment import Increment
+from cache4diffusion.predictors.learned import LearnedCombination
+from cache4diffusion.predictors.linear_map import LinearMap
 from cache4diffusion.predictors.mean_velocity import MeanVelocity
 from cache4diffusion.predictors.momentum import AdaptedMomentum, Momentum
 from cache4diffusion.predictors.newton import Newton
@@ -38,6 +42,9 @@ PREDICTORS = {
     "two-sided": TwoSided,
     "mean-velocity": MeanVelocity,
     "wavelet": WaveletExtrapolation,
+    "increment": Increment,
+    "linear-map": LinearMap,
+    "learned": LearnedCombination,
 }
 
 __all__ = [
@@ -45,13 +52,17 @@ __all__ = [
     "AdamsBashforth",
     "AdaptedMomentum",
     "Bands",
+    "Blank",
     "Chebyshev",
+    "Corrector",
     "Delta",
     "DynamicModes",
     "ForecastCalibrate",
-    "FrontAware",
     "Hermite",
     "History",
+    "Increment",
+    "LearnedCombination",
+    "LinearMap",
     "LinearPredictor",
     "MeanVelocity",
     "Momentum",
@@ -61,8 +72,10 @@ __all__ = [
     "RecursivePredictor",
     "Reuse",
     "ScaledDelta",
+    "Sited",
     "Taylor",
     "TwoSided",
     "WaveletExtrapolation",
+    "Weights",
     "weighted_sum",
 ]

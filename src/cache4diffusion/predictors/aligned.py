@@ -4,39 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from cache4diffusion.errors import SettingError
+from cache4diffusion.predictors.corrector import Corrector, Sight
 from cache4diffusion.predictors.history import History
 
 
-@runtime_checkable
-class FrontAware(Protocol):
-    """A predictor for the span behind watched blocks that also reads what those add in the step itself."""
-
-    def update_seeing(
-        self,
-        state: History,
-        leaves: Sequence[Tensor],
-        front: Sequence[Tensor],
-        time: float,
-        rows: Sequence[int] | None = None,
-    ) -> None:
-        """Take in what the span added, and what the blocks in front of it did."""
-        ...
-
-    def predict_seeing(
-        self, state: History, front: Sequence[Tensor], time: float, rows: Sequence[int] | None = None
-    ) -> list[Tensor]:
-        """What the span adds, given what the blocks in front of it added in this step."""
-        ...
-
-
 @dataclass(frozen=True)
-class ProbeAligned:
+class ProbeAligned(Corrector):
     """Extrapolate the residual of all blocks along its last change, as far as the first blocks' residual moved.
 
     With ``R`` the residual of the whole stack, ``Q`` that of the watched blocks in front, -1 and -2 the last two full
@@ -55,17 +34,14 @@ class ProbeAligned:
     Memory: two copies of R and Q per stream that is read afterwards.
     """
 
+    sees: ClassVar[Sight] = "front"
+
     limit: float = 1.5
     per_row: bool = True
 
     def __post_init__(self) -> None:
         if not self.limit >= 1:
             raise SettingError(f"ProbeAligned(limit={self.limit}): limit must be 1 (plain reuse) or more.")
-
-    @property
-    def needs_num_steps(self) -> bool:
-        """Never."""
-        return False
 
     def init(self, rows: int | None, num_steps: int | None = None) -> History:
         """Two snapshots of R and Q."""
@@ -84,32 +60,30 @@ class ProbeAligned:
         count = len(state.buffers) // 2
         return [leaf[0] for leaf in self._snapshots(state, rows)[:count]]
 
-    def commit(self, state: History, leaves: Sequence[Tensor], time: float, rows: Sequence[int] | None = None) -> None:
-        """Predictions enter no history."""
-
     def update_seeing(
         self,
         state: History,
         leaves: Sequence[Tensor],
-        front: Sequence[Tensor],
+        seen: Sequence[Tensor],
         time: float,
         rows: Sequence[int] | None = None,
     ) -> None:
         """Keep R, the span's residual and the front's together, and Q."""
-        state.write([*[leaf + seen for leaf, seen in zip(leaves, front, strict=True)], *front], time, rows)
+        state.write([*[leaf + front for leaf, front in zip(leaves, seen, strict=True)], *seen], time, rows)
 
-    def predict_seeing(
-        self, state: History, front: Sequence[Tensor], time: float, rows: Sequence[int] | None = None
-    ) -> list[Tensor]:
+    def material(self, state: History, time: float, rows: Sequence[int] | None = None) -> list[Tensor]:
+        """R and then Q, the newest and the oldest of each."""
+        return [tensor for pair in self._snapshots(state, rows) for tensor in pair]
+
+    def correct(self, material: Sequence[Tensor], seen: Sequence[Tensor]) -> list[Tensor]:
         """``R_-2 + gamma * (R_-1 - R_-2) - Q``."""
-        count = len(front)
-        snapshots = self._snapshots(state, rows)
-        stack, probe = snapshots[:count], snapshots[count:]
-        gamma = self.gamma(front[0], *probe[0])
+        count = 2 * len(seen)
+        gamma = self.gamma(seen[0], *material[count : count + 2])
         predicted = []
-        for (newest, oldest), seen in zip(stack, front, strict=True):
+        for i, front in enumerate(seen):
+            newest, oldest = material[2 * i : 2 * i + 2]
             whole = oldest.float() + gamma.reshape(-1, *[1] * (oldest.ndim - 1)) * (newest.float() - oldest.float())
-            predicted.append((whole - seen.float()).to(seen.dtype))
+            predicted.append((whole - front.float()).to(front.dtype))
         return predicted
 
     def gamma(self, now: Tensor, newest: Tensor, oldest: Tensor) -> Tensor:

@@ -183,6 +183,22 @@ class Parts(Site):
 
 
 @dataclass(frozen=True)
+class Linears(Parts):
+    """The outputs of the linear layers inside parts: of queries, keys, values, projections and MLPs.
+
+    On a cached step everything else of a part still runs: attention itself, activations, norms. Layers that run more
+    than once in a block are left alone.
+
+    Args:
+        kinds: in which parts, as in `Parts`.
+        decisions: how many are taken in a step; ``"kind"`` means the part's, ``"part"`` one for each layer.
+    """
+
+    name: ClassVar[str] = "linears"
+    words: ClassVar[str] = "the linear layers"
+
+
+@dataclass(frozen=True)
 class Trajectory(Site):
     """The sampling trajectory: what reaches ``scheduler.step`` after guidance, and the latent it makes of that.
 

@@ -29,6 +29,11 @@ class FrontObserver(Observer):
         self._starts: dict[int, int] = {}  # first position of each watched list -> decision key
 
     @property
+    def _sees_all(self) -> bool:
+        """Whether the predictor asks what the front added to every stream."""
+        return self.host.sees == "front"
+
+    @property
     def reference(self) -> Literal["last_full", "last_step"]:
         """As the watch says."""
         return self.watch.reference
@@ -75,13 +80,13 @@ class FrontObserver(Observer):
         passage.leave(self._watched(self.host.stream_outputs(position, args, kwargs, output)))
         if position - start == self.watch.blocks - 1 and key in self.driver.keys:
             is_sound = self.host.is_sound(passage)
-            if self.host.front_aware is not None and is_sound:
+            if self._sees_all and is_sound:
                 context.scratch["front_residuals"] = [passage.residual(i) for i in range(len(passage.out))]
             self.meet(context, key, lambda: self._seen(key, passage) if is_sound else None)
 
     def _watched(self, streams: list[Tensor]) -> list[Tensor]:
         """The image stream; all of them for a predictor that asks what the front added."""
-        return streams if self.host.front_aware is not None else streams[:1]
+        return streams if self._sees_all else streams[:1]
 
     def _seen(self, key: int, passage: Passage) -> Seen:
         seen: Seen = {key: passage.left[0] if self.watch.of == "stream" else passage.residual(0)}

@@ -1,0 +1,67 @@
+"""A learned combination of all past full steps. Source: L2P, arXiv:2604.26365."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cache4diffusion.errors import SettingError
+from cache4diffusion.predictors.base import LinearPredictor
+
+
+@dataclass(frozen=True)
+class LearnedCombination(LinearPredictor):
+    """Predict ``F_s = sum over full steps j < s of W[s, j] F_j``, with the W of least squares on measured runs.
+
+    With the Gram matrix ``G_ij = <F_i, F_j>`` of uncached runs, the row of a step s that follows the full steps J solves
+    ``(G_JJ + ridge * mean(diag G_JJ) I) w = G_Js``: the smallest mean squared error over those runs, for exactly the
+    full steps there are. So one matrix serves every schedule, also one that is found while sampling. Exact where the
+    features of the J steps span the step's (trajectories of rank |J|), up to the ridge. Without a matrix: plain reuse.
+
+    Args:
+        gram: ``[T, T]``, by step; only its ratios matter.
+        ridge: 0 or more.
+        history: most full steps that are kept, the newest ones; None keeps all of the run's.
+
+    Raises:
+        SettingError: the ridge is negative, the matrix is not square, or no step is kept.
+
+    Memory: one copy of the feature per full step of the run, or ``history``.
+    """
+
+    gram: tuple[tuple[float, ...], ...] = ()
+    ridge: float = 1e-5
+    history: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.ridge >= 0 or any(len(row) != len(self.gram) for row in self.gram):
+            raise SettingError(
+                f"LearnedCombination(ridge={self.ridge}): ridge must be 0 or more, and the matrix as many rows as "
+                "columns."
+            )
+        if self.history is not None and self.history < 1:
+            raise SettingError(f"LearnedCombination(history={self.history}): history must be 1 or more, or None.")
+
+    @property
+    def capacity(self) -> int:
+        """All full steps of a run, or the newest."""
+        return min(self.history or max(len(self.gram), 1), max(len(self.gram), 1))
+
+    def weights(self, times: Sequence[float], time: float) -> list[float]:
+        """The row of this step for these full steps."""
+        if not self.gram:
+            return [1.0]
+        return solved(torch.tensor(self.gram, dtype=torch.float64), [int(t) for t in times], int(time), self.ridge)
+
+
+def solved(gram: torch.Tensor, full: Sequence[int], step: int, ridge: float) -> list[float]:
+    """Least-squares weights of full steps for a later one, in the order given."""
+    last = len(gram) - 1
+    chosen, step = [min(i, last) for i in full], min(step, last)
+    kept = gram[chosen][:, chosen]
+    scale = kept.diagonal().mean().clamp_min(1e-300)
+    system = kept / scale + ridge * torch.eye(len(chosen), dtype=gram.dtype)
+    right = gram[chosen, step] / scale
+    return torch.linalg.lstsq(system, right[:, None], driver="gelsd").solution[:, 0].tolist()
