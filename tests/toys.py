@@ -27,7 +27,44 @@ from cache4diffusion.sites import PART_KINDS, Trajectory
 
 _DOUBLE = {"attn": "attn", "attn1": "attn", "ff": "ffn", "ff_context": "ffn"}
 
-# Calibrations that fit every small denoiser: written by hand, for 12 steps, and stretched to others.
+WIDTH = 32  # of every small denoiser that all methods meet
+_LINEARS = {  # output and input of each linear layer, by the end of its path
+    ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out"): (WIDTH, WIDTH),
+    ("net.0.proj", "proj_mlp"): (4 * WIDTH, WIDTH),
+    ("net.2",): (WIDTH, 4 * WIDTH),
+    ("proj_out",): (WIDTH, 5 * WIDTH),
+    ("ff.0",): (2 * WIDTH, WIDTH),
+    ("ff.2",): (WIDTH, 2 * WIDTH),
+}
+_PARTS = [
+    *(f"transformer_blocks.{i}.{part}." for i in range(3) for part in ("attn", "attn1", "ff", "ff_context")),
+    *(f"single_transformer_blocks.{i}.{part}" for i in range(3) for part in ("attn.", "")),
+    *(f"blocks.{i}." for i in range(3)),
+]
+
+
+def _factors():
+    """Of rank 2 for every linear layer of FLUX, of DiT and of `Blocks` (and for some that are none)."""
+    g, found = torch.Generator().manual_seed(0), {}
+    for part in _PARTS:
+        for ends, (out, width) in _LINEARS.items():
+            for end in ends:
+                found[f"{part}{end}/0/a"] = 0.1 * torch.randn(out, 2, generator=g)
+                found[f"{part}{end}/0/b"] = 0.1 * torch.randn(2, width, generator=g)
+    return found
+
+
+def _maps():
+    """For two streams of six blocks."""
+    g, found = torch.Generator().manual_seed(0), {}
+    for block in range(6):
+        for stream in range(2):
+            found[f"block.{block}/{stream}/weight"] = 0.02 * torch.randn(WIDTH, WIDTH, generator=g)
+            found[f"block.{block}/{stream}/bias"] = 0.02 * torch.randn(WIDTH, generator=g)
+    return found
+
+
+# Calibrations that fit every small denoiser: written by hand, for 12 steps, and stretched to others where that can be.
 CALIBRATED = {
     "smoothcache": {
         "calibration": Calibration.by_hand(
@@ -56,6 +93,17 @@ CALIBRATED = {
         ),
         "resample": True,
     },
+    "lemica": {
+        "calibration": Calibration.by_hand("lemica", 12, {"errors": torch.ones(12, 9)}),
+        "resample": True,
+    },
+    "l2p": {
+        "calibration": Calibration.by_hand(
+            "l2p", 12, {"gram": 1 - (torch.arange(12.0)[:, None] - torch.arange(12.0)).abs() / 100}
+        )
+    },
+    "icc": {"calibration": Calibration.by_hand("icc", 12, _factors())},
+    "fastcache": {"calibration": Calibration.by_hand("fastcache", 12, _maps())},
 }
 
 # Settings at which a method caches within a dozen steps on these small denoisers, where its defaults do not. A method
@@ -67,6 +115,7 @@ ACTIVE = {name: dict(CALIBRATED.get(name, {})) for name in c4d.METHODS} | {
     "delta-dit": {"interval": 3},
     "easycache": {"threshold": 0.5, "warmup": 1},
     "fastercache": {"interval": 3, "warmup": 2},
+    "fastcache": {**CALIBRATED["fastcache"], "threshold": 0.9},
     "fbcache": {"threshold": 0.5},
     "feb-cache": {"table": (0, 2, 2, 0, 2, 2, 0)},
     "fora": {"interval": 3},
@@ -183,7 +232,7 @@ def dit() -> DiTTransformer2DModel:
     return randomise(
         DiTTransformer2DModel(
             num_attention_heads=2,
-            attention_head_dim=8,
+            attention_head_dim=16,
             in_channels=4,
             out_channels=4,
             num_layers=3,

@@ -97,6 +97,7 @@ class StepCost:
         partial: as ``cached``, with some tokens computed.
         verification: of computing the last block to check a prediction.
         table: of every module, by path.
+        corrections: of what a corrector computes in place of a module, by path.
     """
 
     full: int
@@ -104,6 +105,7 @@ class StepCost:
     partial: int
     verification: int
     table: dict[str, int] = field(default_factory=dict)
+    corrections: dict[str, int] = field(default_factory=dict)
 
     def of(self, record: Record) -> float:
         """FLOPs of a recorded call."""
@@ -115,7 +117,8 @@ class StepCost:
         if record.rested is not None:
             paths = outermost([path for path, _ in record.rested])
             saved = sum(rows * self.table.get(path, 0) for path, rows in record.rested if path in paths)
-            return share * (self.full - saved)
+            added = sum(rows * self.corrections.get(path, 0) for path, rows in record.rested)
+            return share * (self.full - saved + added)
         predicted = 1.0
         if record.symbol == MIXED and record.rows:
             predicted = sum(record.rows) / len(record.rows)
@@ -139,9 +142,10 @@ def step_cost(engine: Engine) -> StepCost:
     if paths == [""] and watch is not None and watch.is_inside:  # what comes before the decision still runs
         paths = [view.path for view in engine.host.blocks[engine.host.watched_blocks :]]
     resting = outermost(paths)
-    cached = full - sum(table.get(path, 0) for path in resting)
+    corrections = engine.driver.corrections if engine.driver is not None else {}
+    cached = full - sum(table.get(path, 0) for path in resting) + sum(corrections.get(path, 0) for path in paths)
     last = table.get(engine.host.blocks[-1].path, 0) if engine.host.blocks else 0
-    return StepCost(full, cached, cached + _tokens(engine, table), last, table)
+    return StepCost(full, cached, cached + _tokens(engine, table), last, table, corrections)
 
 
 def outermost(paths: list[str]) -> list[str]:

@@ -79,7 +79,8 @@ def cache_bytes(
         chosen, axes = _choose(target, found, name, {**given, **settings})
     else:
         chosen, axes = _choose(target, found, method, settings)
-    composition = compose(chosen, axes)
+    is_missing = isinstance(chosen, Method) and chosen.info.needs_calibration and chosen.loaded is None
+    composition = compose(chosen.outline() if is_missing else chosen, axes)  # type: ignore[union-attr]
     if isinstance(target, nn.Module):
         if inputs is None:
             raise SettingError("cache_bytes(denoiser) needs inputs=...: the arguments of one call, a tuple or a dict.")

@@ -386,6 +386,14 @@ class Method(ABC):
     def compose(self) -> Composition:
         """The composition these settings stand for."""
 
+    def outline(self) -> Composition:
+        """A composition that holds as many bytes as this one, also where its numbers are not measured yet.
+
+        Raises:
+            CalibrationError: how much is held depends on what is measured.
+        """
+        return self.compose()
+
     # -- calibration -----------------------------------------------------------------------------------------------
 
     @property

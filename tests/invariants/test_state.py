@@ -425,8 +425,8 @@ def test_one_timestep_per_token(name):
                 hidden = block(hidden, 0.7)
             return self.out(hidden)
 
-    denoiser = toys.seeded(PerToken)()
-    x, context = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0)), torch.ones(1, 1, 8)
+    denoiser = toys.seeded(PerToken)(dim=toys.WIDTH)
+    x, context = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0)), torch.ones(1, 1, toys.WIDTH)
 
     @torch.no_grad()
     def loop(d, per_token):

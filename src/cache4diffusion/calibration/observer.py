@@ -9,18 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from cache4diffusion.accelerate import attach, denoisers_of
+from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.calibration.fingerprint import fingerprint_of
-from cache4diffusion.calibration.statistic import Seen, Statistic, Sums
+from cache4diffusion.calibration.statistic import Fit, Seen, Statistic, Sums, WeightStatistic
 from cache4diffusion.calibration.store import Entry
 from cache4diffusion.engine.state import Context
 from cache4diffusion.errors import AlreadyAcceleratedError, CalibrationError
 from cache4diffusion.gates import StaticGate, Step, Watch
 from cache4diffusion.method import Composition
+from cache4diffusion.predictors.corrector import Corrector, Sight
 from cache4diffusion.sites import Trajectory
 from cache4diffusion.wrap import owner_of
 
@@ -81,6 +83,30 @@ class Forgetting:
         """Nothing was cached."""
 
 
+class ForgettingInputs(Forgetting, Corrector):
+    """The same, for a statistic that asks what enters a site: so it is handed on."""
+
+    sees: ClassVar[Sight] = "input"
+
+    def update_seeing(
+        self,
+        state: Any,
+        leaves: Sequence[Tensor],
+        seen: Sequence[Tensor],
+        time: float,
+        rows: Sequence[int] | None = None,
+    ) -> None:
+        """Forget it."""
+
+    def material(self, state: Any, time: float, rows: Sequence[int] | None = None) -> list[Tensor]:
+        """Never asked for, as no step is cached."""
+        raise AssertionError("a step was cached while observing")
+
+    def correct(self, material: Sequence[Tensor], seen: Sequence[Tensor]) -> list[Tensor]:
+        """Never asked for, as no step is cached."""
+        raise AssertionError("a step was cached while observing")
+
+
 @dataclass
 class Collected:
     """What was seen of one denoiser: it listens to the engine and hands every call to the statistic."""
@@ -92,16 +118,21 @@ class Collected:
     calls: int = 0
     _memory: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict)  # of the run in progress, by branch
     _features: dict[str, Sequence[Tensor]] = field(default_factory=dict)  # of the call in progress
+    _entered: dict[str, Sequence[Tensor]] = field(default_factory=dict)
     _decisions: dict[str, str] = field(default_factory=dict)
 
-    def hear_feature(self, context: Context, site: str, decision: str, leaves: Sequence[Tensor]) -> None:
+    def hear_feature(
+        self, context: Context, site: str, decision: str, leaves: Sequence[Tensor], seen: Sequence[Tensor]
+    ) -> None:
         """Note what a site recorded."""
         self._features[site], self._decisions[site] = leaves, decision
+        if self.statistic.sees is not None:
+            self._entered[site] = seen
 
     def hear_call(self, context: Context, outputs: Sequence[Tensor]) -> None:
         """Hand the call to the statistic."""
-        features, decisions = self._features, self._decisions
-        self._features, self._decisions = {}, {}
+        features, decisions, entered = self._features, self._decisions, self._entered
+        self._features, self._decisions, self._entered = {}, {}, {}
         run, step = context.call.run, context.step
         if step.num_steps is None:
             raise CalibrationError(
@@ -129,6 +160,8 @@ class Collected:
             features,
             decisions,
             outputs,
+            entered,
+            run.timesteps,
         )
         self.statistic.observe(self.sums, memory, seen)
         self.calls += 1
@@ -170,7 +203,7 @@ class Observer:
         composition = Composition(
             site=self.statistic.site,
             gate=Listening(self.statistic.watch),
-            predictor=Forgetting(),
+            predictor=Forgetting() if self.statistic.sees is None else ForgettingInputs(),
             branches="tied" if isinstance(self.statistic.site, Trajectory) else "independent",
         )
         label = f"observer({type(self.statistic).__name__})"
@@ -203,13 +236,36 @@ class Observer:
         for name, collected in self.collected.items():
             if not collected.calls:
                 continue  # an expert whose steps were not reached
-            fit = self.statistic.fit(collected.sums)
+            fit = fitted(self.statistic, collected.sums, self.denoisers[name])
             found[name] = Entry(
                 fingerprint_of(self.denoisers[name]), collected.levels, fit.tensors, fit.quality, collected.sums
             )
         if not found:
             raise CalibrationError("Nothing was seen: the denoiser was not called. Sample under torch.no_grad().")
         return found
+
+
+def fitted(statistic: Statistic, sums: Sums, denoiser: nn.Module | None) -> Fit:
+    """The fit, with the denoiser's weights where it takes them.
+
+    Raises:
+        CalibrationError: it does, and there is no denoiser, or a layer has no weight that can be read.
+    """
+    if not isinstance(statistic, WeightStatistic) or denoiser is None:
+        return statistic.fit(sums)
+    plain = unwrapped(denoiser)
+
+    def weight_of(site: str) -> Tensor:
+        module = plain.get_submodule(site)
+        weight = getattr(getattr(module, "base_layer", module), "weight", None)
+        if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+            raise CalibrationError(
+                f"The weight of {site} ({type(module).__name__}) cannot be read as a matrix; a quantised denoiser must "
+                "be calibrated before it is quantised."
+            )
+        return weight.detach()
+
+    return statistic.fit_to(sums, weight_of)
 
 
 def _ends(levels: Sequence[float] | None) -> str:

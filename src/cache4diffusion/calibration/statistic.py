@@ -16,9 +16,9 @@ are stored with the fit, so that shards can be merged and fits made anew without
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -46,6 +46,8 @@ class Seen:
         features: what the site recorded, by the site's name; what the method would be given at a full step.
         decisions: for each of them, the name of the decision it follows (of a part, its kind).
         outputs: tensors of the denoiser's output; none on the trajectory.
+        entered: for statistics that ask for it (``sees``), what entered each site: a tensor per leaf of its feature.
+        levels: the scheduler's timestep of every step, where it is known.
     """
 
     step: int
@@ -55,6 +57,8 @@ class Seen:
     features: Mapping[str, Sequence[Tensor]]
     decisions: Mapping[str, str]
     outputs: Sequence[Tensor] = ()
+    entered: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    levels: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class Statistic(ABC):
 
     is_by_step: ClassVar[bool] = True  # whether the fit belongs to steps, and so to their noise levels
     listed: ClassVar[tuple[str, ...]] = ()  # names of sums whose rows are listed one after another, not added up
+    sees: ClassVar[Literal["input"] | None] = None  # what is wanted beside the features, as of a corrector
 
     def __post_init__(self) -> None:
         check(self)
@@ -142,6 +147,30 @@ class Statistic(ABC):
     def describe(cls) -> list[dict[str, Any]]:
         """Name, default, range and meaning of every setting."""
         return describe(cls)
+
+
+@dataclass(frozen=True)
+class WeightStatistic(Statistic):
+    """A statistic whose fit is made from the denoiser's own weights as well, which no sum holds.
+
+    So its shards can only be merged where the denoiser is at hand.
+    """
+
+    def fit(self, sums: Sums) -> Fit:
+        """Refuse: there are no weights here."""
+        raise CalibrationError(
+            f"The fit of {type(self).__name__} is made from the denoiser's weights. Merge its shards where the "
+            "denoiser is: cache4diffusion.calibration.merge_calibrations(shards, pipe)."
+        )
+
+    @abstractmethod
+    def fit_to(self, sums: Sums, weights: Callable[[str], Tensor]) -> Fit:
+        """What the method takes from it.
+
+        Args:
+            sums: of the calibration.
+            weights: the weight of the module at a site.
+        """
 
 
 @dataclass(frozen=True)

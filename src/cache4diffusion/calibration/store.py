@@ -207,7 +207,8 @@ class Calibration:
             shapes: dict[str, dict[str, list[int]]] = {"fit": {}, "sums": {}}
             for kind, values in (("fit", entry.fit), ("sums", entry.sums)):
                 for key, value in values.items():
-                    tensors[f"{name}/{kind}/{key}"] = value.detach().to("cpu", torch.float64).contiguous().clone()
+                    dtype = torch.float32 if value.dtype == torch.float32 else torch.float64
+                    tensors[f"{name}/{kind}/{key}"] = value.detach().to("cpu", dtype).contiguous().clone()
                     shapes[kind][key] = list(value.shape)
             denoisers[name] = {
                 "fingerprint": entry.fingerprint.to_dict() if entry.fingerprint is not None else None,
@@ -418,12 +419,20 @@ def opened(given: str | Path | Calibration) -> Calibration:
 # --- merging ----------------------------------------------------------------------------------------------------------
 
 
-def merge_calibrations(shards: Sequence[Calibration]) -> Calibration:
+def merge_calibrations(shards: Sequence[Calibration], target: Any = None) -> Calibration:
     """One calibration from several that were made alike with other prompts; equals one pass over all of them.
 
+    Args:
+        shards: the calibrations.
+        target: the pipeline or denoiser they were made with; needed where the fit is made from its weights too.
+
     Raises:
-        CalibrationError: they were made otherwise (the field is named), or share a prompt and seed.
+        CalibrationError: they were made otherwise (the field is named), or share a prompt and seed; or the fit needs
+            the denoiser, and it is not given or is another one.
     """
+    from cache4diffusion.accelerate import denoisers_of
+    from cache4diffusion.calibration.observer import fitted
+
     if not shards:
         raise CalibrationError("There is nothing to merge: give two calibrations or more.")
     first = shards[0]
@@ -438,12 +447,15 @@ def merge_calibrations(shards: Sequence[Calibration]) -> Calibration:
             f"{twice} samples (prompt and seed) are in several of these calibrations; count each once."
         )
     statistic, entries = first.statistic, {}
+    denoisers = {} if target is None else denoisers_of(target)
     for name, entry in first.entries.items():
         parts = [shard.entries[name].sums for shard in shards]
         if not all(parts):
             raise CalibrationError(f"A calibration of {name} holds no sums, so it cannot be merged.")
         sums = statistic.merge(parts)
-        fit = statistic.fit(sums)
+        if name in denoisers:
+            first.check(denoisers[name], name)
+        fit = fitted(statistic, sums, denoisers.get(name))
         entries[name] = replace(entry, fit=fit.tensors, quality=fit.quality, sums=sums)
     return replace(first, provenance=replace(first.provenance, samples=tuple(samples)), entries=entries)
 

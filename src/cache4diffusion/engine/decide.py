@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -113,14 +113,17 @@ def _commit(composition: Composition, unit: Unit, context: Context, cached: bool
         unit.feedback = None  # what an earlier run of cached steps was worth says nothing of the next
 
 
-def relative_change(now: Tensor, before: Tensor, per_row: bool) -> Tensor:
-    """``sum|now - before| / sum|before|`` in float32, per row or over all rows; shape [rows] or [1].
+def relative_change(now: Tensor, before: Tensor, per_row: bool, norm: Literal["l1", "l2"] = "l1") -> Tensor:
+    """``|now - before| / |before|`` in float32, per row or over all rows; shape [rows] or [1].
 
     0 where nothing changed and nothing was there, infinite where something came from nothing.
     """
     before = before.float()
-    num, den = _total((now.float() - before).abs_(), per_row), _total(before.abs(), per_row)
-    return num / den.masked_fill_(num == 0, 1)
+    change = now.float() - before
+    change, size = (change.abs_(), before.abs()) if norm == "l1" else (change.square_(), before.square())
+    num, den = _total(change, per_row), _total(size, per_row)
+    share = num / den.masked_fill_(num == 0, 1)
+    return share if norm == "l1" else share.sqrt()
 
 
 def _total(sizes: Tensor, per_row: bool) -> Tensor:

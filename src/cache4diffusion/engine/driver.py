@@ -68,6 +68,7 @@ class Driver(ABC):
 
     def __init__(self, host: Host, site: Any) -> None:
         self.host, self.site = host, site
+        self.corrections: dict[str, int] = {}  # FLOPs of correcting a whole batch, by path of the module that rests
         self.sees_input = host.sees == "input"  # it is given what enters a site
 
     def install(self, anatomy: Anatomy | None) -> None:  # noqa: B027 - optional step
@@ -92,6 +93,10 @@ class Driver(ABC):
     def decision_of(self, site: str) -> str:
         """The name of the decision that a site follows, likewise."""
         return ""
+
+    def path_of(self, site: str) -> str:
+        """The path of the module whose output is predicted at a site."""
+        return site
 
     @abstractmethod
     def is_ready(self, context: Context, key: int) -> bool:
@@ -119,7 +124,11 @@ class Driver(ABC):
         rows: Sequence[int] | None = None,
     ) -> None:
         """Take in what a full step computed at a site, for the rows of the call (or only the given ones of them)."""
-        take_in(self.host.predictor, context, name, leaves, seen, rows)
+        predictor = self.host.predictor
+        take_in(predictor, context, name, leaves, seen, rows)
+        if isinstance(predictor, Corrector):
+            flops = predictor.flops(context.state.sites[name], leaves)
+            self.corrections[self.path_of(name)] = flops * context.batch // max(leaves[0].shape[0], 1)
         if self.host.listener is not None:
             self.host.listener.hear_feature(context, name, self.decision_of(name), leaves, seen)
 

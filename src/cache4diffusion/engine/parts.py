@@ -276,9 +276,7 @@ class PartsDriver(Driver):
                 f"{len(unserved) - 1} more): its calibration was made for another site or denoiser. Calibrate anew."
             )
         if unserved:
-            self.host.note(
-                f"{words} has no numbers for {len(unserved)} sites ({unserved[0]} ...): they always run."
-            )
+            self.host.note(f"{words} has no numbers for {len(unserved)} sites ({unserved[0]} ...): they always run.")
         if not self.sites:
             raise AnatomyError(
                 f"{anatomy.denoiser} has no parts of the kinds {', '.join(self.site.kinds)} that can be told apart. "
@@ -318,6 +316,10 @@ class PartsDriver(Driver):
     def name_of(self, key: int) -> str:
         """A kind, or the path of a part."""
         return self._names[key] if key < len(self._names) else ""
+
+    def path_of(self, site: str) -> str:
+        """The part's; it has another name than its site where an adapter is wrapped around it."""
+        return next((known.part.path for known in self.sites if known.name == site), site)
 
     def decision_of(self, site: str) -> str:
         """Likewise."""

@@ -140,6 +140,10 @@ class SpanDriver(Driver):
         shown = int(self.sees_input)
         return frozenset(p for stretch in chosen for p in range(stretch.first + shown, stretch.last))
 
+    def path_of(self, site: str) -> str:
+        """The last block's."""
+        return next(self.host.blocks[stretch.last].path for stretch in self.stretches if stretch.name == site)
+
     def was_reached(self, context: Context) -> bool:
         """Whether a stretch was entered (its residual is not kept where the host wrote into the streams)."""
         return any(stretch.name in context.scratch for stretch in self.stretches)

@@ -37,6 +37,7 @@ from cache4diffusion.gates.magnitude import MagnitudeError
 from cache4diffusion.gates.modulated import ModulatedInterval
 from cache4diffusion.gates.quadratic import Quadratic
 from cache4diffusion.gates.schedule import ScaledSchedule, Schedule
+from cache4diffusion.gates.significance import Significance
 from cache4diffusion.gates.speculative import Speculative
 from cache4diffusion.gates.step_mask import StepMask
 from cache4diffusion.gates.threshold import ProbeThreshold
@@ -61,6 +62,7 @@ GATES = {
     "probe": ProbeThreshold,
     "adaptive": AdaptiveInterval,
     "entrance": EntranceThreshold,
+    "significance": Significance,
     "triggered": TriggeredInterval,
     "speculative": Speculative,
 }
@@ -95,6 +97,7 @@ __all__ = [
     "ScaledSchedule",
     "Schedule",
     "Signal",
+    "Significance",
     "Spectral",
     "Speculative",
     "StaticGate",

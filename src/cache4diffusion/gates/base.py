@@ -140,12 +140,16 @@ class Entrance(Watch):
     Args:
         leaders: 0, or the score is a pair of that and of the mean of those scores above 0 among the first so many of
             the step, of blocks before this one (None where there is none).
+        norm: ``"l1"``, as above; or ``"l2"``, the Frobenius norm in place of the mean size.
+        with_size: whether the score is a pair of that and of how many numbers of one row enter.
     """
 
     is_inside: ClassVar[bool] = True
     needs_stack: ClassVar[bool] = True
 
     leaders: int = 0
+    norm: Literal["l1", "l2"] = "l1"
+    with_size: bool = False
 
 
 @dataclass(frozen=True)

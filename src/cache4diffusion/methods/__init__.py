@@ -12,6 +12,7 @@ from cache4diffusion.methods.dicache import DiCache
 from cache4diffusion.methods.dmd import DMD
 from cache4diffusion.methods.dpcache import DPCache
 from cache4diffusion.methods.easycache import EasyCache
+from cache4diffusion.methods.fastcache import FastCache
 from cache4diffusion.methods.fastercache import FasterCache
 from cache4diffusion.methods.fbcache import FBCache
 from cache4diffusion.methods.feb_cache import FEBCache
@@ -22,6 +23,9 @@ from cache4diffusion.methods.frdiff import FRDiff
 from cache4diffusion.methods.freqca import FreqCa
 from cache4diffusion.methods.goc import GOC
 from cache4diffusion.methods.hicache import HiCache
+from cache4diffusion.methods.icc import ICC
+from cache4diffusion.methods.l2p import L2P
+from cache4diffusion.methods.lemica import LeMiCa
 from cache4diffusion.methods.magcache import MagCache
 from cache4diffusion.methods.meancache import MeanCache
 from cache4diffusion.methods.newton import Newton
@@ -42,6 +46,8 @@ from cache4diffusion.methods.z_cache import ZCache
 __all__ = [
     "DMD",
     "GOC",
+    "ICC",
+    "L2P",
     "SCM",
     "ABCache",
     "AdaCache",
@@ -57,12 +63,14 @@ __all__ = [
     "FBCache",
     "FEBCache",
     "FRDiff",
+    "FastCache",
     "FasterCache",
     "FeMO",
     "FoCa",
     "Fora",
     "FreqCa",
     "HiCache",
+    "LeMiCa",
     "MagCache",
     "MeanCache",
     "Newton",

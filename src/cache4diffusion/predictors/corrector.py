@@ -11,6 +11,7 @@ before the block runs, `correct` is traced inside of it. Nothing of what is pred
 
 from __future__ import annotations
 
+import math
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,6 +58,10 @@ class Corrector(ABC):
     @abstractmethod
     def correct(self, material: Sequence[Tensor], seen: Sequence[Tensor]) -> list[Tensor]:
         """The predicted leaves, new tensors. Depends on nothing else: it is traced inside compiled blocks."""
+
+    def flops(self, state: Any, leaves: Sequence[Tensor]) -> int:
+        """What a correction of these leaves costs in matrix products (two per multiply-add)."""
+        return 0
 
     def predict_seeing(
         self, state: Any, seen: Sequence[Tensor], time: float, rows: Sequence[int] | None = None
@@ -112,13 +117,14 @@ class Weights:
         """Whether there are any for this site."""
         return site in self.sites
 
-    def get(self, name: str, shape: Sequence[int | None], like: Tensor) -> Tensor:
+    def get(self, name: str, shape: Sequence[int | None], like: Tensor, longest: int = 0) -> Tensor:
         """A tensor of a site in the dtype and on the device of another one.
 
         Args:
             name: ``SITE/LEAF/KIND``.
             shape: what it must be; None is any length.
             like: a tensor of the feature.
+            longest: the most that this length can be.
 
         Raises:
             CalibrationError: there is none, or it was fitted to another shape.
@@ -126,10 +132,10 @@ class Weights:
         key = (name, like.dtype, like.device)
         placed = self._placed.get(key)
         if placed is None:
-            placed = self._placed[key] = self._make(name, shape, like)
+            placed = self._placed[key] = self._make(name, shape, like, longest)
         return placed
 
-    def _make(self, name: str, shape: Sequence[int | None], like: Tensor) -> Tensor:
+    def _make(self, name: str, shape: Sequence[int | None], like: Tensor, longest: int) -> Tensor:
         found = self.tensors.get(name)
         if found is None or found.ndim != len(shape) or any(b not in (None, a) for a, b in zip(found.shape, shape)):  # noqa: B905
             words = ", ".join("any" if size is None else str(size) for size in shape)
@@ -157,8 +163,7 @@ class Blank(Weights):
         """Every site."""
         return True
 
-    def _make(self, name: str, shape: Sequence[int | None], like: Tensor) -> Tensor:
-        longest = min((size for size in shape if size is not None), default=self.free)
+    def _make(self, name: str, shape: Sequence[int | None], like: Tensor, longest: int) -> Tensor:
         return like.new_zeros([min(self.free, longest) if size is None else size for size in shape])
 
 
@@ -172,6 +177,11 @@ def along_channels(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 def channels(x: Tensor) -> int:
     """Number of channels, of tokens or of maps."""
     return x.shape[-1] if x.ndim <= 3 else x.shape[1]
+
+
+def product_flops(x: Tensor, weight: Tensor) -> int:
+    """FLOPs of ``W x`` at every place of ``x``."""
+    return 2 * math.prod(places(x)) * weight.numel()
 
 
 def places(x: Tensor) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from cache4diffusion.errors import SettingError
-from cache4diffusion.predictors.corrector import Corrector, Sight, Weights, along_channels, channels
+from cache4diffusion.predictors.corrector import Corrector, Sight, Weights, along_channels, channels, product_flops
 from cache4diffusion.predictors.history import History
 
 
@@ -36,8 +36,8 @@ class Increment(Corrector):
     """Predict ``Y' = Y + A (B (x - X))``: X and Y of the last full step, x what enters now, ``A B`` close to W.
 
     At a linear layer ``y = W x + b`` the bias cancels: with all of W's rank it is exact, however far x has moved; with
-    rank 0 (or without factors) it is plain reuse. Errors do not add up over cached steps, because the anchor stays where
-    it is. ``x = X`` gives Y to the last bit.
+    rank 0 (or without factors) it is plain reuse. Errors do not add up over cached steps, because the anchor stays
+    where it is. ``x = X`` gives Y to the last bit.
 
     Args:
         rank: at most so many columns of A are used, the largest first; None takes all there are.
@@ -99,9 +99,15 @@ class Increment(Corrector):
         if not state.factors:
             assert self.weights is not None
             for i, (y, x) in enumerate(zip(leaves, seen, strict=True)):
-                a = self.weights.get(f"{state.site}/{i}/a", (channels(y), None), y)
-                b = self.weights.get(f"{state.site}/{i}/b", (None, channels(x)), y)
+                most = min(channels(y), channels(x))
+                a = self.weights.get(f"{state.site}/{i}/a", (channels(y), None), y, most)
+                b = self.weights.get(f"{state.site}/{i}/b", (None, channels(x)), y, most)
                 state.factors.append((a, b))
+
+    def flops(self, state: Anchor, leaves: Sequence[Tensor]) -> int:
+        """``2 r (in + out)`` at every place."""
+        pairs = zip(leaves, state.factors, strict=False)
+        return sum(product_flops(y, a[:, : self.rank]) + product_flops(y, b[: self.rank]) for y, (a, b) in pairs)
 
     def material(self, state: Anchor, time: float, rows: Sequence[int] | None = None) -> list[Tensor]:
         """Outputs, then inputs, then A and B of each leaf."""

@@ -15,7 +15,7 @@ from cache4diffusion.predictors.base import LinearPredictor
 class LearnedCombination(LinearPredictor):
     """Predict ``F_s = sum over full steps j < s of W[s, j] F_j``, with the W of least squares on measured runs.
 
-    With the Gram matrix ``G_ij = <F_i, F_j>`` of uncached runs, the row of a step s that follows the full steps J solves
+    With the Gram matrix ``G_ij = <F_i, F_j>`` of uncached runs, the row of a step s behind the full steps J solves
     ``(G_JJ + ridge * mean(diag G_JJ) I) w = G_Js``: the smallest mean squared error over those runs, for exactly the
     full steps there are. So one matrix serves every schedule, also one that is found while sampling. Exact where the
     features of the J steps span the step's (trajectories of rank |J|), up to the ridge. Without a matrix: plain reuse.

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from cache4diffusion.predictors.corrector import Corrector, Sight, Weights, along_channels, channels
+from cache4diffusion.predictors.corrector import Corrector, Sight, Weights, along_channels, channels, product_flops
 
 
 class MapState:
@@ -78,6 +78,10 @@ class LinearMap(Corrector):
                 weight = self.weights.get(f"{state.site}/{i}/weight", (channels(y), channels(x)), y)
                 state.maps.append((weight, self.weights.get(f"{state.site}/{i}/bias", (channels(y),), y)))
         state.is_known = True
+
+    def flops(self, state: MapState, leaves: Sequence[Tensor]) -> int:
+        """``2 D^2`` at every place."""
+        return sum(product_flops(y, weight) for y, (weight, _) in zip(leaves, state.maps, strict=False))
 
     def material(self, state: MapState, time: float, rows: Sequence[int] | None = None) -> list[Tensor]:
         """W and b of each leaf."""

@@ -24,15 +24,19 @@ class EntranceObserver(Observer):
     ) -> None:
         """Decide about this block."""
         if position in self.driver.keys:
-            self.meet(context, position, lambda: {position: self.host.stream_inputs(position, args, kwargs)[0]})
+            entered = self.host.stream_inputs(position, args, kwargs)[0]
+            context.scratch["entering"] = entered[0].numel()
+            self.meet(context, position, lambda: {position: entered})
 
     def score(self, now: Seen, then: Seen) -> Tensor:
         """Its relative change."""
         ((name, entered),) = now.items()
-        return relative_change(entered, then[name], self.per_row)
+        return relative_change(entered, then[name], self.per_row, self.watch.norm)
 
     def tell(self, context: Context, scores: list[float]) -> list[Any]:
-        """With ``leaders`` also what the first blocks of this step scored, on average."""
+        """With ``leaders`` also what the step's first blocks scored, on average; with a size, how much entered."""
+        if self.watch.with_size:
+            return [(score, context.scratch["entering"]) for score in scores]
         if not self.watch.leaders:
             return scores
         earlier = [verdict.scores for verdict in context.verdicts.values()]
