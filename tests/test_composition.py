@@ -41,6 +41,7 @@ GATE = {name: name for name in GATES} | {
     "magnitude": "magnitude(threshold=1.0, retention=0.0)",
     "mask": "mask(mask='110100')",
     "speculative": "speculative(threshold=1e9, max_run=3, warmup=0)",
+    "significance": "significance(threshold=0.5)",
 }
 SITE = {name: name for name in SITES} | {
     "span": "span(front=1)",
@@ -64,10 +65,12 @@ def _kinds():
 
 KINDS = [name for name in _kinds() if name not in ("mean-velocity", "two-sided")]  # which need the trajectory
 ANYWHERE = [name for name in PREDICTOR if name not in ("mean-velocity", "two-sided")]
-LOOKS_INSIDE = ("accumulated", "probe", "entrance")  # gates that decide while the blocks run
+ENTRANCES = ("entrance", "significance")  # gates by which each block decides for itself
+LOOKS_INSIDE = ("accumulated", "probe", *ENTRANCES)  # gates that decide while the blocks run
 NEEDS_STACK = (*LOOKS_INSIDE, "adaptive", "triggered")
 WATCHES = (*NEEDS_STACK, "drift")
-PARTS = ("parts", "mixed_score", "scaled_parts")
+PARTS = ("parts", "linears", "mixed_score", "scaled_parts")
+CORRECTORS = ("increment", "linear-map")  # predictors that see what enters a site
 SPLITS_ROWS = ("span", "switching_span", "blocks")
 
 
@@ -77,12 +80,18 @@ def refusal(site, gate, tokens, decide, predictor="reuse", cfg=None):
         return "that block has no input on a cached step"
     if gate in NEEDS_STACK and site == "unet_level":
         return "a U-Net has levels instead"
-    if (site == "blocks") != (gate == "entrance") and gate in WATCHES:
+    if (site == "blocks") != (gate in ENTRANCES) and gate in WATCHES:
         return "each block decides by what enters it"
     if gate == "probe" and site == "switching_span":
         return "caches them late in the run"
     if predictor == "aligned" and (site, gate) != ("span", "probe"):
         return "reads what the first blocks add"
+    if predictor in CORRECTORS and site in ("trajectory", "unet_level"):
+        return "no module has both"
+    if predictor == "linear-map" and site == "denoiser":  # by its name alone it is the output
+        return "is not a sum"
+    if predictor in CORRECTORS and tokens:
+        return "hands it a selection"
     if site == "trajectory" and decide != "batch":
         return "one for all branches and rows of a step"
     if site == "trajectory" and (gate in WATCHES or cfg):
@@ -95,7 +104,7 @@ def refusal(site, gate, tokens, decide, predictor="reuse", cfg=None):
         return "can no longer be split by rows"
     if tokens and (decide == "row" or gate == "speculative"):
         return "rows cannot decide for themselves"
-    if tokens and site not in PARTS:
+    if tokens and (site not in PARTS or site == "linears"):
         return "has no parts"
     return None
 
@@ -171,18 +180,24 @@ def is_possible(site, gate, tokens, decide="batch", predictor="reuse"):
 
 def predictors(site, gate):
     """All of them under the plain gate, one of each kind under the others."""
-    wanted = ANYWHERE if gate == "interval" and site not in FAMILY else [*KINDS, "aligned"]
+    wanted = ANYWHERE if gate == "interval" and site not in FAMILY else [*KINDS, "aligned", *CORRECTORS]
     return [name for name in dict.fromkeys(wanted) if is_possible(site, gate, None, "batch", name)]
 
 
 # Sites whose driver is another's with one thing changed: they need not meet every gate as well.
-FAMILY = {"switching_span": "span", "blocks": "span", "mixed_score": "parts", "scaled_parts": "parts"}
+FAMILY = {
+    "switching_span": "span",
+    "blocks": "span",
+    "linears": "parts",
+    "mixed_score": "parts",
+    "scaled_parts": "parts",
+}
 
 
 def runs(site, gate):
     """Whether the pair is worth a run."""
     return site not in ("unet_level", "trajectory") and (
-        site not in FAMILY or gate in ("interval", "entrance", "adaptive")
+        site not in FAMILY or gate in ("interval", *ENTRANCES, "adaptive")
     )
 
 

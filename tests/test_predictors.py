@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache4diffusion.errors import SettingError
-from cache4diffusion.predictors import PREDICTORS, History, Newton, Predictor, Reuse, Taylor, weighted_sum
+from cache4diffusion.predictors import PREDICTORS, Corrector, History, Newton, Predictor, Reuse, Taylor, weighted_sum
 
 grids = st.lists(st.integers(0, 60), min_size=1, max_size=5, unique=True).map(lambda steps: sorted(steps, reverse=True))
 horizons = st.integers(1, 12)
@@ -175,7 +175,14 @@ def test_affine_feature_is_exact(predictor, full_steps):
     torch.testing.assert_close(reached, y * (full_steps[-1] + 3) + z, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name, cls in PREDICTORS.items() if not hasattr(cls, "needs_latents")])
+def sees_input(cls):
+    return getattr(cls, "sees", None) == "input"
+
+
+BLIND = [name for name, cls in PREDICTORS.items() if not hasattr(cls, "needs_latents") and not sees_input(cls)]
+
+
+@pytest.mark.parametrize("name", BLIND)
 def test_every_predictor_of_the_table_keeps_the_contract(name):
     predictor = PREDICTORS[name]()
     state = predictor.init(3, 8)
@@ -197,6 +204,31 @@ def test_every_predictor_of_the_table_keeps_the_contract(name):
     assert all(torch.equal(a, b) for a, b in zip(predictor.predict(state, 6.0), first, strict=True)), (
         "what a cached step went on with is what is found there again"
     )
+
+
+@pytest.mark.parametrize("name", [name for name, cls in PREDICTORS.items() if sees_input(cls)])
+def test_every_corrector_of_the_table_keeps_the_contract(name):
+    predictor, y, x = PREDICTORS[name](), torch.randn(3, 4, 2), torch.randn(3, 4, 2)
+    assert isinstance(predictor, Predictor)
+    assert isinstance(predictor, Corrector)
+    state = predictor.init_at("here", 3, 8)
+    assert not predictor.is_ready(state)
+    with pytest.raises(TypeError, match="use update_seeing"):
+        predictor.update(state, [y], 0.0)
+    with pytest.raises(TypeError, match="use predict_seeing"):
+        predictor.predict(state, 1.0)
+    for step in range(3):
+        predictor.update_seeing(state, [y, y + 1], [x, x], float(step))
+    assert predictor.is_ready(state)
+    held = [tensor.clone() for tensor in state.tensors()]
+    first, second = (predictor.predict_seeing(state, [x, x], 6.0) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), "predict is pure"
+    assert all(torch.equal(a, b) for a, b in zip(held, state.tensors(), strict=True)), "predict writes nothing"
+    assert [leaf.shape for leaf in first] == [y.shape, y.shape]
+    kept = {tensor.untyped_storage().data_ptr() for tensor in [*state.tensors(), x]}
+    assert kept.isdisjoint(leaf.untyped_storage().data_ptr() for leaf in first), "what is handed out is new"
+    some = predictor.predict_seeing(state, [x[1:2], x[1:2]], 6.0, rows=[1])
+    assert all(torch.equal(a, b[1:2]) for a, b in zip(some, first, strict=True)), "a row is its own"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -100,7 +100,8 @@ CALIBRATED = {
     "l2p": {
         "calibration": Calibration.by_hand(
             "l2p", 12, {"gram": 1 - (torch.arange(12.0)[:, None] - torch.arange(12.0)).abs() / 100}
-        )
+        ),
+        "resample": True,
     },
     "icc": {"calibration": Calibration.by_hand("icc", 12, _factors())},
     "fastcache": {"calibration": Calibration.by_hand("fastcache", 12, _maps())},

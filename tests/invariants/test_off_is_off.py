@@ -6,7 +6,7 @@ import torch
 import cache4diffusion as c4d
 import toys
 from cache4diffusion.gates import Step
-from cache4diffusion.predictors import FrontAware
+from cache4diffusion.predictors import Corrector
 
 methods = toys.methods
 
@@ -43,7 +43,7 @@ class Asked:
         self.proposals = self.updates = 0
         for owner, ask in ((engine.gate, "propose"), (engine.composition.cfg, "is_cached")):
             self._count(monkeypatch, owner, ask, "proposals")
-        update = "update_seeing" if isinstance(engine.predictor, FrontAware) else "update"
+        update = "update_seeing" if isinstance(engine.predictor, Corrector) else "update"
         self._count(monkeypatch, engine.composition.cfg or engine.predictor, update, "updates")
 
     def _count(self, monkeypatch, owner, method, counter):

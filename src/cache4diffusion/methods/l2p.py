@@ -23,7 +23,7 @@ class L2P(Method):
 
     W minimises the squared error over measured runs, row by row, in closed form from one matrix (`LearnedCombination`):
     for exactly the full steps that precede s in the schedule at hand, whatever the schedule. Runs must have the steps
-    and noise levels of the calibration. ``interval=3, warmup=2`` over 9 steps is ``FFccFccFc``.
+    and noise levels of the calibration, or ``resample=True``. ``interval=3, warmup=2`` over 9 steps is ``FFccFccFc``.
 
     Cost: one copy of the output per full step and branch (``history`` limits it). No host sync.
     Differences from the paper: least squares in place of gradient descent on the same error; the schedule's numbers are
@@ -35,6 +35,8 @@ class L2P(Method):
     ridge: float = setting(1e-5, "relative to the mean squared size of the outputs. A re-implementation: 1e-5", ge=0)
     history: int | None = setting(None, "most full steps that are kept; None keeps all", ge=1)
     calibration: Given = setting(None, "products of your outputs: a file of c4d calibrate, or what it returned")
+
+    resample: bool = setting(False, "accept other steps or noise levels, by the share of the run that is over")
 
     calibrator = StepGram
     info: ClassVar[MethodInfo] = MethodInfo(
@@ -59,6 +61,6 @@ class L2P(Method):
         return Composition(
             site=Denoiser(),
             gate=FixedInterval(self.interval, anchor="warmup", warmup=self.warmup),
-            predictor=LearnedCombination(gram, self.ridge, self.history),
-            made_for=(len(gram), entry.levels),
+            predictor=LearnedCombination(gram, self.ridge, self.history, stretch=self.resample),
+            made_for=None if self.resample else (len(gram), entry.levels),
         )

@@ -113,6 +113,11 @@ class Weights:
     def __repr__(self) -> str:
         return f"<weights of {len(self.sites)} sites>"
 
+    @property
+    def placed(self) -> list[Tensor]:
+        """The copies that are in use, on whatever device."""
+        return list(self._placed.values())
+
     def serves(self, site: str) -> bool:
         """Whether there are any for this site."""
         return site in self.sites
@@ -172,6 +177,13 @@ def along_channels(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     if x.ndim <= 3:
         return torch.nn.functional.linear(x, weight, bias)
     return torch.nn.functional.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
+
+
+def constant(x: Tensor, value: Tensor) -> Tensor:
+    """A new tensor with ``value`` (one number per channel) at every place of ``x``."""
+    if x.ndim <= 3:
+        return value.expand(*x.shape[:-1], -1).clone()
+    return value.expand(*places(x), -1).movedim(-1, 1).clone()
 
 
 def channels(x: Tensor) -> int:

@@ -9,6 +9,15 @@ import torch
 
 from cache4diffusion.errors import SettingError
 from cache4diffusion.predictors.base import LinearPredictor
+from cache4diffusion.predictors.history import History, Track
+
+
+class Stretched(History):
+    """A history, and how many measured steps go to one of the run."""
+
+    def __init__(self, capacity: int, rows: int | None, scale: float) -> None:
+        super().__init__(capacity, rows)
+        self.scale = scale
 
 
 @dataclass(frozen=True)
@@ -24,6 +33,8 @@ class LearnedCombination(LinearPredictor):
         gram: ``[T, T]``, by step; only its ratios matter.
         ridge: 0 or more.
         history: most full steps that are kept, the newest ones; None keeps all of the run's.
+        stretch: whether a run of another length is served: each of its steps by the measured one at the same share of
+            the run.
 
     Raises:
         SettingError: the ridge is negative, the matrix is not square, or no step is kept.
@@ -34,6 +45,7 @@ class LearnedCombination(LinearPredictor):
     gram: tuple[tuple[float, ...], ...] = ()
     ridge: float = 1e-5
     history: int | None = None
+    stretch: bool = False
 
     def __post_init__(self) -> None:
         if not self.ridge >= 0 or any(len(row) != len(self.gram) for row in self.gram):
@@ -47,13 +59,28 @@ class LearnedCombination(LinearPredictor):
     @property
     def capacity(self) -> int:
         """All full steps of a run, or the newest."""
-        return min(self.history or max(len(self.gram), 1), max(len(self.gram), 1))
+        return self.history or max(len(self.gram), 1)
+
+    @property
+    def needs_num_steps(self) -> bool:
+        """A share of what?"""
+        return self.stretch
+
+    def init(self, rows: int | None, num_steps: int | None = None) -> Stretched:
+        """An empty history that knows how long the run is."""
+        is_known = self.stretch and num_steps is not None and num_steps > 1
+        scale = (len(self.gram) - 1) / (num_steps - 1) if is_known else 1.0  # type: ignore[operator]
+        return Stretched(self.capacity, rows, scale)
+
+    def row_weights(self, state: Stretched, track: Track, row: int, time: float) -> list[float]:  # type: ignore[override]
+        """The row of the measured step."""
+        return self.weights([t * state.scale for t in track.times], time * state.scale)
 
     def weights(self, times: Sequence[float], time: float) -> list[float]:
         """The row of this step for these full steps."""
         if not self.gram:
             return [1.0]
-        return solved(torch.tensor(self.gram, dtype=torch.float64), [int(t) for t in times], int(time), self.ridge)
+        return solved(torch.tensor(self.gram, dtype=torch.float64), [round(t) for t in times], round(time), self.ridge)
 
 
 def solved(gram: torch.Tensor, full: Sequence[int], step: int, ridge: float) -> list[float]:

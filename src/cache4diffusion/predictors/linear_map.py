@@ -8,7 +8,15 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from cache4diffusion.predictors.corrector import Corrector, Sight, Weights, along_channels, channels, product_flops
+from cache4diffusion.predictors.corrector import (
+    Corrector,
+    Sight,
+    Weights,
+    along_channels,
+    channels,
+    constant,
+    product_flops,
+)
 
 
 class MapState:
@@ -16,7 +24,8 @@ class MapState:
 
     def __init__(self, site: str) -> None:
         self.site = site
-        self.maps: list[tuple[Tensor, Tensor]] = []  # W and b, for each leaf
+        self.maps: list[tuple[Tensor, Tensor]] = []  # W and b, for each leaf; none where nothing was fitted
+        self.blanks: list[Tensor] = []  # then: zeros, one per channel of each leaf
         self.is_known = False  # whether the site was recorded, so that the kind of its feature is known
 
     @property
@@ -28,6 +37,7 @@ class MapState:
         """Everything held."""
         for pair in self.maps:
             yield from pair
+        yield from self.blanks
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,9 @@ class LinearMap(Corrector):
         rows: Sequence[int] | None = None,
     ) -> None:
         """Learn what kind of feature it is."""
-        if not state.is_known and self.weights is not None:
+        if self.weights is None:
+            state.blanks = state.blanks or [y.new_zeros(channels(y)) for y in leaves]
+        elif not state.is_known:
             for i, (y, x) in enumerate(zip(leaves, seen, strict=True)):
                 weight = self.weights.get(f"{state.site}/{i}/weight", (channels(y), channels(x)), y)
                 state.maps.append((weight, self.weights.get(f"{state.site}/{i}/bias", (channels(y),), y)))
@@ -85,12 +97,12 @@ class LinearMap(Corrector):
 
     def material(self, state: MapState, time: float, rows: Sequence[int] | None = None) -> list[Tensor]:
         """W and b of each leaf."""
-        return [tensor for pair in state.maps for tensor in pair]
+        return [*(tensor for pair in state.maps for tensor in pair), *state.blanks]
 
     def correct(self, material: Sequence[Tensor], seen: Sequence[Tensor]) -> list[Tensor]:
         """``W x + b``."""
-        if not material:
-            return [x * 0 for x in seen]
+        if len(material) == len(seen):
+            return [constant(x, blank) for x, blank in zip(seen, material, strict=True)]
         return [
             along_channels(x.to(material[2 * i].dtype), material[2 * i], material[2 * i + 1])
             for i, x in enumerate(seen)
