@@ -20,6 +20,7 @@ FORCED = {
     "dbcache-official": ({"threshold": 9.0, "front": 1, "warmup": 1, "variant": "official"}, 1e-5),
     "fbcache": ({"threshold": 9.0}, 1e-5),
     "fora": ({"interval": 4}, 0),
+    "icc": (toys.ACTIVE["icc"], 0),  # an increment of 0
     "speca": ({"threshold": 9.0, "decay": 1.0}, 1e-5),
     "taylorseer": ({"interval": 4, "order": 2}, 1e-5),
     "taylorseer-order-0": ({"interval": 4, "order": 0}, 0),

@@ -25,7 +25,7 @@ class ICC(Method):
     X and Y entered and left the layer at the last full step, x enters now; ``A B`` is close to its weight W, by a
     singular value decomposition weighted by how large the channels are (`LinearFactors`, made once by
     ``c4d calibrate``). Attention, norms and activations are computed. The anchor stays at the full step, so errors do
-    not add up. Exact at full rank. At rank 0 the layers' outputs are reused under a fresh attention.
+    not add up. Exact at full rank. At rank 0 nothing is corrected, which gives what reuse of whole parts gives.
     ``interval=2`` over 6 steps is ``FcFcFc``.
 
     Cost: input and output of every linear layer, 16 times the width per token and block of a DiT, and the factors; a

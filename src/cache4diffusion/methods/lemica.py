@@ -19,6 +19,9 @@ from cache4diffusion.settings import setting
 from cache4diffusion.sites import Span
 
 
+Path = tuple[tuple[float, ...], tuple[int, ...]]  # weights of its edges, largest first, and its steps
+
+
 @dataclass(frozen=True)
 class LeMiCa(Method):
     """Reuse the residual of all blocks between full steps that are chosen by a search in a graph.
@@ -89,7 +92,6 @@ def minimax(errors: Sequence[Sequence[float]], count: int) -> tuple[int, ...]:
     def edge(i: int, j: int) -> float:
         return errors[j - 1][j - i - 2] if j > i + 1 else 0.0
 
-    Path = tuple[tuple[float, ...], tuple[int, ...]]
     best: dict[int, Path] = {0: ((), (0,))}
     for is_last in [False] * (count - 1) + [True]:
         longer: dict[int, Path] = {}

@@ -41,6 +41,14 @@ class Corrector(ABC):
         return False
 
     @abstractmethod
+    def init(self, rows: int | None, num_steps: int | None = None) -> Any:
+        """Return the empty state of one site, as `Predictor.init`."""
+
+    @abstractmethod
+    def is_ready(self, state: Any) -> bool:
+        """Whether anything can be predicted, as `Predictor.is_ready`."""
+
+    @abstractmethod
     def update_seeing(
         self,
         state: Any,
