@@ -11,6 +11,9 @@ from diffusers import FluxTransformer2DModel
 import cache4diffusion as c4d
 from cache4diffusion.engine.compiling import _codes
 from cache4diffusion.errors import CompositionError, RunError
+from cache4diffusion.gates import FixedInterval
+from cache4diffusion.predictors import Increment, Weights
+from cache4diffusion.sites import SITES
 
 STEPS = 10
 METHODS = {
@@ -316,3 +319,54 @@ def test_classes_that_hold_themselves_are_looked_into_once():
 
     Circle.again = Circle
     assert len(list(_codes(Circle, set()))) == 1
+
+
+def fitted(denoiser, site: str) -> Weights:
+    """Random factors of rank 2 for every layer, or for every part."""
+    generator, found, width = torch.Generator().manual_seed(0), {}, 16
+    for name, module in denoiser.named_modules():
+        if site == "linears" and isinstance(module, torch.nn.Linear):
+            shapes = [module.weight.shape]
+        elif site == "parts" and name.endswith(("attn", "ff", "ff_context", "proj_out")):
+            shapes = [(width, width)] * 2
+        else:
+            continue
+        for leaf, (out, entering) in enumerate(shapes):
+            found[f"{name}/{leaf}/a"] = 0.3 * torch.randn(out, 2, generator=generator)
+            found[f"{name}/{leaf}/b"] = 0.3 * torch.randn(2, entering, generator=generator)
+    return Weights(found)
+
+
+@pytest.mark.parametrize(
+    ("site", "order"), [("linears", "before"), pytest.param("parts", "after"), pytest.param("linears", "after")]
+)
+def test_a_corrector_corrects_inside_compiled_blocks(site, order):
+    """What enters a site is an intermediate of the block's graph, and so is the correction: two graphs per class."""
+
+    def composed(denoiser):
+        return c4d.Composition(SITES[site](), FixedInterval(3), Increment(weights=fitted(denoiser, site)))
+
+    counts = []
+    for blocks in (4, 8):
+        torch._dynamo.reset()
+        eager = flux(blocks)
+        with c4d.accelerate(eager, composed(eager)) as handle, handle.run(num_steps=STEPS):
+            expected = sample(eager)
+        with c4d.accelerate(eager, "fora", gate="interval(interval=3)") as handle, handle.run(num_steps=STEPS):
+            reused = sample(eager)
+        denoiser, counting = flux(blocks), Counting()
+        if order == "before":
+            denoiser.compile_repeated_blocks(backend=counting, fullgraph=True)
+        with c4d.accelerate(denoiser, composed(denoiser)) as handle:
+            if order == "after":
+                denoiser.compile_repeated_blocks(backend=counting, fullgraph=True)
+            for _ in range(2):
+                with handle.run(num_steps=STEPS):
+                    assert_equal(sample(denoiser), expected)
+                assert handle.stats["strip"] == "FccFccFccF"
+                counts.append(tuple(counting.graphs))
+        for kind in ("double", "single"):
+            assert counting.graphs.count(kind) <= 2 * 2
+        assert not torch._dynamo.utils.counters["graph_break"]
+    assert len(set(counts)) == 1, "the same graphs at 4 and at 8 blocks, and none more in a second run"
+    assert max(float((a - b).norm() / b.norm()) for a, b in zip(expected, reused, strict=True)) > 1e-4, "it corrects"

@@ -14,7 +14,8 @@ TEXT = (ROOT / "docs" / "oracles.md").read_text(encoding="utf-8")
 METHODS = (
     "taylorseer", "taylorseer-lite", "speca", "fora", "deepcache", "teacache", "fbcache", "dbcache", "toca",
     "fastercache", "frdiff", "delta-dit", "skip-dit", "dbprune", "adacache", "dicache", "magcache", "easycache", "scm",
-    "bwcache", "seacache", "smoothcache", "dpcache", "bacache", "feb-cache",
+    "bwcache", "seacache", "smoothcache", "dpcache", "bacache", "feb-cache", "icc", "fastcache",
+    "l2p", "lemica",
 )  # fmt: skip
 ROWS = re.findall(r"^\| `([\w-]+)` \| (.+?) \| (`tests/.+`) \|$", TEXT, flags=re.MULTILINE)
 
