@@ -57,7 +57,8 @@ class FastCache(Method):
         tokens=None,
         fidelity="reconstructed",
         off={"threshold": 0.0},
-        use="Blocks that act nearly linearly; see what the calibration's verdict says of yours.",
+        family="correctors",
+        when="the calibration's verdict says that your blocks act nearly linearly",
         citation="Liu et al., FastCache: Fast Caching for Diffusion Transformer Through Learnable Linear "
         "Approximation, 2025",
         needs_calibration=True,

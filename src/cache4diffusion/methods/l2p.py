@@ -49,7 +49,8 @@ class L2P(Method):
         tokens=None,
         fidelity="reconstructed",
         off={"interval": 1},
-        use="Nearly free cached steps, with weights learned from your own runs of the same steps.",
+        family="forecasting",
+        when="cached steps must cost next to nothing and you always sample with the same steps",
         citation="L2P: learnable linear prediction of cached features, 2026",
         needs_calibration=True,
     )

@@ -18,7 +18,6 @@ from cache4diffusion.predictors import Reuse
 from cache4diffusion.settings import setting
 from cache4diffusion.sites import Span
 
-
 Path = tuple[tuple[float, ...], tuple[int, ...]]  # weights of its edges, largest first, and its steps
 
 
@@ -54,7 +53,8 @@ class LeMiCa(Method):
         tokens=None,
         fidelity="reconstructed",
         off={"budget": 1.0},
-        use="A schedule without a bad stretch, made for your denoiser, steps and scheduler.",
+        family="reuse of blocks and parts",
+        when="a schedule made for your denoiser, steps and scheduler must have no bad stretch",
         citation="LeMiCa: Lexicographic Minimax Path Caching for Efficient Diffusion-Based Video Generation, "
         "NeurIPS 2025",
         needs_calibration=True,
