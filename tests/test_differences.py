@@ -14,7 +14,6 @@ import toys
 from cache4diffusion import reference
 from cache4diffusion.errors import CompositionError
 from cache4diffusion.gates import LookAhead, Mask, Schedule
-from cache4diffusion.predictors import FrontAware
 from cache4diffusion.sites import Denoiser, Parts, Span, Trajectory, UNetLevel
 from small_denoisers import remember_anatomy
 
@@ -29,7 +28,10 @@ ROUNDING = 1e-5
 # Places that a method may be moved to, if its parts allow it. A method whose own site is more than a place (a mix, a
 # span that switches sides, blocks with decisions of their own) stays there.
 PLACES = {"denoiser": Denoiser(), "span": Span(front=1), "parts": Parts(), "trajectory": Trajectory()}
-METHODS = sorted(name for name in c4d.METHODS if not isinstance(toys.made(name).site, UNetLevel))  # these are for FLUX
+FITTED = ("icc", "fastcache")  # their weights are those of one denoiser; tests of their own say what they are not
+METHODS = sorted(  # these are for FLUX
+    name for name in c4d.METHODS if not isinstance(toys.made(name).site, UNetLevel) and name not in FITTED
+)
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,8 @@ SPECIALISATIONS = (
     *(
         Same(name, "fora", PLAIN)
         for name in (
-            "adacache", "bacache", "bwcache", "dbcache", "easycache", "fbcache", "feb-cache", "magcache", "scm",
-            "seacache", "skip-dit", "smoothcache", "teacache",
+            "adacache", "bacache", "bwcache", "dbcache", "easycache", "fbcache", "feb-cache", "lemica", "magcache",
+            "scm", "seacache", "skip-dit", "smoothcache", "teacache",
         )
     ),
     Same("dbprune", "fbcache", "reuse, block by block: the sum is the span's", tolerance=ROUNDING),
@@ -137,7 +139,7 @@ def moved(made, place):
     The list takes the gate's place, or overrules it where the predictor reads what the gate watches.
     """
     site, changes = made.site, {"gate": Schedule(tuple(itertools.compress(range(STEPS), GIVEN))), "guards": ()}
-    if isinstance(made.predictor, FrontAware):
+    if getattr(made.predictor, "sees", None) == "front":
         changes = {"guards": (Mask(GIVEN, policy="static"),)}
     if place != "own":
         kind = type(PLACES[place])

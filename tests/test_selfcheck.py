@@ -96,7 +96,11 @@ def test_a_latent_that_is_touched_on_a_full_step_fails(monkeypatch):
 
 def swap_streams(monkeypatch, name):
     given = PartSite.given
-    monkeypatch.setattr(PartSite, "given", lambda self: given(self)[::-1] if self.name == name else given(self))
+
+    def swapped(self, *call):
+        return given(self, *call)[::-1] if self.name == name else given(self, *call)
+
+    monkeypatch.setattr(PartSite, "given", swapped)
 
 
 def test_a_part_whose_streams_are_swapped_is_named(denoiser, monkeypatch):

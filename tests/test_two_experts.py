@@ -93,7 +93,11 @@ def test_selfcheck_checks_both(pipe):
 def test_selfcheck_names_the_expert_whose_part_is_wrong(pipe, expert, monkeypatch):
     broken = getattr(pipe, expert).transformer_blocks[1].attn
     given = PartSite.given
-    monkeypatch.setattr(PartSite, "given", lambda self: given(self)[::-1] if self.module is broken else given(self))
+
+    def swapped(self, *call):
+        return given(self, *call)[::-1] if self.module is broken else given(self, *call)
+
+    monkeypatch.setattr(PartSite, "given", swapped)
     finding = c4d.selfcheck(pipe, "fora", steps=STEPS).of("fora", "frozen_input")
     assert (finding.status, finding.site) == ("failed", f"{expert}.transformer_blocks.1.attn")
     assert finding.detail.startswith(f"{expert}: a cached step failed")
