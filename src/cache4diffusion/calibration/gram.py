@@ -13,6 +13,7 @@ from cache4diffusion.calibration.figure import Figure
 from cache4diffusion.calibration.quality import judged
 from cache4diffusion.calibration.statistic import Fit, Seen, Shape, Statistic, Sums
 from cache4diffusion.errors import CalibrationError
+from cache4diffusion.gates import FixedInterval, Step
 from cache4diffusion.predictors.learned import solved
 from cache4diffusion.settings import setting
 from cache4diffusion.sites import Denoiser
@@ -24,12 +25,13 @@ class StepGram(Statistic):
 
     All that least squares must know, for every schedule: the error of weights w of full steps J for step s is
     ``G_ss - 2 w.G_Js + w^T G_JJ w``. The quality is the share of the squared change since the last full step that the
-    weights explain, for full steps every ``interval``.
+    weights explain, for full steps as the method has them by default.
 
     Memory: one copy of the output per step while a prompt is sampled.
     """
 
     interval: int = setting(5, "distance of two full steps in the schedule by which the fit is judged", ge=2)
+    warmup: int = setting(3, "first steps that are full in that schedule", ge=1)
 
     @property
     def site(self) -> Denoiser:
@@ -58,9 +60,11 @@ class StepGram(Statistic):
         gram = sums["gram"]
         left = moved = 0.0
         count = 0
-        for step in range(1, len(gram)):
-            full = list(range(0, step, self.interval))[::-1]
-            if step % self.interval:
+        gate = FixedInterval(self.interval, anchor="warmup", warmup=self.warmup)
+        cached = [gate.propose(None, Step(step, len(gram)), None) for step in range(len(gram))]
+        for step, is_cached in enumerate(cached):
+            full = [i for i in range(step - 1, -1, -1) if not cached[i]]
+            if is_cached:
                 weights = torch.tensor(solved(gram, full, step, 1e-5), dtype=torch.float64)
                 left += float(error_of(gram, full, step, weights))
                 moved += float(error_of(gram, full[:1], step, torch.ones(1, dtype=torch.float64)))
@@ -68,7 +72,7 @@ class StepGram(Statistic):
         size = float(gram.diagonal().sum())
         r2 = 1 - left / moved if moved > 1e-12 * size else None
         residual = (max(left, 0.0) / size) ** 0.5 if size > 0 else 0.0
-        words = ("a combination of full steps", "the change since the last one", "this predictor")
+        words = ("a combination of full steps", "the change since the last one", "doing better than reuse")
         return Fit({"gram": gram}, judged(r2, residual, count, *words))
 
     def shapes(self, num_steps: int) -> Mapping[str, Shape]:
