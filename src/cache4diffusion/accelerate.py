@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from cache4diffusion import methods as _methods  # noqa: F401 - fills the registry
 from cache4diffusion.anatomy import describe
 from cache4diffusion.anatomy.undisturbed import unwrapped
+from cache4diffusion.budget import Budget
 from cache4diffusion.engine import Engine
+from cache4diffusion.engine.admission import Admission
 from cache4diffusion.engine.compiling import TOKENS, WHOLE, hides_sites, is_compiled
 from cache4diffusion.engine.finite import NanGuard
 from cache4diffusion.engine.host import no_stack
@@ -27,16 +32,19 @@ from cache4diffusion.errors import (
     CompositionError,
     SettingError,
 )
+from cache4diffusion.few_steps import check_distilled
 from cache4diffusion.gates import GATES
 from cache4diffusion.guidance import BRANCH_RULES
 from cache4diffusion.handle import Handle
 from cache4diffusion.method import METHODS, Composition, Method, method
+from cache4diffusion.options import Options, take_options
 from cache4diffusion.predictors import PREDICTORS
 from cache4diffusion.profile import load_profile
 from cache4diffusion.run import RunTracker
 from cache4diffusion.run.taps import schedulers_of
 from cache4diffusion.settings import check_names, component
 from cache4diffusion.sites import SITES, Trajectory
+from cache4diffusion.storage import Store
 from cache4diffusion.tokens import TOKEN_RULES
 from cache4diffusion.trace import Trace
 from cache4diffusion.wrap import owner_of
@@ -83,6 +91,13 @@ def accelerate(
     /,
     *,
     nan_guard: NanGuard | None = None,
+    cache_dtype: str | torch.dtype | None = None,
+    cache_device: str | torch.device | None = None,
+    memory_budget: int | str | None = None,
+    allow_downgrade: bool | None = None,
+    strict: bool | None = None,
+    inputs: tuple[Any, ...] | Mapping[str, Any] | list[Any] | None = None,
+    call: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Handle:
     """Cache features of a pipeline's denoisers (or of one denoiser) from now on, until ``handle.remove()``.
@@ -93,6 +108,19 @@ def accelerate(
             composition of your own, or a profile file (``"flux-fast.yaml"``). None picks a safe default and prints it.
         nan_guard: what to do about a predicted output with NaN or Inf: ``"now"`` (look at once and recompute; the
             default on the CPU), ``"next"`` (look at the next step, without a sync; the default elsewhere), ``"off"``.
+        cache_dtype: what snapshots are kept in: ``"bf16"``, ``"fp16"``, ``"fp32"``, ``"fp8"`` (with a scale per row) or
+            torch's own. None: each in its feature's dtype.
+        cache_device: where they lie: ``"cpu"``, or a device. For cached steps they are brought back ahead of their use.
+            None: on their feature's device.
+        memory_budget: bytes that the cache may take on the denoisers' device, or a text such as ``"2GiB"``. What would
+            take more is refused, with a table of what fits: here, where ``inputs`` or ``call`` are given; else in the
+            first run, before anything is stored.
+        allow_downgrade: take the first that fits instead: a lower order, a smaller dtype, the host's memory, another
+            method. The handle and its report then go by the new name.
+        strict: refuse what is otherwise warned of: runs of fewer than 9 steps and few-step distilled models, which
+            leave little to gain, and calibrations made with other weights.
+        inputs: what the budget is checked against: arguments of a call of a bare denoiser, as in `cache_bytes`.
+        call: likewise: arguments of the pipeline's call, as in `cache_bytes`. Its first step is computed.
         **settings: the method's settings by name; and, to combine methods by axis, ``site=``, ``gate=``,
             ``predictor=``, ``tokens=``, ``cfg=`` (each a name such as ``"newton(order=2)"`` or an object), ``decide=``
             and ``branches=``.
@@ -102,7 +130,8 @@ def accelerate(
 
     Raises:
         UnknownNameError, SettingError: a name or value is not accepted; the nearest or the range is named.
-        CompositionError: the axes do not go together.
+        CompositionError: the axes do not go together; a model is distilled to a few steps (``strict``).
+        MemoryBudgetError: the cache would be larger than ``memory_budget``; nothing is left attached.
         AlreadyAcceleratedError: a denoiser carries a handle already.
         CalibrationError: the method needs a calibration and has none, or it was made with another denoiser.
         AnatomyError: the denoiser lacks what the method needs (where that shows only in a call: at the first call,
@@ -111,6 +140,47 @@ def accelerate(
     if nan_guard not in (None, "now", "next", "off"):
         raise SettingError(f"nan_guard={nan_guard!r}: use 'now', 'next' or 'off'.")
     found = denoisers_of(target)
+    _refuse_accelerated(found)
+    given = {
+        "cache_dtype": cache_dtype,
+        "cache_device": cache_device,
+        "memory_budget": memory_budget,
+        "allow_downgrade": allow_downgrade,
+        "strict": strict,
+    }
+    settings |= {name: value for name, value in given.items() if value is not None}
+    choice = choose(target, found, method_or_profile, settings)
+    handle = start(target, choice, nan_guard, inputs=inputs, call=call)
+    if method_or_profile is None:
+        print(f"cache4diffusion: using {handle.label} (name a method to choose another)")
+    return handle
+
+
+def start(
+    target: Any, choice: Choice, nan_guard: NanGuard | None = None, *, inputs: Any = None, call: Any = None
+) -> Handle:
+    """Put a choice to work, as `accelerate` does.
+
+    Args:
+        target: the pipeline, or the denoiser.
+        choice: what runs.
+        nan_guard, inputs, call: as in `accelerate`.
+
+    Raises:
+        Cache4DiffusionError: as `accelerate`.
+    """
+    found = denoisers_of(target)
+    _refuse_accelerated(found)
+    check_distilled(target, found, choice.composition, strict=choice.options.strict)
+    budget = Budget(found, choice) if choice.options.memory_budget is not None else None
+    if inputs is not None or call is not None:
+        if budget is None:
+            raise SettingError("inputs= and call= are what a memory_budget= is checked against: give one, or neither.")
+        choice = budget.settle_at(target, inputs, call)
+    return attach(target, found, choice.compositions(found), choice, nan_guard=nan_guard, budget=budget)
+
+
+def _refuse_accelerated(found: Mapping[str, nn.Module]) -> None:
     for name, denoiser in found.items():
         owner = owner_of(denoiser)
         if owner is not None:
@@ -119,22 +189,19 @@ def accelerate(
                 "handle first; to combine methods, name both in one call, e.g. accelerate(pipe, 'dbcache', "
                 "cfg='fastercache')."
             )
-    chosen, axes = _choose(target, found, method_or_profile, settings)
-    compositions = {name: compose(_for_denoiser(chosen, name, denoiser), axes) for name, denoiser in found.items()}
-    handle = attach(target, found, compositions, chosen, _label(chosen, axes), nan_guard)
-    if method_or_profile is None:
-        print(f"cache4diffusion: using {handle.label} (name a method to choose another)")
-    return handle
 
 
 def attach(
     target: Any,
     found: dict[str, nn.Module],
     compositions: dict[str, Composition],
-    chosen: Method | Composition | None,
-    label: str,
+    choice: Choice | None = None,
+    *,
+    label: str = "",
     nan_guard: NanGuard | None = None,
     listeners: Mapping[str, Listener] | None = None,
+    budget: Budget | None = None,
+    store: Callable[[], Store] | None = None,
 ) -> Handle:
     """Put compositions to work in the denoisers of a pipeline (or in one denoiser).
 
@@ -142,10 +209,12 @@ def attach(
         target: the pipeline, or the denoiser.
         found: its denoisers by name.
         compositions: what runs in each of them.
-        chosen: the method they come from.
-        label: how that is called in reports.
+        choice: what they come from.
+        label: how that is called in reports, where there is no choice.
         nan_guard: as in `accelerate`.
         listeners: hear of what is recorded in a denoiser.
+        budget: weighs what will be stored, before it is.
+        store: makes what keeps the snapshots of one denoiser; None: as the choice says.
     """
     trace = Trace()
     handle: Handle | None = None
@@ -159,11 +228,11 @@ def attach(
             handle._on_end(run, aborted)
 
     tracker = RunTracker(on_begin, on_end)
-    handle = Handle(chosen if isinstance(chosen, Method) else None, label, tracker, trace)
+    handle = Handle(choice, label, tracker, trace, budget)
     try:
         for name, denoiser in found.items():
             composition = compositions[name]
-            _check(name, denoiser, composition)
+            check_composition(name, denoiser, composition)
             engine = Engine(
                 denoiser,
                 composition,
@@ -174,11 +243,13 @@ def attach(
                 batch_order="cond-uncond" if type(denoiser).__name__.startswith("DiTTransformer") else "auto",
                 nan_guard=nan_guard,
                 listener=listeners[name] if listeners is not None else None,
+                store=store() if store is not None else Store(handle.options.storage),
+                admission=Admission(partial(handle._weigh, name)) if budget is not None else None,
+                is_guided=None if isinstance(target, nn.Module) else _guidance_of(target),
+                on_check=handle._check_run,
             )
             handle._engines.append(engine)
             tracker.watch_denoiser(denoiser)
-            if engine.branches is not None and not isinstance(target, nn.Module):
-                engine.branches.is_guided = _guidance_of(target)
         if not isinstance(target, nn.Module):
             for composition in compositions.values():
                 if isinstance(composition.site, Trajectory):
@@ -191,39 +262,106 @@ def attach(
     return handle
 
 
-def _for_denoiser(chosen: Method | Composition, name: str, denoiser: nn.Module) -> Method | Composition:
-    """A calibrated method takes what was measured of this denoiser, if it was of one that is built like it."""
-    made = chosen.loaded if isinstance(chosen, Method) else None
-    if made is None:
-        return chosen
-    assert isinstance(chosen, Method)
-    made.check(denoiser, name)
-    return chosen.of(name)
+@dataclass(frozen=True)
+class Choice:
+    """What runs: a method or composition, parts of it that are replaced, and options."""
+
+    chosen: Method | Composition
+    axes: dict[str, Any] = field(default_factory=dict)
+    options: Options = field(default_factory=Options)
+
+    @property
+    def method(self) -> Method | None:
+        """The method, if it is one."""
+        return self.chosen if isinstance(self.chosen, Method) else None
+
+    @property
+    def name(self) -> str:
+        """The method's slug."""
+        return self.chosen.info.name if isinstance(self.chosen, Method) else "composition"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All settings, replaced parts, and the options that are not at their default."""
+        given = dict(self.chosen.settings) if isinstance(self.chosen, Method) else {}
+        return given | self.axes | self.options.given
+
+    @property
+    def label(self) -> str:
+        """Name and settings, as reports call it."""
+        shown = {name: value for name, value in self.settings.items() if name not in ("memory_budget", "strict")}
+        shown.pop("allow_downgrade", None)
+        values = [
+            f"{name}={value}" if name in self.axes and isinstance(value, str) else f"{name}={value!r}"
+            for name, value in shown.items()
+        ]
+        return f"{self.name}({', '.join(values)})"
+
+    @property
+    def composition(self) -> Composition:
+        """What the engine runs; of several denoisers, in any of them.
+
+        Raises:
+            UnknownNameError, SettingError, CompositionError: as `accelerate`.
+        """
+        return compose(self.chosen, self.axes)
+
+    def compositions(self, found: Mapping[str, nn.Module]) -> dict[str, Composition]:
+        """What runs in each denoiser: a calibrated method takes what was measured of it.
+
+        Raises:
+            CalibrationError: that was measured of one that is built otherwise.
+        """
+        made = self.chosen.loaded if isinstance(self.chosen, Method) else None
+        if made is None:
+            return dict.fromkeys(found, self.composition)
+        assert isinstance(self.chosen, Method)
+        compositions = {}
+        for name, denoiser in found.items():
+            made.check(denoiser, name, strict=self.options.strict)
+            compositions[name] = compose(self.chosen.of(name), self.axes)
+        return compositions
 
 
-def _choose(
-    target: Any, found: dict[str, nn.Module], given: Any, settings: dict[str, Any]
-) -> tuple[Method | Composition, dict[str, Any]]:
+def choose(target: Any, found: dict[str, nn.Module], given: Any, settings: Mapping[str, Any]) -> Choice:
+    """Read what `accelerate` was given.
+
+    Args:
+        target: the pipeline or denoiser.
+        found: its denoisers by name.
+        given: a name, method, composition, profile file or None.
+        settings: of the method, of axes, and options.
+
+    Raises:
+        UnknownNameError, SettingError, FileFormatError: as `accelerate`.
+    """
+    settings = dict(settings)
+    asked = take_options(settings)
     axes = {name: settings.pop(name) for name in _AXES if name in settings and not _is_setting(given, name)}
+    if isinstance(given, Path) or (isinstance(given, str) and given.endswith((".yaml", ".yml", ".json"))):
+        profile = load_profile(Path(given))
+        chosen = method(profile.method, **{**profile.settings, **settings})
+        return Choice(chosen, {**profile.axes, **axes}, Options.of({**profile.options, **asked}))
+    return Choice(_chosen(found, given, settings), axes, Options.of(asked))
+
+
+def _chosen(found: dict[str, nn.Module], given: Any, settings: dict[str, Any]) -> Method | Composition:
     if given is None:
         if settings:
             raise SettingError(f"Settings ({', '.join(settings)}) need a method: accelerate(pipe, 'name', ...).")
-        return default_method(next(iter(found.values()))), axes
+        return default_method(next(iter(found.values())))
     if isinstance(given, (Method, Composition)):
         if settings:
             raise SettingError(
                 f"{type(given).__name__} was given as an object, so settings belong into it, not into accelerate(): "
                 f"{', '.join(settings)}."
             )
-        return given, axes
-    if isinstance(given, Path) or (isinstance(given, str) and given.endswith((".yaml", ".yml", ".json"))):
-        profile = load_profile(Path(given))
-        return method(profile.method, **{**profile.settings, **settings}), {**profile.axes, **axes}
+        return given
     if not isinstance(given, str):
         raise SettingError(
             f"accelerate(pipe, {given!r}): give a method's name, a method, a composition or a profile file."
         )
-    return method(given, **settings), axes
+    return method(given, **settings)
 
 
 def _is_setting(given: Any, name: str) -> bool:
@@ -267,18 +405,12 @@ def compose(chosen: Method | Composition, axes: dict[str, Any] | None = None) ->
         raise SettingError(str(error)) from error
 
 
-def _label(chosen: Method | Composition, axes: dict[str, Any]) -> str:
-    if isinstance(chosen, Method):
-        values = [f"{name}={value!r}" for name, value in chosen.settings.items()]
-        name = chosen.info.name
-    else:
-        values, name = [], "composition"
-    values += [f"{name}={value!r}" if not isinstance(value, str) else f"{name}={value}" for name, value in axes.items()]
-    return f"{name}({', '.join(values)})"
+def check_composition(name: str, denoiser: nn.Module, composition: Composition) -> None:
+    """Refuse what can be refused without seeing a call.
 
-
-def _check(name: str, denoiser: nn.Module, composition: Composition) -> None:
-    """What can be refused without seeing a call."""
+    Raises:
+        AnatomyError, CompositionError: the denoiser lacks what the composition needs, or hides it.
+    """
     inputs_of(denoiser)
     if composition.needs_stack is not None and _is_convolutional_unet(denoiser):
         raise no_stack(f"{name} ({type(unwrapped(denoiser)).__name__})", composition)

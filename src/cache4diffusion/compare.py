@@ -11,14 +11,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cache4diffusion.accelerate import _choose, accelerate, compose, denoisers_of
+from cache4diffusion.accelerate import Choice, choose, compose, denoisers_of, start
 from cache4diffusion.anatomy import Anatomy
 from cache4diffusion.calls import Call, check_call, default_steps, first_step, quiet, sampler
 from cache4diffusion.cost import Summary, summarise
 from cache4diffusion.errors import SettingError
+from cache4diffusion.few_steps import FewStepsWarning
 from cache4diffusion.files import check_writable
 from cache4diffusion.handle import Handle
 from cache4diffusion.method import Composition, Method
+from cache4diffusion.options import Options
+from cache4diffusion.settings import plain
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -81,17 +84,23 @@ class MethodVariant:
     label: str = ""
     calls: dict[str, Call] = field(default_factory=dict)
     anatomies: dict[str, Anatomy | None] = field(default_factory=dict)  # of the denoisers, once seen
+    options: Options = field(default_factory=Options)
+    is_weighed: bool = False  # whether it was held against the memory budget, and became what fits
+    notes: list[str] = field(default_factory=list)  # of that
 
     @property
     def name(self) -> str:
-        """The method's slug."""
-        return self.chosen.info.name if isinstance(self.chosen, Method) else "composition"
+        """The method's slug: of what ran last, if a memory budget asked for another."""
+        return self._choice.name
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All settings, JSON-ready."""
-        given = dict(self.chosen.settings) if isinstance(self.chosen, Method) else {}
-        return {name: _plain(value) for name, value in (given | self.axes).items()}
+        """All settings and the options that are not at their default, JSON-ready; likewise of what ran last."""
+        return plain(self._choice.settings)
+
+    @property
+    def _choice(self) -> Choice:
+        return Choice(self.chosen, self.axes, self.options)
 
     @property
     def fidelity(self) -> str:
@@ -101,20 +110,27 @@ class MethodVariant:
     @contextmanager
     def attach(self) -> Iterator[Seen]:
         """Accelerate for the time of one run."""
-        with warnings.catch_warnings(), accelerate(self.pipe, self.chosen, **self.axes) as handle:
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=NOTHING_CACHED)  # it becomes a note of the row
-            for engine in handle._engines:
-                if engine.name in self.calls:
-                    engine.prepare(*self.calls[engine.name], anatomy=self.anatomies.get(engine.name))
-                    self.anatomies[engine.name] = engine.host.anatomy
-            yield Seen(handle)
+            warnings.simplefilter("ignore", FewStepsWarning)  # so does this
+            choice = Choice(self.chosen, self.axes, self.options.unlimited if self.is_weighed else self.options)
+            with start(self.pipe, choice) as handle:
+                for engine in handle._engines:
+                    if engine.name in self.calls:
+                        engine.prepare(*self.calls[engine.name], anatomy=self.anatomies.get(engine.name))
+                        self.anatomies[engine.name] = engine.host.anatomy
+                yield Seen(handle, self.notes)
+                budget = handle._budget
+                if budget is not None and handle.trace.records:  # a whole run was seen, so it need not be weighed again
+                    settled, self.is_weighed, self.notes = budget.choice, True, list(budget.notes)
+                    self.chosen, self.axes, self.options = settled.chosen, settled.axes, settled.options
 
 
 class Seen:
     """What a handle saw of the last run, under the names `measure.bench` reads. Counted when it is asked for."""
 
-    def __init__(self, handle: Handle) -> None:
-        self._handle = handle
+    def __init__(self, handle: Handle, notes: Sequence[str] = ()) -> None:
+        self._handle, self._notes = handle, list(notes)
 
     @cached_property
     def _summary(self) -> Summary:
@@ -151,15 +167,13 @@ class Seen:
         return self._handle.trace.syncs
 
     @property
+    def _counts(self) -> list[str]:
+        return [f"{count} x {text}" for text, count in self._handle.trace.counts.items()]
+
+    @property
     def notes(self) -> list[str]:
         """What was unusual."""
-        return [*self._handle.trace.notes, *self._summary.problems]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(entry) for entry in value]
-    return value if isinstance(value, (bool, int, float, str, list, dict)) or value is None else repr(value)
+        return list(dict.fromkeys([*self._notes, *self._handle.trace.notes, *self._counts, *self._summary.problems]))
 
 
 def check_methods(methods: Sequence[Any]) -> None:
@@ -172,7 +186,8 @@ def check_methods(methods: Sequence[Any]) -> None:
         if hasattr(entry, "attach"):
             continue
         name, settings = parse_method(entry) if isinstance(entry, str) else (entry, {})
-        compose(*_choose(None, {}, name, settings))
+        choice = choose(None, {}, name, settings)
+        compose(choice.chosen, choice.axes)
 
 
 def variants_of(pipe: Any, methods: Sequence[Any]) -> list[Any]:
@@ -188,9 +203,9 @@ def variants_of(pipe: Any, methods: Sequence[Any]) -> list[Any]:
             variants.append(entry)
             continue
         name, settings = parse_method(entry) if isinstance(entry, str) else (entry, {})
-        chosen, axes = _choose(pipe, found, name, settings)
-        compose(chosen, axes)
-        variants.append(MethodVariant(pipe, chosen, axes))
+        choice = choose(pipe, found, name, settings)
+        compose(choice.chosen, choice.axes)
+        variants.append(MethodVariant(pipe, choice.chosen, choice.axes, options=choice.options))
     return variants
 
 
@@ -314,7 +329,7 @@ def _conditions(pipe: Any, name: str | None, call: Mapping[str, Any], given: Map
         "denoiser": name or type(pipe).__name__,
         "scheduler": type(scheduler).__name__ if scheduler is not None else None,
         "guidance": float(guidance) if guidance is not None else None,
-        "extra": {"call": {key: _plain(value) for key, value in call.items()}},
+        "extra": {"call": plain(call)},
     }
     return found | dict(given)
 

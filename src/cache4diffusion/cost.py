@@ -24,6 +24,7 @@ from cache4diffusion.flops import missing_formulas
 from cache4diffusion.gates import Step
 from cache4diffusion.tokens import Segment, TokenPlace
 from cache4diffusion.trace import CACHED, FULL, HALF, MIXED, PARTIAL, Record
+from cache4diffusion.units import size_text
 
 if TYPE_CHECKING:
     from cache4diffusion.engine import Engine
@@ -230,6 +231,7 @@ def summarise(handle: Handle, *, with_flops: bool = True) -> Summary:
     if full and found.total_ms:
         found.achieved = len(records) * full[len(full) // 2] / found.total_ms
     if not (with_flops and records):
+        _say_if_copies_cost_more(handle, records, found)
         return found
     costs: dict[str, StepCost] = {}
     for engine in handle._engines:
@@ -238,6 +240,7 @@ def summarise(handle: Handle, *, with_flops: bool = True) -> Summary:
                 costs[engine.name] = step_cost(engine)
             except CountError as error:
                 found.problems.append(f"FLOPs of {engine.name} could not be counted ({error})")
+                _say_if_copies_cost_more(handle, records, found)
                 return found
     first = costs[records[0].denoiser]
     found.full_flops = first.full
@@ -249,7 +252,25 @@ def summarise(handle: Handle, *, with_flops: bool = True) -> Summary:
     if found.full_ms is not None and uncached:
         rate = len(records) * found.full_ms / uncached
         found.overhead_ms = found.total_ms - rate * found.run_flops
+    _say_if_copies_cost_more(handle, records, found)
     return found
+
+
+def _say_if_copies_cost_more(handle: Handle, records: list[Record], found: Summary) -> None:
+    """Warn where bringing snapshots back took longer than computing would have."""
+    spent = sum(copies.ms for engine in handle._engines for copies in engine.host.store.engines)
+    if not spent or found.full_ms is None:
+        return
+    share = sum(record.symbol != FULL for record in records) / len(records)
+    if found.predicted is not None:
+        share = 1 - 1 / found.predicted
+    saved = found.full_ms * len(records) * share
+    if spent > saved:
+        found.problems.append(
+            f"copies to and from {handle.options.storage.device} took {spent:,.1f} ms, and what was not computed would "
+            f"have taken {saved:,.1f} ms: without cache_device, or with fewer snapshots or a smaller cache_dtype, the "
+            "same method is faster."
+        )
 
 
 def strips_of(records: list[Record]) -> dict[str, str]:
@@ -311,8 +332,14 @@ def report_lines(handle: Handle) -> list[str]:
                 f", {_flops(found.cached_flops)} ({found.cached_flops / max(found.full_flops, 1):.2%}) per cached one"
             )
         lines.append(_row("FLOPs", text))
-    memory = handle.memory
-    lines.append(_row("cache", f"{_bytes(memory['held'])} held now, {_bytes(memory['peak'])} at its largest"))
+    memory, places = handle.memory, handle.memory_by_place
+    lines.append(_row("cache", f"{size_text(memory['held'])} held now, {size_text(memory['peak'])} at its largest"))
+    if not handle.options.storage.is_plain and places:
+        parts = [f"{size_text(count)} {place.replace(' ', ' as ')}" for place, count in sorted(places.items())]
+        lines.append(_row("kept", f"{', '.join(parts)} ({handle.options.storage})"))
+    copied = sum(copies.bytes for engine in handle._engines for copies in engine.host.store.engines)
+    if copied:
+        lines.append(_row("copies", f"{size_text(copied)} to and from {handle.options.storage.device} in this run"))
     if found.predicted is not None or found.achieved is not None:
         predicted = f"{found.predicted:.2f}x expected from FLOPs" if found.predicted else "expectation unknown"
         achieved = f"{found.achieved:.2f}x achieved in time" if found.achieved else "time not measured (no full step)"
@@ -324,7 +351,8 @@ def report_lines(handle: Handle) -> list[str]:
         )
     lines.append(_row("syncs", f"{handle.trace.syncs} transfers to the host for decisions, since accelerate()"))
     lines.append(_row("run", _source(handle)))
-    lines += [_row("note", note) for note in [*handle.trace.notes, *found.problems]]
+    counts = [f"{count} x {text}, since accelerate()" for text, count in handle.trace.counts.items()]
+    lines += [_row("note", note) for note in [*handle.trace.notes, *counts, *found.problems]]
     if not set(found.strip) - {FULL}:
         lines.append(_row("warning", _nothing_cached(handle, found)))
     return lines
@@ -367,10 +395,3 @@ def _flops(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}FLOP"
     return f"{count:.0f} FLOP"
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"

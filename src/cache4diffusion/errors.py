@@ -14,6 +14,10 @@ class SettingError(Cache4DiffusionError, ValueError):
     """A setting is unknown, out of range, or contradicts another one."""
 
 
+class MemoryBudgetError(SettingError):
+    """The cache would be larger than ``memory_budget``."""
+
+
 class UnknownNameError(Cache4DiffusionError, ValueError):
     """A method, predictor, gate, site or model of that name does not exist."""
 

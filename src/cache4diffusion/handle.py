@@ -6,31 +6,66 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cache4diffusion.engine import Engine
 from cache4diffusion.errors import RunError, SettingError, closest
+from cache4diffusion.few_steps import FEW, FewStepsWarning, few_steps_text
 from cache4diffusion.method import Method
+from cache4diffusion.options import Options
 from cache4diffusion.run import Run, RunTracker
+from cache4diffusion.storage import Store
 from cache4diffusion.trace import FULL, Trace
+
+if TYPE_CHECKING:
+    from cache4diffusion.accelerate import Choice
+    from cache4diffusion.budget import Budget
 
 
 class Handle:
     """Returned by `accelerate`. As a context manager it removes itself at the end, also after an error.
 
     Args:
-        method: the method, as given or found by name.
-        label: how the method and its overrides are called in reports.
+        choice: the method with its overrides and options, or what took its place for a memory budget.
+        label: how it is called in reports, where there is no choice.
         tracker: of runs, steps and branches.
         trace: of decisions.
+        budget: weighs what will be stored, before it is.
     """
 
-    def __init__(self, method: Method | None, label: str, tracker: RunTracker, trace: Trace) -> None:
-        self.method, self.label, self.trace = method, label, trace
+    def __init__(
+        self,
+        choice: Choice | None,
+        label: str,
+        tracker: RunTracker,
+        trace: Trace,
+        budget: Budget | None = None,
+    ) -> None:
+        self.choice, self.trace = choice, trace
+        self._label, self._budget = label, budget
+        self._few: set[int] = set()  # numbers of steps that were warned of
+        if budget is not None:
+            for note in budget.notes:
+                trace.note(note)
         self._tracker = tracker
         self._engines: list[Engine] = []
         self._is_removed = False
         self._run: Run | None = None  # the newest
+
+    @property
+    def method(self) -> Method | None:
+        """The method, if it is one."""
+        return self.choice.method if self.choice is not None else None
+
+    @property
+    def label(self) -> str:
+        """How the method, its overrides and options are called in reports."""
+        return self.choice.label if self.choice is not None else self._label
+
+    @property
+    def options(self) -> Options:
+        """How the cache is kept, and what is refused."""
+        return self.choice.options if self.choice is not None else Options()
 
     def _on_begin(self, run: Run) -> None:
         self._run = run
@@ -42,6 +77,40 @@ class Handle:
             engine.on_run_end(run, aborted)
         if not aborted:
             self._warn_if_nothing_was_cached(run)
+
+    def _check_run(self, run: Run) -> None:
+        """Warn of a run with few steps, once for each number of them, or refuse it.
+
+        Raises:
+            SettingError: ``strict``, and there are too few.
+        """
+        steps, engine = run.num_steps, self._engines[0]
+        if steps is None or steps in self._few or not 1 < steps < FEW or engine.composition.is_off:
+            return
+        text = few_steps_text(self.label, engine.composition, steps)
+        if self.options.strict:
+            raise SettingError(f"{text} strict=True refuses fewer than {FEW} steps.")
+        self._few.add(steps)
+        self.trace.note(text)
+        warnings.warn(text, FewStepsWarning, stacklevel=2)
+
+    def _weigh(self, name: str, calls: Sequence[Any], num_steps: int | None, is_more: bool) -> None:
+        """Hold what a denoiser's calls would store against the budget; go on with something smaller where allowed.
+
+        Raises:
+            MemoryBudgetError: it is too much.
+        """
+        assert self._budget is not None
+        before = self._budget.choice
+        choice = self._budget.settle({name: calls}, num_steps, is_more=is_more)
+        if choice is before:
+            return
+        compositions = choice.compositions(self._budget.found)
+        for engine in self._engines:
+            engine.adopt(compositions[engine.name], Store(choice.options.storage))
+        self.choice = choice
+        for note in self._budget.notes:
+            self.trace.note(note)
 
     def _warn_if_nothing_was_cached(self, run: Run) -> None:
         records = self.trace.of(run.id)
@@ -145,6 +214,15 @@ class Handle:
         }
 
     @property
+    def memory_by_place(self) -> dict[str, int]:
+        """Bytes at the peak by device and dtype, such as ``{"cuda:0 bfloat16": ...}`` (the denoisers' peaks added)."""
+        found: dict[str, int] = {}
+        for engine in self._engines:
+            for place, count in engine.ledger.places.items():
+                found[" ".join(place)] = found.get(" ".join(place), 0) + count
+        return found
+
+    @property
     def stats(self) -> dict[str, Any]:
         """Figures of the newest run: steps, strips per denoiser and branch, decisions' host syncs, time, memory."""
         from cache4diffusion.cost import summarise
@@ -161,7 +239,9 @@ class Handle:
             "total_ms": found.total_ms,
             "syncs": self.trace.syncs,
             "memory": self.memory,
+            "memory_by_place": self.memory_by_place,
             "notes": list(self.trace.notes),
+            "counts": dict(self.trace.counts),
         }
 
     def report(self) -> str:

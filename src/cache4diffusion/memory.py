@@ -19,10 +19,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeCopy
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cache4diffusion.accelerate import _choose, accelerate, compose, denoisers_of
+from cache4diffusion.accelerate import Choice, attach, choose, compose, denoisers_of
+from cache4diffusion.anatomy import Anatomy
 from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.calls import Call, Sampling, default_steps, quiet
 from cache4diffusion.compare import parse_method
+from cache4diffusion.copies import CopyEngine
 from cache4diffusion.engine.inputs import inputs_of
 from cache4diffusion.engine.leaves import get_argument
 from cache4diffusion.errors import AnatomyError, SettingError
@@ -30,8 +32,9 @@ from cache4diffusion.gates import Step
 from cache4diffusion.method import Composition, Method
 from cache4diffusion.run.taps import schedulers_of
 from cache4diffusion.sites import SwitchingSpan, Trajectory
+from cache4diffusion.storage import Storage, Store
 from cache4diffusion.strip import planned_strip
-from cache4diffusion.trace import FULL
+from cache4diffusion.trace import FULL, Places
 from cache4diffusion.wrap import owner_of
 
 
@@ -43,6 +46,8 @@ def cache_bytes(
     inputs: tuple[Any, ...] | Mapping[str, Any] | list[Any] | None = None,
     call: Mapping[str, Any] | None = None,
     steps: int | None = None,
+    cache_dtype: str | torch.dtype | None = None,
+    cache_device: str | torch.device | None = None,
     **settings: Any,
 ) -> int:
     """Bytes that a method holds at most in one sampling run, as the ledger counts them. Nothing is cached for this.
@@ -58,10 +63,12 @@ def cache_bytes(
             called one by one, told apart by their conditioning.
         call: arguments of the pipeline's call, such as ``{"height": 1024, "width": 1024}``.
         steps: of the run, 2 or more; the pipeline's own, or 50.
+        cache_dtype: as in `accelerate`.
+        cache_device: as in `accelerate`; what lies there is counted like the rest.
         **settings: as in `accelerate`.
 
     Returns:
-        The most that is held at a time, all branches and denoisers together.
+        The most that is held at a time, all branches, denoisers and devices together.
 
     Raises:
         UnknownNameError, SettingError, CompositionError: as `accelerate`; inputs are missing; a denoiser is
@@ -74,29 +81,110 @@ def cache_bytes(
             raise SettingError(
                 f"{name} is accelerated: handle.memory says what its cache holds. Or call remove() first."
             )
-    if isinstance(method, str):
-        name, given = parse_method(method)
-        chosen, axes = _choose(target, found, name, {**given, **settings})
-    else:
-        chosen, axes = _choose(target, found, method, settings)
-    is_missing = isinstance(chosen, Method) and chosen.info.needs_calibration and chosen.loaded is None
-    composition = compose(chosen.outline() if is_missing else chosen, axes)  # type: ignore[union-attr]
+    name, given = parse_method(method) if isinstance(method, str) else (method, {})
+    options = {"cache_dtype": cache_dtype, "cache_device": cache_device}
+    given |= settings | {option: value for option, value in options.items() if value is not None}
+    choice = choose(target, found, name, given)
+    return footprint(target, choice, inputs=inputs, call=call, steps=steps).total
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a cache holds at its largest.
+
+    Args:
+        places: bytes by device and dtype.
+        away: the device that is not the denoiser's, if snapshots lie on one.
+    """
+
+    places: Places
+    away: str | None = None
+
+    @property
+    def total(self) -> int:
+        """Bytes on all devices."""
+        return sum(self.places.values())
+
+    @property
+    def here(self) -> int:
+        """Bytes on the denoiser's device."""
+        return sum(count for (device, _), count in self.places.items() if device != self.away)
+
+    def __add__(self, other: Footprint) -> Footprint:
+        places = dict(self.places)
+        for place, count in other.places.items():
+            places[place] = places.get(place, 0) + count
+        return Footprint(places, self.away or other.away)
+
+
+def footprint(
+    target: Any,
+    choice: Choice,
+    *,
+    inputs: Any = None,
+    call: Mapping[str, Any] | None = None,
+    steps: int | None = None,
+    pretends: bool = False,
+) -> Footprint:
+    """What a choice would hold, by device and dtype.
+
+    Args:
+        target: as in `cache_bytes`.
+        choice: what runs.
+        inputs: as in `cache_bytes`.
+        call: as in `cache_bytes`.
+        steps: as in `cache_bytes`.
+        pretends: count as if the denoiser were on an accelerator, wherever it is.
+
+    Raises:
+        SettingError, AnatomyError: as `cache_bytes`.
+    """
+    found = denoisers_of(target)
+    made = choice.method
+    is_missing = made is not None and made.info.needs_calibration and made.loaded is None
+    composition = compose(made.outline(), choice.axes) if made is not None and is_missing else choice.composition
+    calls, steps = calls_of(target, found, inputs, call, steps)
+    if steps < 2:
+        raise SettingError(f"cache_bytes(steps={steps}): use 2 or more; a run of one step has nothing to reuse.")
+    composition.check_run(steps)
+    storage = choice.options.storage
+    parts = [
+        Rehearsal(found[name], own).held(composition, storage, steps, pretends=pretends)
+        for name, own in calls.items()
+        if own
+    ]
+    return sum(parts, Footprint({}))
+
+
+def calls_of(
+    target: Any,
+    found: Mapping[str, nn.Module],
+    inputs: Any = None,
+    call: Mapping[str, Any] | None = None,
+    steps: int | None = None,
+) -> tuple[dict[str, list[Call]], int]:
+    """Arguments of the denoisers' calls in one step, and the number of steps.
+
+    Args:
+        target: a pipeline, whose first step is computed, or a denoiser.
+        found: its denoisers by name.
+        inputs: of a denoiser, as in `cache_bytes`.
+        call: of a pipeline, as in `cache_bytes`.
+        steps: of the run; None: the pipeline's own, or 50.
+
+    Raises:
+        SettingError: inputs are missing.
+    """
     if isinstance(target, nn.Module):
         if inputs is None:
             raise SettingError("cache_bytes(denoiser) needs inputs=...: the arguments of one call, a tuple or a dict.")
         made = inputs if isinstance(inputs, list) else [inputs]
         calls = {"denoiser": [((), dict(one)) if isinstance(one, Mapping) else (tuple(one), {}) for one in made]}
-    else:
-        call = dict(call or {})
-        asked = call.get("num_inference_steps", default_steps(target)) if steps is None else steps
-        with quiet(target):
-            calls = Sampling(target, call, asked).first_steps(found, schedulers_of(target))
-        steps = asked
-    steps = 50 if steps is None else steps
-    if steps < 2:
-        raise SettingError(f"cache_bytes(steps={steps}): use 2 or more; a run of one step has nothing to reuse.")
-    composition.check_run(steps)
-    return sum(_Rehearsal(found[name], composition, own, steps).held() for name, own in calls.items() if own)
+        return calls, 50 if steps is None else steps
+    call = dict(call or {})
+    asked = call.get("num_inference_steps", default_steps(target)) if steps is None else steps
+    with quiet(target):
+        return Sampling(target, call, asked).first_steps(found, schedulers_of(target)), asked
 
 
 @dataclass(frozen=True)
@@ -132,66 +220,77 @@ class _Answers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Rehearsal:
+class Rehearsal:
     """Runs on tensors without data.
 
     Args:
         denoiser: the network.
-        composition: what caches.
         calls: of one step.
-        steps: of the run that is rehearsed.
+
+    Raises:
+        AnatomyError: the denoiser reads its data while it runs.
     """
 
-    def __init__(self, denoiser: nn.Module, composition: Composition, calls: Sequence[Call], steps: int) -> None:
-        self.name = type(unwrapped(denoiser)).__name__
-        self.calls, self.composition = calls, composition
-        # Where the gate looks at what is sampled, the most is kept if every second step is computed.
-        letters = planned_strip(composition, steps) or (FULL + "c") * steps
-        self.letters = FULL + letters[1:steps]
+    def __init__(self, denoiser: nn.Module, calls: Sequence[Call]) -> None:
+        name = type(unwrapped(denoiser)).__name__
+        self.calls = calls
+        self._anatomy: Anatomy | None = None  # found in the first run that needs it
         with FakeCopyMode(FakeTensorMode(allow_non_fake_inputs=True)):
             self.twin = copy.deepcopy(unwrapped(denoiser))
-
-    def held(self) -> int:
-        """The most that is held."""
         try:
             with torch.no_grad():
                 for call in self.calls:
                     self._call(call)
         except DataDependentOutputException as error:
             raise AnatomyError(
-                f"{self.name} reads its data while it runs ({error}), so what is cached cannot be counted without "
+                f"{name} reads its data while it runs ({error}), so what is cached cannot be counted without "
                 "running it. Sample once and see handle.memory."
             ) from error
+
+    @property
+    def device(self) -> torch.device:
+        """Of what is sampled."""
+        return self._latent().device
+
+    def held(self, composition: Composition, storage: Storage, steps: int, *, pretends: bool = False) -> Footprint:
+        """The most that is held.
+
+        Args:
+            composition: what caches.
+            storage: how snapshots are kept.
+            steps: of the run.
+            pretends: count as if the denoiser were on an accelerator.
+
+        Raises:
+            AnatomyError, CompositionError: it cannot serve this denoiser.
+        """
+        # Where the gate looks at what is sampled, the most is kept if every second step is computed.
+        letters = planned_strip(composition, steps) or (FULL + "c") * steps
+        letters = FULL + letters[1:steps]
+        store = Store(storage, CopyEngine, pretends=pretends)
         with _Answers():
-            return self._run(self.letters[: self._steps_that_fill()])
+            places = self._run(composition, letters, _steps_that_fill(composition, letters), store)
+        return Footprint(places, str(storage.device) if store.is_away(self.device) else None)
 
-    def _steps_that_fill(self) -> int:
-        """Number of steps after which no more is held: a predictor that keeps n snapshots has had them, and one more
-        step of each kind was run."""
-        if isinstance(self.composition.site, SwitchingSpan):  # it keeps something else from some step on
-            return len(self.letters)
-        needed, seen, kinds = getattr(self.composition.predictor, "capacity", 3), 0, set(self.letters)
-        for index, letter in enumerate(self.letters):
-            seen += letter == FULL
-            kinds.discard(letter)
-            if seen > needed and not kinds:
-                return index + 1
-        return len(self.letters)
-
-    def _run(self, letters: str) -> int:
-        guards = (_Given(letters),) if self.composition.gate is not None else ()
-        composition = dataclasses.replace(self.composition, guards=guards)
-        with warnings.catch_warnings(), torch.no_grad(), accelerate(self.twin, composition, nan_guard="off") as handle:
+    def _run(self, composition: Composition, letters: str, count: int, store: Store) -> Places:
+        guards = (_Given(letters),) if composition.gate is not None else ()
+        composition, found = dataclasses.replace(composition, guards=guards), {"denoiser": self.twin}
+        with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # the real run will say it again
-            scheduler = _scheduler(len(self.letters)) if isinstance(composition.site, Trajectory) else None
-            if scheduler is not None:
-                handle.watch_scheduler(scheduler)
-            with handle.run(num_steps=len(self.letters)):
-                for index in range(len(letters)):
-                    outputs = [self._call(call) for call in self.calls]
-                    if scheduler is not None:
-                        scheduler.step(outputs[0], scheduler.timesteps[index], self._latent())
-            return handle.memory["peak"]
+            handle = attach(self.twin, found, {"denoiser": composition}, nan_guard="off", store=lambda: store)
+            with handle:
+                (engine,) = handle._engines
+                engine.prepare(*self.calls[0], anatomy=self._anatomy)
+                self._anatomy = engine.host.anatomy or self._anatomy
+                scheduler = _scheduler(len(letters)) if isinstance(composition.site, Trajectory) else None
+                if scheduler is not None:
+                    handle.watch_scheduler(scheduler)
+                with handle.run(num_steps=len(letters)):
+                    for index in range(count):
+                        outputs = [self._call(call) for call in self.calls]
+                        if scheduler is not None:
+                            scheduler.step(outputs[0], scheduler.timesteps[index], self._latent())
+                return engine.ledger.places
 
     def _call(self, call: Call) -> Any:
         # A denoiser may take entries out of the dictionaries it is given.
@@ -202,6 +301,20 @@ class _Rehearsal:
     def _latent(self) -> Tensor:
         roles = inputs_of(self.twin)
         return get_argument(roles.module, *self.calls[0], (roles.latent,))
+
+
+def _steps_that_fill(composition: Composition, letters: str) -> int:
+    """Number of steps after which no more is held: a predictor that keeps n snapshots has had them, and one more step
+    of each kind was run."""
+    if isinstance(composition.site, SwitchingSpan):  # it keeps something else from some step on
+        return len(letters)
+    needed, seen, kinds = getattr(composition.predictor, "capacity", 3), 0, set(letters)
+    for index, letter in enumerate(letters):
+        seen += letter == FULL
+        kinds.discard(letter)
+        if seen > needed and not kinds:
+            return index + 1
+    return len(letters)
 
 
 def _scheduler(steps: int) -> Any:

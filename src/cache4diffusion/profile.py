@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cache4diffusion.errors import FileFormatError
 from cache4diffusion.files import write_whole
+from cache4diffusion.options import OPTIONS
 
 
 class Profile(BaseModel):
@@ -21,6 +22,8 @@ class Profile(BaseModel):
         method: dbcache
         settings: {threshold: 0.1, front: 4}
         axes: {predictor: "newton(order=1)", cfg: fastercache}
+        cache_dtype: bf16
+        memory_budget: 2GiB
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -28,6 +31,16 @@ class Profile(BaseModel):
     method: str
     settings: dict[str, Any] = {}
     axes: dict[str, str] = {}
+    cache_dtype: str | None = None
+    cache_device: str | None = None
+    memory_budget: int | str | None = None
+    allow_downgrade: bool = False
+    strict: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of `accelerate` that are not at their default."""
+        return {name: getattr(self, name) for name in OPTIONS if getattr(self, name)}
 
 
 def load_profile(path: Path) -> Profile:
@@ -51,7 +64,7 @@ def load_profile(path: Path) -> Profile:
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
         raise FileFormatError(
-            f"The profile {path} cannot be used ({problems}). It has the fields method, settings and axes."
+            f"The profile {path} cannot be used ({problems}). It has the fields {', '.join(Profile.model_fields)}."
         ) from error
     for name, value in profile.settings.items():
         if isinstance(value, list):
@@ -65,7 +78,7 @@ def save_profile(path: Path, profile: Profile) -> None:
     Raises:
         FileFormatError: it cannot be written there.
     """
-    content = profile.model_dump(mode="json")
+    content = profile.model_dump(mode="json", include={"method", "settings", "axes", *profile.options})
     write_whole(
         path, json.dumps(content, indent=2) if path.suffix == ".json" else yaml.safe_dump(content, sort_keys=False)
     )

@@ -187,6 +187,17 @@ def describe(cls: type) -> list[dict[str, Any]]:
     return rows
 
 
+def plain(settings: typing.Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON takes them: tuples as lists, objects in words."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [of(entry) for entry in value]
+        return value if isinstance(value, (bool, int, float, str, list, dict)) or value is None else repr(value)
+
+    return {name: of(value) for name, value in settings.items()}
+
+
 def component(text: str, table: dict[str, type], what: str) -> Any:
     """Make a component from ``"newton(order=1)"`` or ``"newton"``.
 

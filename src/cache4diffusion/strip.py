@@ -16,24 +16,51 @@ def planned_strip(composition: Composition, steps: int) -> str | None:
         composition: gate, guards, token rule and branch rule.
         steps: of the run.
     """
+    gate = composition.gate
+    if gate is None:
+        return _of_branches(composition, steps)
+    return None if gate.watch is not None else _of_gate(composition, steps)
+
+
+def best_strip(composition: Composition, steps: int) -> str:
+    """One letter per step of the run with the fewest full steps: where a gate looks, it likes what it sees.
+
+    Args:
+        composition: gate, guards, token rule and branch rule.
+        steps: of the run.
+    """
+    if composition.gate is None:
+        return _of_branches(composition, steps)
+    strip = _of_gate(composition, steps)
+    if composition.cfg is None:
+        return strip
+    halves = _of_branches(composition, steps)
+    return "".join(HALF if (a, b) == (FULL, HALF) else a for a, b in zip(strip, halves, strict=True))
+
+
+def _of_gate(composition: Composition, steps: int) -> str:
     gate, letters = composition.gate, []
-    if gate is not None:
-        if gate.watch is not None:
-            return None
-        state = gate.begin(steps)
-        guards = [(guard, guard.begin()) for guard in composition.guards]
-        for index in range(steps):
-            step = Step(index, steps)
-            opinions = (guard.overrule(kept, step) for guard, kept in guards)
-            opinion = next((opinion for opinion in opinions if opinion is not None), None)
-            cached = index > 0 and (gate.propose(state, step, None) if opinion is None else opinion)
+    assert gate is not None
+    looks = gate.watch is not None
+    state = None if looks else gate.begin(steps)
+    guards = [(guard, guard.begin()) for guard in composition.guards]
+    for index in range(steps):
+        step = Step(index, steps)
+        opinions = (guard.overrule(kept, step) for guard, kept in guards)
+        opinion = next((opinion for opinion in opinions if opinion is not None), None)
+        cached = index > 0 and ((looks or gate.propose(state, step, None)) if opinion is None else opinion)
+        if not looks:
             gate.commit(state, step, cached, None)
-            for guard, kept in guards:
-                guard.commit(kept, step, cached, None)
-            letters.append((PARTIAL if composition.tokens is not None else CACHED) if cached else FULL)
-        return "".join(letters)
+        for guard, kept in guards:
+            guard.commit(kept, step, cached, None)
+        letters.append((PARTIAL if composition.tokens is not None else CACHED) if cached else FULL)
+    return "".join(letters)
+
+
+def _of_branches(composition: Composition, steps: int) -> str:
     assert composition.cfg is not None
     known = SimpleNamespace(low=[], step=0)  # what the rule keeps of the last step at which both branches ran
+    letters = []
     for index in range(steps):
         is_cached = index > 0 and composition.cfg.is_cached(known, Step(index, steps))
         known.step = known.step if is_cached else index

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,7 @@ class Trace:
 
     records: list[Record] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)  # what is unusual only if it is frequent, and how often
     syncs: int = 0  # scalar transfers from the device that decisions needed
     limit: int = 100_000
 
@@ -54,6 +55,10 @@ class Trace:
         """Append a note once."""
         if text not in self.notes:
             self.notes.append(text)
+
+    def count(self, text: str) -> None:
+        """Note that something happened once more."""
+        self.counts[text] = self.counts.get(text, 0) + 1
 
     def runs(self) -> list[int]:
         """Identifiers of the runs that have records, oldest first."""
@@ -85,15 +90,26 @@ class Trace:
         return "".join(record.symbol for record in records if record.branch == branch)
 
 
-def unique_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind ``tensors``."""
-    storages: dict[int, int] = {}
+Places = dict[tuple[str, str], int]  # bytes by device and dtype
+
+
+def bytes_by_place(tensors: Iterable[Tensor], place_of: Callable[[Tensor], tuple[str, str]]) -> Places:
+    """Bytes of the distinct storages behind ``tensors``, by device and dtype.
+
+    Args:
+        tensors: what is held.
+        place_of: names the device and the dtype of one.
+    """
+    seen: set[int] = set()
+    places: Places = {}
     for tensor in tensors:
-        if tensor.device.type == "meta":
-            continue
         storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage.nbytes()  # not the address: tensors without data have none
-    return sum(storages.values())
+        if tensor.device.type == "meta" or storage._cdata in seen:  # not the address: tensors without data have none
+            continue
+        seen.add(storage._cdata)
+        place = place_of(tensor)
+        places[place] = places.get(place, 0) + storage.nbytes()
+    return places
 
 
 @dataclass
@@ -102,11 +118,19 @@ class Ledger:
 
     held: int = 0
     peak: int = 0
+    places: Places = field(default_factory=dict)  # what was held when it was the most
+    most_on: dict[str, int] = field(default_factory=dict)  # the most that a device ever held
 
-    def set(self, held: int) -> None:
+    def set(self, places: Places) -> None:
         """Note what is held now."""
-        self.held = held
-        self.peak = max(self.peak, held)
+        self.held = sum(places.values())
+        if self.held > self.peak:
+            self.peak, self.places = self.held, dict(places)
+        devices: dict[str, int] = {}
+        for (device, _), count in places.items():
+            devices[device] = devices.get(device, 0) + count
+        for device, count in devices.items():
+            self.most_on[device] = max(self.most_on.get(device, 0), count)
 
 
 class Timer:

@@ -7,6 +7,7 @@ import torch
 from slow_references import DiTBlocks, FluxBlocks, SlowTeaCache, relative
 
 import cache4diffusion as c4d
+from cache4diffusion.gates import AccumulatedChange
 from small_denoisers import accelerated, differences, dit, dit_inputs, flux, flux_inputs, rows_of, sample
 
 STEPS = 16
@@ -154,3 +155,28 @@ def test_branches_with_equal_signals_decide_alike(model):
     first, second = handle.stats["strips"].values()
     assert first == second
     assert set(first) == {"F", "c"}
+
+
+@pytest.mark.parametrize("variant", ["default", "official"])
+def test_scores_that_the_polynomial_makes_negative_are_counted_in_the_report(model, variant):
+    middle = 0.05
+    with c4d.accelerate(model, "teacache", threshold=0.3, coefficients=(1.0, -middle), variant=variant) as handle:
+        with handle.run(num_steps=STEPS):
+            sample(model, flux_inputs(2), STEPS)
+        scores = [record.scores[0] for record in handle.trace.of() if record.scores[0] is not None]
+        negative = sum(score < middle for score in scores)
+        assert negative > 0
+        reported = [line for line in handle.report().splitlines() if "rescales to below 0" in line]
+        if variant == "official":
+            assert not reported and not handle.stats["counts"]
+        else:
+            assert len(reported) == 1 and f" {negative} x " in reported[0]
+            assert list(handle.stats["counts"].values()) == [negative]
+
+
+def test_what_lies_outside_the_fitted_range_is_remarked_on():
+    gate = AccumulatedChange(0.3, (1.0, -0.05), rescale="clamp0", fitted=(0.02, 0.2))
+    assert "range 0.02 to 0.2" in gate.remark(0.3) and "range" in gate.remark(0.01)
+    assert "below 0" in gate.remark(0.03)
+    assert gate.remark(0.1) is None
+    assert AccumulatedChange(0.3, (1.0, -0.05)).remark(0.01) is None

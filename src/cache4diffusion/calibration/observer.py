@@ -24,6 +24,7 @@ from cache4diffusion.gates import StaticGate, Step, Watch
 from cache4diffusion.method import Composition
 from cache4diffusion.predictors.corrector import Corrector, Sight
 from cache4diffusion.sites import Trajectory
+from cache4diffusion.storage import PLAIN, Store
 from cache4diffusion.wrap import owner_of
 
 
@@ -64,7 +65,7 @@ class Forgetting:
         """It takes no part."""
         return False
 
-    def init(self, rows: int | None, num_steps: int | None = None) -> _Nothing:
+    def init(self, rows: int | None, num_steps: int | None = None, store: Store = PLAIN) -> _Nothing:
         """Nothing."""
         return _Nothing()
 
@@ -78,6 +79,9 @@ class Forgetting:
     def predict(self, state: Any, time: float, rows: Sequence[int] | None = None) -> list[Tensor]:
         """Never asked for, as no step is cached."""
         raise AssertionError("a step was cached while observing")
+
+    def prefetch(self, state: Any, time: float) -> None:
+        """Nothing is kept."""
 
     def commit(self, state: Any, leaves: Sequence[Tensor], time: float, rows: Sequence[int] | None = None) -> None:
         """Nothing was cached."""
@@ -208,7 +212,9 @@ class Observer:
         )
         label = f"observer({type(self.statistic).__name__})"
         compositions = dict.fromkeys(self.denoisers, composition)
-        self._handle = attach(self.target, self.denoisers, compositions, None, label, "off", listeners=self.collected)
+        self._handle = attach(
+            self.target, self.denoisers, compositions, label=label, nan_guard="off", listeners=self.collected
+        )
         return self
 
     def __exit__(self, *error: object) -> None:

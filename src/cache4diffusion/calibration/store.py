@@ -152,10 +152,10 @@ class Calibration:
             )
         return replace(self, entries={name: self.entries[name]})
 
-    def check(self, denoiser: nn.Module, name: str) -> None:
+    def check(self, denoiser: nn.Module, name: str, *, strict: bool = False) -> None:
         """Refuse a denoiser that is built otherwise than the one it was made with.
 
-        Other weights are only warned of: a fine-tuned denoiser often behaves like its parent.
+        Other weights are only warned of, unless ``strict``: a fine-tuned denoiser often behaves like its parent.
 
         Raises:
             CalibrationError: names the fields that differ.
@@ -172,11 +172,10 @@ class Calibration:
                 f"{'; '.join(differences[:3])}{more}. Make one for it: {command(self.method)}"
             )
         if None not in (made_with.weights, here.weights) and made_with.weights != here.weights:
-            warnings.warn(
-                f"The weights of {name} are not those that this calibration of {self.method} was made with. That may "
-                "do for a fine-tuned denoiser; compare before use.",
-                stacklevel=4,
-            )
+            text = f"The weights of {name} are not those that this calibration of {self.method} was made with."
+            if strict:
+                raise CalibrationError(f"{text} strict=True refuses that. Make one for them: {command(self.method)}")
+            warnings.warn(f"{text} That may do for a fine-tuned denoiser; compare before use.", stacklevel=4)
 
     def verdict(self) -> str:
         """How good it is, in words; one line per denoiser."""

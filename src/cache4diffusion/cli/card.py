@@ -13,6 +13,7 @@ from cache4diffusion.cli.show import NOT_REMEASURED, published_of, quotes_publis
 from cache4diffusion.gates import FixedInterval
 from cache4diffusion.method import Composition, Method
 from cache4diffusion.sites import Parts, Site, Trajectory, UNetLevel
+from cache4diffusion.units import size_text
 
 WIDTH = 120
 
@@ -120,8 +121,6 @@ def card_of(chosen: Method, name: str, counted: dict[str, Any] | None) -> str:
         name: as the user wrote it, with settings.
         counted: bytes of its cache on a model, and the conditions; None if nobody asked.
     """
-    from cache4diffusion.measure.table import size
-
     info, doc = chosen.info, doc_of(type(chosen))
     out = [f"{info.title}  ({info.name})", f"{info.family}: use it when {info.when}.", "", doc.body, "", "Made of"]
     for part in parts_of(chosen):
@@ -132,7 +131,9 @@ def card_of(chosen: Method, name: str, counted: dict[str, Any] | None) -> str:
     out += ["", *_labelled("Cost", doc.cost or "not stated")]
     out += _labelled("Needs", "; ".join(needs_of(chosen)) or "nothing else")
     if counted is not None:
-        out += _labelled("Cache", f"{size(counted['bytes'])} with {name}: {counted['conditions']}")
+        out += _labelled("Cache", f"{size_text(counted['bytes'])} with {name}: {counted['conditions']}")
+        places = [f"{size_text(n)} on {place.replace(' ', ' as ')}" for place, n in counted["places"].items()]
+        out += _labelled("", ", ".join(places))
     if doc.differences is not None:
         out += ["", *_wrapped(": ".join(doc.differences))]
     when = "in the calibration" if info.needs_calibration else "while sampling"

@@ -30,14 +30,40 @@ DtypeOption = Annotated[
         "--dtype", help="Of the weights: float32 (default on the CPU), bfloat16 (on an accelerator), float16."
     ),
 ]
+CacheDtypeOption = Annotated[
+    str | None, typer.Option("--cache-dtype", help="What the cache is kept in: bf16, fp16, fp32, fp8; else as it is.")
+]
+CacheDeviceOption = Annotated[
+    str | None, typer.Option("--cache-device", help="Where the cache lies: cpu, or a device; else beside the features.")
+]
+BudgetOption = Annotated[
+    str | None, typer.Option("--memory-budget", help="Refuse a cache that takes more on the device, such as 2GiB.")
+]
+DowngradeOption = Annotated[
+    bool, typer.Option("--allow-downgrade", help="Take what fits the budget instead: see docs/memory.md.")
+]
 ArgOption = Annotated[
     list[str] | None,
     typer.Option("--arg", help="An argument of the pipeline's call, name=value, such as height=512; may be repeated."),
 ]
 
 
-def method_with(method: str | None, settings: list[str] | None) -> tuple[str | None, dict[str, Any]]:
-    """A method's name and its settings, those in its brackets and those of ``--set``.
+def cache_options(
+    cache_dtype: str | None,
+    cache_device: str | None,
+    memory_budget: str | None = None,
+    allow_downgrade: bool = False,
+) -> dict[str, Any]:
+    """The options of a cache that were given."""
+    found = {"cache_dtype": cache_dtype, "cache_device": cache_device, "memory_budget": memory_budget}
+    given = {name: value for name, value in found.items() if value is not None}
+    return given | ({"allow_downgrade": True} if allow_downgrade else {})
+
+
+def method_with(
+    method: str | None, settings: list[str] | None, options: dict[str, Any] | None = None
+) -> tuple[str | None, dict[str, Any]]:
+    """A method's name and its settings, those in its brackets and those of ``--set``, and options of its cache.
 
     Raises:
         SettingError: there are settings and no method, or they cannot be read.
@@ -45,11 +71,12 @@ def method_with(method: str | None, settings: list[str] | None) -> tuple[str | N
     from cache4diffusion.compare import parse_method
 
     if method is None:
-        if settings:
-            raise SettingError("--set needs a method: add --method NAME.")
+        if settings or options:
+            words = "--set" if settings else f"--{next(iter(options or {})).replace('_', '-')}"
+            raise SettingError(f"{words} needs a method: add --method NAME.")
         return None, {}
     name, given = parse_method(method)
-    return name, {**given, **values_of(settings, "--set")}
+    return name, {**given, **values_of(settings, "--set"), **(options or {})}
 
 
 def text_of(name: str | None, settings: dict[str, Any]) -> str:

@@ -8,8 +8,11 @@ import typer
 
 from cache4diffusion.cli.common import (
     ArgOption,
+    CacheDeviceOption,
+    CacheDtypeOption,
     JsonOption,
     SetOption,
+    cache_options,
     method_with,
     print_json,
     source_line,
@@ -68,31 +71,38 @@ def show(
         int | None, typer.Option("--resolution", min=1, help="Side of the image in pixels; the model's own by default.")
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=2, help="Of the run that is counted.")] = None,
+    cache_dtype: CacheDtypeOption = None,
+    cache_device: CacheDeviceOption = None,
     arguments: ArgOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Explain a method: formula, settings with published values, cost, what it needs, and its strip over 20 steps.
 
-    Example: c4d show taylorseer --set order=1 --model flux.1-dev --resolution 1024
+    Example: c4d show taylorseer --set order=1 --model flux.1-dev --cache-dtype fp8
     """
     from cache4diffusion.cli.card import card_of, facts_of
     from cache4diffusion.cli.show import count_cache
     from cache4diffusion.method import method as make
+    from cache4diffusion.options import Options, take_options
 
-    name, given = method_with(method, settings)
+    name, given = method_with(method, settings, cache_options(cache_dtype, cache_device))
     assert name is not None
+    words = text_of(name, given)
+    storage = Options.of(take_options(given)).storage
     chosen = make(name, **given)
     call = values_of(arguments, "--arg")
     counted = None
     if model is not None:
         with status(f"counting on {model}"):
-            counted = count_cache(chosen, model, resolution, steps, call)
-    elif resolution or steps or call:
-        raise SettingError("--resolution, --steps and --arg say how --model is to be called: add --model.")
+            counted = count_cache(chosen, storage, model, resolution, steps, call)
+    elif resolution or steps or call or not storage.is_plain:
+        raise SettingError(
+            "--resolution, --steps, --arg, --cache-dtype and --cache-device are for counting a cache: add --model."
+        )
     if as_json:
         print_json(facts_of(chosen) | {"cache": counted})
     else:
-        typer.echo(card_of(chosen, text_of(name, given), counted))
+        typer.echo(card_of(chosen, words, counted))
 
 
 def cite(method: Annotated[str, typer.Argument(help="A method's name.")], as_json: JsonOption = False) -> None:

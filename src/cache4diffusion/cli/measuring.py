@@ -9,11 +9,16 @@ import typer
 
 from cache4diffusion.cli.common import (
     ArgOption,
+    BudgetOption,
+    CacheDeviceOption,
+    CacheDtypeOption,
     DeviceOption,
+    DowngradeOption,
     DtypeOption,
     JsonOption,
     ModelOption,
     SetOption,
+    cache_options,
     method_with,
     print_json,
     status,
@@ -38,6 +43,10 @@ def generate(
     seed: Annotated[int, typer.Option("--seed", help="Of the noise.")] = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    cache_dtype: CacheDtypeOption = None,
+    cache_device: CacheDeviceOption = None,
+    memory_budget: BudgetOption = None,
+    allow_downgrade: DowngradeOption = False,
     out: Annotated[Path, typer.Option("--out", "-o", help="The PNG to write.")] = Path("image.png"),
     as_json: JsonOption = False,
 ) -> None:
@@ -53,10 +62,12 @@ def generate(
     from cache4diffusion.calls import default_steps, quiet, sampler
     from cache4diffusion.cli.image import save_image
     from cache4diffusion.cli.models import load_model
-    from cache4diffusion.compare import check_methods, variants_of
+    from cache4diffusion.compare import check_methods
     from cache4diffusion.files import check_writable
+    from cache4diffusion.settings import plain
 
-    name, given = method_with(method, settings)
+    options = cache_options(cache_dtype, cache_device, memory_budget, allow_downgrade)
+    name, given = method_with(method, settings, options)
     check_methods([text_of(name, given)] if name is not None else [])  # fails before the model is loaded
     check_writable(out)
     loaded = load_model(model, values_of(arguments, "--arg"), device, dtype)
@@ -64,9 +75,6 @@ def generate(
     steps = steps or loaded.steps or default_steps(loaded.pipe)
     facts: dict[str, Any] = {"model": model, "prompt": prompt, "steps": steps, "seed": seed, "arguments": loaded.call}
     sample = sampler(loaded.pipe, loaded.call)
-    if name is not None:
-        variant = variants_of(loaded.pipe, [text_of(name, given)])[0]
-        facts |= {"method": name, "settings": variant.settings}
     with accelerate(loaded.pipe, name, **given) if name is not None else nullcontext() as handle:
         with quiet(loaded.pipe), status(f"{steps} steps"), torch.inference_mode():
             try:
@@ -77,6 +85,8 @@ def generate(
                 raise RunError(f"{type(loaded.pipe).__name__} failed: {type(error).__name__}: {error}") from error
         report = handle.report() if handle is not None else None
         strip = handle.stats["strip"] if handle is not None else None
+        if handle is not None and handle.choice is not None:
+            facts |= {"method": handle.choice.name, "settings": plain(handle.choice.settings)}
     facts |= {"strip": strip, "cache4diffusion": __version__}
     path = save_image(image, out, facts)
     if as_json:
@@ -101,6 +111,10 @@ def bench(
     arguments: ArgOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    cache_dtype: CacheDtypeOption = None,
+    cache_device: CacheDeviceOption = None,
+    memory_budget: BudgetOption = None,
+    allow_downgrade: DowngradeOption = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A folder for report.html and results.json.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -108,13 +122,16 @@ def bench(
 
     Example: c4d bench --model scenes-flux --methods "taylorseer(interval=5,order=1),dbcache" --captions 16 --json
     """
-    from cache4diffusion.compare import split_methods
+    from cache4diffusion.compare import parse_method, split_methods
 
     entries = split_methods(methods)
     if settings:
         if len(entries) != 1:
             raise SettingError("--set needs exactly one method; with several write settings as 'name(setting=value)'.")
         entries = [text_of(*method_with(entries[0], settings))]
+    options = cache_options(cache_dtype, cache_device, memory_budget, allow_downgrade)
+    if options:  # of all methods; what a method says of itself goes first
+        entries = [text_of(name, {**options, **own}) for name, own in map(parse_method, entries)]
     wanted = (model, values_of(arguments, "--arg"), device, dtype)
     measured = _measure(wanted, entries, captions, prompts, steps, batch, seed, out)
     _print_results(measured, out, as_json)

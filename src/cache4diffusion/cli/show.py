@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from cache4diffusion.accelerate import Choice
 from cache4diffusion.method import FAMILIES, Method, MethodInfo
+from cache4diffusion.options import Options
+from cache4diffusion.storage import Storage
 from cache4diffusion.strip import planned_strip
 
 NOT_REMEASURED = "not re-measured on real weights"
@@ -60,12 +63,18 @@ def strip_of(method: Method, steps: int) -> str | None:
 
 
 def count_cache(
-    chosen: Method, model: str, resolution: int | None, steps: int | None, arguments: dict[str, Any]
+    chosen: Method,
+    storage: Storage,
+    model: str,
+    resolution: int | None,
+    steps: int | None,
+    arguments: dict[str, Any],
 ) -> dict[str, Any]:
-    """Bytes of a method's cache on a model, and what of the call they depend on.
+    """Bytes of a method's cache on a model, in all and by device and dtype, and what of the call they depend on.
 
     Args:
         chosen: the method.
+        storage: how snapshots are kept.
         model: one of `SHAPES`, which needs no weights, or what `load_model` takes.
         resolution: side of the image in pixels; None: the model's own.
         steps: of the run; None: the model's own.
@@ -75,19 +84,21 @@ def count_cache(
         SettingError: the resolution or an argument is not accepted.
     """
     from cache4diffusion.errors import SettingError
-    from cache4diffusion.memory import cache_bytes
+    from cache4diffusion.memory import footprint
     from cache4diffusion.shapes import SHAPES
 
+    choice = Choice(chosen, {}, Options(storage))
     if model in SHAPES:
         if arguments:
             raise SettingError(f"--arg is for pipelines; {model} is known by its shapes alone.")
         known, steps = SHAPES[model], steps or 50
         side = resolution or known.resolution
-        count = cache_bytes(known.denoiser(), chosen, inputs=known.calls(height=side), steps=steps)
+        # Without weights it is nowhere; where it runs, the host's memory is another device.
+        found = footprint(known.denoiser(), choice, inputs=known.calls(height=side), steps=steps, pretends=True)
         frames = f", {known.frames} frames" if known.frames > 1 else ""
         branches = f", {known.branches} CFG branches" if known.branches > 1 else ""
         conditions = f"{model}, {side} x {side} pixels{frames}{branches}, {steps} steps, bfloat16"
-        return {"bytes": count, "conditions": conditions}
+        return _counted(found, conditions)
     from cache4diffusion.calls import default_steps, examples, subject
     from cache4diffusion.cli.models import load_model
 
@@ -95,6 +106,11 @@ def count_cache(
     call = {**loaded.call, **({} if resolution is None else {"height": resolution, "width": resolution})}
     steps = steps or loaded.steps or default_steps(loaded.pipe)
     one = {subject(loaded.pipe): examples(loaded.pipe)[:1]}
-    count = cache_bytes(loaded.pipe, chosen, call={**one, **call}, steps=steps)
+    found = footprint(loaded.pipe, choice, call={**one, **call}, steps=steps)
     words = [f"{name}={value!r}" for name, value in call.items()]
-    return {"bytes": count, "conditions": ", ".join([loaded.name, "one image", f"{steps} steps", *words])}
+    return _counted(found, ", ".join([loaded.name, "one image", f"{steps} steps", *words]))
+
+
+def _counted(found: Any, conditions: str) -> dict[str, Any]:
+    places = {" ".join(place): count for place, count in found.places.items()}
+    return {"bytes": found.total, "places": places, "conditions": conditions}

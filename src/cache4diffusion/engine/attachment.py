@@ -42,15 +42,20 @@ class Attachment:
     """
 
     def __init__(self, host: Host, runner: SiteRunner | None, on_denoiser: CallHandler, owner: Any = None) -> None:
-        self.host, self.runner, self.owner = host, runner, owner
+        self.owner = owner
+        self.serve(host, runner)
         self.is_installed = False
         self.blocks: list[CallWrapper] = []
         self.bypassed: list[str] = []  # modules that rest on a cached step, as of the last `install`
         self._seen: list[weakref.ref[nn.Module]] = []  # the denoiser's modules at the last `install`
-        self._hides_sites = hides_sites(host.composition)
         self.room: AbstractContextManager[Any] = nullcontext()  # for calls: what compiled blocks need
         leave_us_alone()
         self._root = CallWrapper(host.denoiser, on_denoiser, owner=owner, allow_compile=self._allow_compile)
+
+    def serve(self, host: Host, runner: SiteRunner | None) -> None:
+        """What is to be installed next; nothing is installed now."""
+        self.host, self.runner = host, runner
+        self._hides_sites = hides_sites(host.composition)
 
     @property
     def needs_anatomy(self) -> bool:

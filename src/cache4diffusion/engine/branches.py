@@ -115,11 +115,11 @@ class BranchDriver:
 
     def run(self, call: Call, latent: Tensor, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call of the denoiser, whole or in part."""
-        state = self._states.setdefault(call.run.id, GuidanceState(self.rule.init()))
+        state = self._states.setdefault(call.run.id, GuidanceState(self.rule.init(self.host.store)))
         if not self.finite.passed(state):
             self._start_anew(state)
         if call.is_edited:  # what is known of how the branches differ was seen under another conditioning
-            state.rule = self.rule.init()
+            state.rule = self.rule.init(self.host.store)
         now = GuidedCall(state, Step(call.step, call.run.num_steps), call, latent, inner, args, kwargs)
         return self._batched(now) if self._may_be_batched(now) else self._sequential(now)
 
@@ -151,7 +151,7 @@ class BranchDriver:
 
     def _fit(self, now: GuidedCall) -> None:
         if now.state.shape != now.latent.shape:
-            now.state.rule, now.state.shape = self.rule.init(), now.latent.shape
+            now.state.rule, now.state.shape = self.rule.init(self.host.store), now.latent.shape
 
     def _run(self, now: GuidedCall) -> Any:
         """The call as it is."""
@@ -167,7 +167,7 @@ class BranchDriver:
         predicted_rows, source_rows = halves if self.batch_order == "uncond-cond" else halves[::-1]
         is_cached = self.rule.is_cached(state.rule, step)
         if is_cached and not self._is_batched(now):
-            state.rule = self.rule.init()
+            state.rule = self.rule.init(self.host.store)
             return self._sequential(now)
         if not is_cached:
             output = self._run(now)
@@ -179,6 +179,7 @@ class BranchDriver:
             else:  # a second call in this step would show that each branch has its own
                 self._keep_source(now, maps)
             return output
+        self.rule.prefetch(state.rule)  # while the source branch is computed
         sub_args, sub_kwargs = self.host.rows(now.args, now.kwargs, source_rows, batch)
         sub_latent = latent[source_rows[0] : source_rows[-1] + 1]
         output = self.run_branch(now.call, sub_latent, now.inner, sub_args, sub_kwargs, is_half=True)
@@ -211,6 +212,8 @@ class BranchDriver:
         if now.call.ordinal == 0:
             if kind == "uncond" and not self.is_off:
                 raise self._wrong_order()
+            if self.rule.is_cached(state.rule, step):
+                self.rule.prefetch(state.rule)
             output = self._run(now)
             self._keep_source(now, self._maps(now, output))
             return output
@@ -221,7 +224,7 @@ class BranchDriver:
         if self.rule.batch_order == "uncond-cond" and kind is None and not self.is_off:
             raise self._wrong_order()
         if latent.shape[0] % 2 == 0 and state.layouts.get(latent.shape) is None:
-            state.layouts[latent.shape], state.rule = False, self.rule.init()
+            state.layouts[latent.shape], state.rule = False, self.rule.init(self.host.store)
         self._fit(now)
         state.pairs += 1
         if self.rule.is_cached(state.rule, step):
@@ -276,7 +279,7 @@ class BranchDriver:
 
     def _start_anew(self, state: GuidanceState) -> None:
         self.host.note("a predicted branch was not finite; its history was cleared.")
-        state.rule = self.rule.init()
+        state.rule = self.rule.init(self.host.store)
 
     # -- layouts ---------------------------------------------------------------------------------------------------
 

@@ -16,12 +16,14 @@ from __future__ import annotations
 import threading
 import time
 import warnings
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cache4diffusion.anatomy import Anatomy
+from cache4diffusion.engine.admission import Admission
 from cache4diffusion.engine.attachment import Attachment
 from cache4diffusion.engine.branches import BranchDriver
 from cache4diffusion.engine.driver import Driver, Inner
@@ -36,7 +38,8 @@ from cache4diffusion.errors import Cache4DiffusionError, RunError
 from cache4diffusion.gates import Step
 from cache4diffusion.method import Composition
 from cache4diffusion.run import Call, Run, RunTracker
-from cache4diffusion.trace import CACHED, FULL, HALF, Ledger, Record, Timer, Trace, unique_bytes
+from cache4diffusion.storage import Store
+from cache4diffusion.trace import CACHED, FULL, HALF, Ledger, Record, Timer, Trace, bytes_by_place
 
 
 class Engine:
@@ -53,6 +56,10 @@ class Engine:
         nan_guard: what to do about a predicted output with NaN or Inf, as in `FiniteGuard`. What is found at once is
             recomputed; what is found at the next step makes that one full.
         listener: hears of what is recorded.
+        store: how snapshots are kept.
+        admission: holds calls back until what they would store was weighed.
+        is_guided: the pipeline's own word on whether guidance is on.
+        on_check: told of every new run once its first call is known, before anything is cached; may refuse it.
     """
 
     def __init__(
@@ -67,27 +74,43 @@ class Engine:
         batch_order: str = "auto",
         nan_guard: NanGuard | None = None,
         listener: Listener | None = None,
+        store: Store | None = None,
+        admission: Admission | None = None,
+        is_guided: Callable[[], bool | None] | None = None,
+        on_check: Callable[[Run], None] | None = None,
     ) -> None:
-        self.denoiser, self.composition, self.tracker, self.trace = denoiser, composition, tracker, trace
-        self.name = name
-        self.gate, self.predictor = composition.gate, composition.predictor
+        self.denoiser, self.tracker, self.trace = denoiser, tracker, trace
+        self.name, self.admission = name, admission
+        self._batch_order, self._listener = batch_order, listener
+        self._nan_guard: NanGuard | None = nan_guard
+        self._is_guided, self._on_check = is_guided, on_check
         self.ledger, self.timer = Ledger(), Timer()
         self.call_specs: Any = None  # shapes of the newest run's first call, for cost estimates
         self.num_steps: int | None = None  # of the newest run
         self._states: dict[tuple[int, str], BranchState] = {}  # by run and branch
         self._checked_runs: set[int] = set()
         self._lock = threading.RLock()
-        self.host = Host(denoiser, composition, trace, name, listener)
-        finite = FiniteGuard(nan_guard, trace)
+        self._compose(composition, Store() if store is None else store)
+        self.attachment = Attachment(self.host, self.runner, self._on_denoiser, owner)
+
+    def _compose(self, composition: Composition, store: Store) -> None:
+        """Make what puts a composition to work."""
+        self.composition = composition
+        self.gate, self.predictor = composition.gate, composition.predictor
+        self.host = Host(self.denoiser, composition, self.trace, self.name, self._listener, store)
+        finite = FiniteGuard(self._nan_guard, self.trace)
         self.runner: SiteRunner | None = None
         self.branches: BranchDriver | None = None
         if composition.site is not None:
             self.runner = SiteRunner(self.host, composition.site, finite)
         if composition.cfg is not None:
-            self.branches = BranchDriver(self.host, composition.cfg, batch_order, finite, self.run_branch)
+            self.branches = BranchDriver(self.host, composition.cfg, self._batch_order, finite, self.run_branch)
+            if self._is_guided is not None:
+                self.branches.is_guided = self._is_guided
         if isinstance(self.driver, TrajectoryDriver):
-            tracker.steer(self)
-        self.attachment = Attachment(self.host, self.runner, self._on_denoiser, owner)
+            self.tracker.steer(self)
+        else:
+            self.tracker.unsteer(self)
 
     @property
     def driver(self) -> Driver | None:
@@ -104,6 +127,8 @@ class Engine:
         """
         with self._lock:
             if not self.attachment.is_installed:
+                if self.admission is not None:
+                    self.admission.prepare(self._kind_of(args, kwargs), (args, kwargs))
                 self.attachment.install(args, kwargs, anatomy)
 
     def _attach(self, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -118,6 +143,15 @@ class Engine:
             owner = self.attachment.owner
             (self if owner is None else owner).remove()
             raise
+
+    def adopt(self, composition: Composition, store: Store) -> None:
+        """Go on with another composition, or with snapshots kept in another way, from nothing."""
+        with self._lock:
+            self.attachment.uninstall()
+            self._forget(None)
+            self._checked_runs.clear()
+            self._compose(composition, store)
+            self.attachment.serve(self.host, self.runner)
 
     def remove(self) -> None:
         """Take every wrapper away and forget everything."""
@@ -144,13 +178,17 @@ class Engine:
     # -- memory ----------------------------------------------------------------------------------------------------
 
     def on_run_begin(self, run: Run) -> None:
-        """Nothing survives from earlier runs of this thread."""
+        """Nothing survives from earlier runs of this thread; copies are counted from here."""
+        for copies in self.host.store.engines:
+            copies.start_over()
 
     def on_run_end(self, run: Run, aborted: bool) -> None:
         """Forget everything of this run. Another thread may be in the middle of a run of its own."""
         self._checked_runs.discard(run.id)
         if self.branches is not None and not aborted:
             self.branches.conclude(run.id)
+        if self.admission is not None:
+            self.admission.forget(run.id)
         self._forget(run.id)
 
     def _forget(self, run: int | None) -> None:
@@ -184,7 +222,7 @@ class Engine:
 
     def account(self) -> None:
         """Bring the ledger up to date."""
-        self.ledger.set(unique_bytes(self.tensors()))
+        self.ledger.set(bytes_by_place(self.tensors(), self.host.store.place_of))
 
     def tensors(self) -> list[Tensor]:
         """Every cached tensor."""
@@ -216,6 +254,8 @@ class Engine:
                 self.attachment.check_visible()
                 timestep, latent, conditioning = self.host.inputs.split(args, kwargs)
                 call = self.tracker.enter(id(self), timestep=timestep, conditioning=conditioning, latent=latent)
+                if self.admission is not None and self._is_held_back(call, args, kwargs):
+                    return self._plainly(call, latent, inner, args, kwargs)
                 is_new = call.run.id not in self._checked_runs
                 if is_new and self.attachment.is_installed and self.attachment.is_outdated():
                     self.attachment.uninstall()
@@ -236,6 +276,40 @@ class Engine:
                 self.tracker.fail()
                 raise
 
+    def _kind_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
+        """What decides how much a call stores."""
+        _, latent, conditioning = self.host.inputs.split(args, kwargs)
+        return latent.shape, latent.dtype, latent.device, tuple(tensor.shape for tensor in conditioning)
+
+    def _is_held_back(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether nothing may be stored in this call.
+
+        Raises:
+            MemoryBudgetError: what the last step's calls would store is too much; nothing is left attached.
+        """
+        assert self.admission is not None
+        try:
+            return self.admission.holds(call, self._kind_of(args, kwargs), (args, kwargs))
+        except Cache4DiffusionError:
+            owner = self.attachment.owner
+            self.remove() if owner is None else owner._remove(aborted=True)
+            raise
+
+    def _plainly(self, call: Call, latent: Tensor, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute a call as if nothing were attached."""
+        start, event = time.perf_counter(), self.timer.events(latent.device)
+        output = inner(*args, **kwargs)
+        reason = "before the cache was weighed against memory_budget"
+        self._note_call(Record(self.name, call.run.id, call.step, call.branch, FULL, reason), start, event, latent)
+        return output
+
+    def _note_call(self, record: Record, start: float, event: Any, latent: Tensor) -> None:
+        if event is None:
+            record.wall_ms = 1e3 * (time.perf_counter() - start)
+        else:
+            self.timer.add(record, event, self.timer.events(latent.device))
+        self.trace.add(record)
+
     def _check_run(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.call_specs, self.num_steps = specs_of(args, kwargs), run.num_steps
         if run.num_steps is None:
@@ -246,6 +320,8 @@ class Engine:
                 )
         else:
             self.composition.check_run(run.num_steps, run.timesteps)
+        if self._on_check is not None:
+            self._on_check(run)
         self._checked_runs.add(run.id)
 
     def run_branch(
@@ -284,11 +360,7 @@ class Engine:
         if is_half:
             record.reason += ", one branch only"
             record.symbol = HALF if record.symbol == FULL else record.symbol
-        if event is None:
-            record.wall_ms = 1e3 * (time.perf_counter() - start)
-        else:
-            self.timer.add(record, event, self.timer.events(latent.device))
-        self.trace.add(record)
+        self._note_call(record, start, event, latent)
         if record.symbol != CACHED:  # a cached step takes nothing in
             self.account()
         return output

@@ -14,6 +14,7 @@ from cache4diffusion.errors import AnatomyError
 from cache4diffusion.predictors import Corrector, Predictor
 from cache4diffusion.predictors.corrector import paired
 from cache4diffusion.sites import Denoiser
+from cache4diffusion.storage import PLAIN, Store
 
 
 class OutputMemory:
@@ -22,10 +23,11 @@ class OutputMemory:
     Args:
         predictor: makes the output of a cached step.
         name: of the site in the branch's state.
+        store: how snapshots are kept.
     """
 
-    def __init__(self, predictor: Predictor, name: str = "output") -> None:
-        self.predictor, self.name = predictor, name
+    def __init__(self, predictor: Predictor, name: str = "output", store: Store = PLAIN) -> None:
+        self.predictor, self.name, self.store = predictor, name, store
 
     def is_ready(self, context: Context) -> bool:
         """After the first full step, if the output's kind is known for this way of calling."""
@@ -44,7 +46,7 @@ class OutputMemory:
         if base is not None:
             tensors = [shifted(tensor, base, -1) for tensor in tensors]
         if not isinstance(self.predictor, Corrector):
-            take_in(self.predictor, context, self.name, tensors)
+            take_in(self.predictor, context, self.name, tensors, store=self.store)
             return
         latents = () if context.latent is None else (context.latent,)
         pairs = paired(tensors, latents)
@@ -54,7 +56,7 @@ class OutputMemory:
                 "latent has not. Use a predictor such as 'reuse'."
             )
         context.state.extra["pairs"] = pairs
-        take_in(self.predictor, context, self.name, tensors, [latents[i] for i in pairs])
+        take_in(self.predictor, context, self.name, tensors, [latents[i] for i in pairs], store=self.store)
 
     def predicted(self, context: Context, base: Tensor | None = None) -> Any:
         """The output of a cached step: the prediction, plus ``base``."""
@@ -119,7 +121,7 @@ class DenoiserDriver(Driver):
         watch = host.gate.watch if host.gate is not None else None
         self.needs_anatomy = watch is not None and watch.needs_stack
         self.needs_blocks = watch is not None and watch.is_inside
-        self.memory = OutputMemory(host.predictor)
+        self.memory = OutputMemory(host.predictor, store=host.store)
 
     def is_ready(self, context: Context, key: int) -> bool:
         """After the first full step."""

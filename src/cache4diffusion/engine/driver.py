@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
 
 from cache4diffusion.anatomy import Anatomy
 from cache4diffusion.engine.host import Host
-from cache4diffusion.engine.state import Context
+from cache4diffusion.engine.state import BranchState, Context
 from cache4diffusion.predictors import Corrector, Predictor, Sited
+from cache4diffusion.storage import PLAIN, Store
 
 Inner = Callable[..., Any]
 Rested = tuple[tuple[str, float], ...]  # modules that did not run in a call, and for which share of the rows
@@ -24,11 +26,12 @@ def take_in(
     leaves: Sequence[Tensor],
     seen: Sequence[Tensor] = (),
     rows: Sequence[int] | None = None,
+    store: Store = PLAIN,
 ) -> None:
     """Give a site's predictor the feature of a full step; a corrector also what it saw with it."""
     sites, rows = context.state.sites, context.rows if rows is None else rows
     if name not in sites:
-        size = (context.batch, context.step.num_steps)
+        size = (context.batch, context.step.num_steps, store)
         sites[name] = predictor.init_at(name, *size) if isinstance(predictor, Sited) else predictor.init(*size)
     if isinstance(predictor, Corrector):
         predictor.update_seeing(sites[name], leaves, seen, context.time, rows)
@@ -125,7 +128,7 @@ class Driver(ABC):
     ) -> None:
         """Take in what a full step computed at a site, for the rows of the call (or only the given ones of them)."""
         predictor = self.host.predictor
-        take_in(predictor, context, name, leaves, seen, rows)
+        take_in(predictor, context, name, leaves, seen, rows, self.host.store)
         if isinstance(predictor, Corrector):
             flops = predictor.flops(context.state.sites[name], leaves)
             self.corrections[self.path_of(name)] = flops * context.batch // max(leaves[0].shape[0], 1)
@@ -136,7 +139,29 @@ class Driver(ABC):
         self, context: Context, name: str, seen: Sequence[Tensor] = (), rows: Sequence[int] | None = None
     ) -> list[Tensor]:
         """What a cached step goes on with at a site, for the rows of the call (or only the given ones of them)."""
-        return go_on_with(self.host.predictor, context, name, seen, rows)
+        leaves = go_on_with(self.host.predictor, context, name, seen, rows)
+        self.bring_after(context, name)
+        return leaves
+
+    def bring(self, state: BranchState, name: str, time: float) -> None:
+        """Begin to bring what a cached step at ``time`` reads at a site, where it lies on another device."""
+        if name in state.sites:
+            self.host.predictor.prefetch(state.sites[name], time)
+
+    def bring_after(self, context: Context, name: str) -> None:
+        """While a site's prediction is made, the next site's is on its way."""
+        if not self.host.store.may_be_away:
+            return
+        if "next" not in context.scratch:
+            context.scratch["next"] = dict(pairwise(context.state.sites))
+        following = context.scratch["next"].get(name)
+        if following is not None:
+            self.bring(context.state, following, context.time)
+
+    def bring_first(self, state: BranchState, time: float) -> None:
+        """Between two steps, the first site's for the step at ``time`` is on its way."""
+        if self.host.store.may_be_away and state.sites:
+            self.bring(state, next(iter(state.sites)), time)
 
     def on_block(
         self, context: Context, position: int, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -18,6 +18,7 @@ from cache4diffusion.engine.passage import Passage
 from cache4diffusion.errors import AnatomyError
 from cache4diffusion.gates import Front
 from cache4diffusion.method import Composition
+from cache4diffusion.storage import PLAIN, Store
 from cache4diffusion.trace import Trace
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -32,6 +33,7 @@ class Host:
         trace: where notes go.
         name: of the denoiser, for records and messages.
         listener: hears of what is recorded.
+        store: how snapshots are kept.
     """
 
     def __init__(
@@ -41,9 +43,10 @@ class Host:
         trace: Trace,
         name: str,
         listener: Listener | None = None,
+        store: Store = PLAIN,
     ) -> None:
         self.denoiser, self.composition, self.trace, self.name = denoiser, composition, trace, name
-        self.listener = listener
+        self.listener, self.store = listener, store
         self.gate, self.predictor = composition.gate, composition.predictor
         self.sees: str | None = getattr(self.predictor, "sees", None)  # of the step itself, if it is a corrector
         self.inputs = inputs_of(denoiser)

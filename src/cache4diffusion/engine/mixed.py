@@ -9,7 +9,7 @@ from cache4diffusion.engine.driver import Inner, Rested
 from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.leaves import take_apart
 from cache4diffusion.engine.parts import PartsDriver
-from cache4diffusion.engine.state import Context
+from cache4diffusion.engine.state import BranchState, Context
 from cache4diffusion.predictors import Reuse
 from cache4diffusion.sites import MixedScore
 
@@ -21,12 +21,19 @@ class MixedScoreDriver(PartsDriver):
 
     def __init__(self, host: Host, site: MixedScore) -> None:
         super().__init__(host, site)
-        self.jump = OutputMemory(Reuse(), "jump")
+        self.jump = OutputMemory(Reuse(), "jump", host.store)
 
     def is_ready(self, context: Context, key: int) -> bool:
         """Once the output and every part were recorded."""
         parts = [state for name, state in context.state.sites.items() if name != self.jump.name]
         return self.jump.is_ready(context) and bool(parts) and all(self.predictor.is_ready(state) for state in parts)
+
+    def bring(self, state: BranchState, name: str, time: float) -> None:
+        """The output has a predictor of its own."""
+        if name == self.jump.name:
+            self.jump.predictor.prefetch(state.sites[name], time)
+        else:
+            super().bring(state, name, time)
 
     def weight(self, context: Context) -> float:
         """Of the output made with cached parts."""

@@ -19,7 +19,7 @@ from cache4diffusion.engine.driver import Driver, Rested
 from cache4diffusion.engine.driver import Inner as InnerCall
 from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.leaves import Layout, Place, get_output, own, take_apart
-from cache4diffusion.engine.state import Context
+from cache4diffusion.engine.state import BranchState, Context
 from cache4diffusion.engine.tokens import TokenDriver
 from cache4diffusion.errors import AnatomyError
 from cache4diffusion.gates import Verification
@@ -477,6 +477,12 @@ class PartsDriver(Driver):
             path = next(s.output for s in self.host.blocks[last].streams if s.output is not None)
             before, after = get_output(predicted, path), get_output(true, path)
         return prediction_error(before, after, watch, per_row=self.host.composition.decide != "batch")
+
+    def bring(self, state: BranchState, name: str, time: float) -> None:
+        """Also what a token rule needs there."""
+        super().bring(state, name, time)
+        if self.tokens is not None:
+            self.tokens.bring(state, name)
 
     def rested(self, context: Context) -> Rested | None:
         """Where there are several decisions: the parts that were predicted, and what rested with them."""

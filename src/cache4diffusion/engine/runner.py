@@ -17,7 +17,7 @@ from cache4diffusion.engine.leaves import flatten, merge_rows, select_rows, take
 from cache4diffusion.engine.observers import observer_of
 from cache4diffusion.engine.state import Context, Verdict
 from cache4diffusion.errors import RunError
-from cache4diffusion.gates import Place
+from cache4diffusion.gates import Place, Remarking
 from cache4diffusion.sites import Site
 from cache4diffusion.trace import CACHED, FULL, MIXED, PARTIAL, Record
 
@@ -37,6 +37,7 @@ class SiteRunner:
         self.decisions = Decisions(host.composition, self.driver)
         self.observer = observer_of(host, self.driver, self.decisions)
         self._active: Context | None = None  # the call in progress
+        self._remarking = host.gate if isinstance(host.gate, Remarking) else None
 
     @property
     def needs_blocks(self) -> bool:
@@ -76,6 +77,8 @@ class SiteRunner:
         if self.host.listener is not None and not self.driver.is_late:
             self.host.listener.hear_call(context, take_apart(output)[0])
         state.last_step = context.step.index
+        if not self.driver.is_late:
+            self.driver.bring_first(state, context.time + 1)
         return output
 
     def _place(self, context: Context, key: int) -> Place:
@@ -158,6 +161,11 @@ class SiteRunner:
     def record(self, context: Context) -> Record:
         """What the call was."""
         verdicts = list(context.verdicts.values())
+        if self._remarking is not None:
+            for score in [score for verdict in verdicts for score in verdict.scores if score is not None]:
+                remark = self._remarking.remark(score)
+                if remark is not None:
+                    self.host.trace.count(f"{self.host.name}: {remark}")
         flags = [flag for verdict in verdicts for flag in verdict.cached]
         first = verdicts[0] if verdicts else Verdict((False,), "nothing to decide")
         if all(verdict.is_full for verdict in verdicts):

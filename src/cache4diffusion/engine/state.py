@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cache4diffusion.gates import Step
 from cache4diffusion.run import Call
+from cache4diffusion.storage import Kept
 
 
 @dataclass
@@ -79,6 +80,8 @@ class BranchState:
         for value in list(self.extra.values()):
             if isinstance(value, Tensor):
                 yield value
+            elif isinstance(value, Kept):
+                yield from value.tensors()
             elif isinstance(value, dict):
                 yield from [leaf for leaf in list(value.values()) if isinstance(leaf, Tensor)]
 

@@ -136,7 +136,7 @@ class TokenDriver:
         """Keep the un-projected attention output of a fused block."""
         context = self.driver.switch.context
         if context is not None and rest.inner.kind == "attn" and isinstance(output, Tensor):
-            context.state.extra[f"inner.{rest.inner.path}"] = output.clone()
+            self.driver.host.store.remember(context.state.extra, _inner(rest), output)
 
     def finish_full(self, context: Context) -> None:
         """After a full step: hand what was seen to the rule; every token is fresh."""
@@ -164,7 +164,7 @@ class TokenDriver:
 
     def _place(self, context: Context, site: PartSite) -> TokenPlace:
         history = context.state.sites[site.name]
-        batch, length = history.buffers[0].shape[1:3]
+        batch, length = history.rings[0].shape[:2]
         image, text = context.state.extra.get(f"lengths.{site.position}", (length, 0))
         kind = site.part.outputs[0][1]
         segments = (Segment("text" if kind == "text" else "image", 0, length),)
@@ -203,6 +203,13 @@ class TokenDriver:
                 known[count] = patch_grid(name, latent, count, side if isinstance(side, int) else None, wanted)
         return known[count]
 
+    def bring(self, state: BranchState, name: str) -> None:
+        """Begin to bring what is kept of the inside of a fused part."""
+        for inner, site in self._site_of_inner.items():
+            kept = state.extra.get(f"inner.{inner}") if site.name == name else None
+            if kept is not None:
+                kept.prefetch()
+
     # -- partial steps ---------------------------------------------------------------------------------------------
 
     def _index(self, context: Context, site: PartSite) -> Tensor:
@@ -214,7 +221,7 @@ class TokenDriver:
             if index is None:
                 place = dataclasses.replace(place, twins=self._twins(context))
                 state = context.state.tokens.setdefault(site.name, self.rule.init())
-                index = self.rule.select(state, place, context.state.sites[site.name].buffers[0].device)
+                index = self.rule.select(state, place, context.state.sites[site.name].rings[0].device)
                 if is_tied:
                     self._lead = (context.call.run.id, weakref.ref(context.state))
                     context.state.extra.setdefault("selected", {})[site.name] = index
@@ -248,6 +255,7 @@ class TokenDriver:
         assert context is not None
         state = context.state.sites[site.name]
         leaves = self.driver.predictor.predict(state, context.time, context.rows)
+        self.driver.bring_after(context, site.name)
         index = self._index(context, site)
         if index.shape[1] == 0:
             self.driver.predictor.commit(state, leaves, context.time, context.rows)
@@ -258,8 +266,9 @@ class TokenDriver:
             args, kwargs = with_arguments(site.module, args, kwargs, {path: take(x, index)})
         fresh = found(*args, **kwargs)
         values = [fresh] if isinstance(fresh, Tensor) else [leaf for leaf in fresh if isinstance(leaf, Tensor)]
-        if isinstance(self.driver.predictor, Reuse):
+        if isinstance(self.driver.predictor, Reuse):  # what was computed stays in the cache
             written = [put(leaf, index, value) for leaf, value in zip(leaves, values, strict=True)]
+            state.amend(written)
             return site.rebuild(own(written, state) if site.part.is_mutated else written)
         written = [put(leaf.clone(), index, value) for leaf, value in zip(leaves, values, strict=True)]
         self.driver.predictor.commit(state, written, context.time, context.rows)
@@ -275,11 +284,16 @@ class TokenDriver:
             return found(*args, **kwargs)
         index = self._index(context, self._site_of_inner[rest.inner.path])
         if rest.inner.kind == "attn":
-            return take(context.state.extra[f"inner.{rest.inner.path}"], index)
+            return take(context.state.extra[_inner(rest)].read(), index)
         x = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
         if x.shape[1] == index.shape[1]:
             return found(*args, **kwargs)
         return found(take(x, index))
+
+
+def _inner(rest: RestingModule) -> str:
+    """Under which name the output of a module inside a fused part is kept."""
+    return f"inner.{rest.inner.path}"
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

@@ -148,11 +148,12 @@ class TrajectoryDriver(Driver):
             return
         sigmas: list[float] = kept["sigmas"]
         pending.target = target
-        ahead: Tensor = kept["latent"].float()
+        latent: Tensor = kept["latent"].read()
+        ahead = latent.float()
         for step in range(context.step.index, target):
             velocity = self.host.predictor.predict(context.state.sites[SITE], float(step))[0]
             ahead = ahead + (sigmas[step + 1] - sigmas[step]) * velocity
-        kept["ahead"] = ahead.to(kept["latent"].dtype)
+        kept["ahead"] = ahead.to(latent.dtype)
 
     def _moved(
         self, context: Context, pending: Pending, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -242,11 +243,12 @@ class TrajectoryDriver(Driver):
         elif not pending.is_outdated:
             self.host.predictor.commit(state.sites[SITE], leaves, context.time)
         if isinstance(self.host.gate, LookAhead):
-            state.extra["latent"] = latent.clone()
+            self.host.store.remember(state.extra, "latent", latent)
             state.extra.setdefault("sigmas", sigmas_of(scheduler, context.step.index))
         if isinstance(self.host.predictor, SeesSigmas) and SITE in state.sites and "sigmas" not in state.extra:
             state.extra["sigmas"] = sigmas_of(scheduler, context.step.index)
             self.host.predictor.see_sigmas(state.sites[SITE], state.extra["sigmas"])
+        self.bring_first(state, context.time + 1)
         return result
 
     def _leaves(self, pending: Pending, velocity: Tensor, latent: Tensor) -> list[Tensor]:

@@ -68,16 +68,31 @@ class AccumulatedChange:
         """Start with an empty sum."""
         return AccumulatedState()
 
+    def _raw(self, change: float) -> float:
+        value = 0.0
+        for coefficient in self.coefficients:
+            value = value * change + coefficient
+        return value
+
     def polynomial(self, change: float) -> float:
         """``P(change)``, rescaled."""
         if self.fitted is not None:
             change = min(max(change, self.fitted[0]), self.fitted[1])
-        value = 0.0
-        for coefficient in self.coefficients:
-            value = value * change + coefficient
+        value = self._raw(change)
         if self.rescale == "abs":
             return abs(value)
         return max(value, 0.0) if self.rescale == "clamp0" else value
+
+    def remark(self, score: float) -> str | None:
+        """What is to be said of a score that ``P`` is no good for, and that counted as another one."""
+        if self.fitted is not None and not self.fitted[0] <= score <= self.fitted[1]:
+            return (
+                f"changes outside the range {self.fitted[0]:.3g} to {self.fitted[1]:.3g} that the polynomial was "
+                "fitted to counted as the nearest end of it"
+            )
+        if self.rescale == "clamp0" and self._raw(score) < 0:
+            return "changes that the polynomial rescales to below 0, outside what it was fitted to, counted as 0"
+        return None
 
     def propose(self, state: AccumulatedState, step: Step, score: float | None) -> bool:
         """Cached while the sum, this step included, stays below the threshold."""

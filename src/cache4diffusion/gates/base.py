@@ -230,6 +230,15 @@ class Gate(Protocol):
 
 
 @runtime_checkable
+class Remarking(Protocol):
+    """A gate that takes some scores for others."""
+
+    def remark(self, score: float) -> str | None:
+        """What is to be said of a score, if anything; the report says how often it was said."""
+        ...
+
+
+@runtime_checkable
 class Sated(Protocol):
     """A gate that at some point of a run has seen enough."""
 

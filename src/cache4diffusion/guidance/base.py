@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from torch import Tensor
 
 from cache4diffusion.gates.base import Step
+from cache4diffusion.storage import PLAIN, Store
 
 
 @runtime_checkable
@@ -33,8 +34,12 @@ class BranchRule(Protocol):
         """Which half of a batched call is which."""
         ...
 
-    def init(self) -> Any:
-        """Empty state of one run."""
+    def init(self, store: Store = PLAIN) -> Any:
+        """Empty state of one run.
+
+        Args:
+            store: how what lasts longer than a step is kept.
+        """
         ...
 
     def is_cached(self, state: Any, step: Step) -> bool:
@@ -51,6 +56,10 @@ class BranchRule(Protocol):
 
     def predict(self, state: Any, step: Step, source: list[Tensor]) -> list[Tensor]:
         """The predicted branch's output from the source branch's, at a step where it was not run. Pure."""
+        ...
+
+    def prefetch(self, state: Any) -> None:
+        """Begin to bring what `predict` will read, where it lies on another device."""
         ...
 
     def tensors(self, state: Any) -> Iterator[Tensor]:

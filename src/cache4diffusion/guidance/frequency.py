@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cache4diffusion.errors import SettingError
 from cache4diffusion.gates.base import Step
+from cache4diffusion.storage import PLAIN, Kept, Store
 
 
 def low_pass(maps: Tensor) -> Tensor:
@@ -33,9 +34,10 @@ def low_pass(maps: Tensor) -> Tensor:
 class FrequencyState:
     """Filtered differences of the last full step, times the gains applied since; float32 maps."""
 
+    store: Store = PLAIN
     step: int = -1
-    low: list[Tensor] | None = None
-    high: list[Tensor] | None = None
+    low: list[Kept] | None = None
+    high: list[Kept] | None = None
     low_gain: float = 1.0
     high_gain: float = 1.0
 
@@ -102,9 +104,9 @@ class FrequencyResidual:
         """The windows are fractions of the run; without gains they do not matter."""
         return self.interval > 1 and (self.low_gain != 1 or self.high_gain != 1)
 
-    def init(self) -> FrequencyState:
+    def init(self, store: Store = PLAIN) -> FrequencyState:
         """Nothing is known."""
-        return FrequencyState()
+        return FrequencyState(store)
 
     def is_cached(self, state: FrequencyState, step: Step) -> bool:
         """Whether the predicted branch is skipped."""
@@ -118,8 +120,8 @@ class FrequencyResidual:
         for conditional, unconditional in zip(source, predicted, strict=True):
             difference = unconditional.float() - conditional.float()
             low = low_pass(difference)
-            state.low.append(low)
-            state.high.append(difference - low)
+            state.low.append(state.store.keep(low))
+            state.high.append(state.store.keep(difference - low))
         state.low_gain = state.high_gain = 1.0
 
     def commit(self, state: FrequencyState, step: Step) -> None:
@@ -136,11 +138,16 @@ class FrequencyResidual:
         """Add the bands to the source branch's output."""
         assert state.low is not None and state.high is not None
         return [
-            (conditional.float() + low * state.low_gain + high * state.high_gain).to(conditional.dtype)
+            (conditional.float() + low.read() * state.low_gain + high.read() * state.high_gain).to(conditional.dtype)
             for conditional, low, high in zip(source, state.low, state.high, strict=True)
         ]
 
+    def prefetch(self, state: FrequencyState) -> None:
+        """Begin to bring both bands."""
+        for kept in [*(state.low or ()), *(state.high or ())]:
+            kept.prefetch()
+
     def tensors(self, state: FrequencyState) -> Iterator[Tensor]:
         """The two bands."""
-        yield from state.low or ()
-        yield from state.high or ()
+        for kept in [*(state.low or ()), *(state.high or ())]:
+            yield from kept.tensors()

@@ -130,6 +130,7 @@ def bench(
         reference = runner.count(baseline)
         for entry in methods:
             runner.count(entry, reference)
+        _rename(methods, variants)
         line = CostLine.measure(baseline, runner)
         numbers = {entry.title: line.equal_steps(entry.counted_flops) for entry in methods}
         fewer = _fewer_steps(numbers.values()) if fewer_steps else []
@@ -158,6 +159,20 @@ def bench(
         {entry.title: [entry.shown[i] for i in shown] for entry in entries},
         [captions[i] for i in shown],
     )
+
+
+def _rename(entries: Sequence[Entry], variants: Sequence[Variant]) -> None:
+    """What ran may be another method than the one asked for: a memory budget asks for what fits."""
+    for entry, variant in zip(entries, variants, strict=True):
+        if (entry.name, entry.settings) == (variant.name, dict(variant.settings)):
+            continue
+        asked, entry.name, entry.settings, entry.fidelity = (
+            entry.title,
+            variant.name,
+            dict(variant.settings),
+            variant.fidelity,
+        )
+        entry.label = f"{variant.name} (for {asked})"
 
 
 def _fewer_steps(numbers: Iterable[int | None]) -> list[Entry]:

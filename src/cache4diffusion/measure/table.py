@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from rich.table import Table
 from rich.text import Text
 
+from ..units import size_text
 from .results import Results, Row
 
 MINUS = "\u2212"  # a real minus sign, as wide as a digit
@@ -42,11 +43,8 @@ def percent(value: float | None) -> str:
 
 
 def size(value: int | None) -> str:
-    """Bytes in binary units: ``12.5 MiB``."""
-    if not value:
-        return "0" if value == 0 else "–"
-    exponent = min(4, int(math.log2(value)) // 10)
-    return f"{value / 1024**exponent:.{0 if exponent == 0 else 1}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[exponent]}"
+    """Bytes in binary units: ``12.5 MiB``; an en dash for None."""
+    return "–" if value is None else size_text(value)
 
 
 def milliseconds(value: float | None) -> str:

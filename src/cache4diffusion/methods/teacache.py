@@ -34,9 +34,10 @@ class TeaCache(Method):
 
     Cost: the signal and one residual per stream that is read afterwards. One host sync per step.
     Differences from the code: a polynomial that is negative outside its fitted range counts as 0, and one of your own
-    is never asked outside it (``variant="official"`` does neither, and then even a threshold of 0 may cache); scores
-    are float32. The code has a polynomial for every denoiser it serves; the default here is none, and 0.4 is then not
-    the 0.4 of the published tables: FLUX's polynomial counts a raw change from 0 to 0.2 as 0.18 to 0.26.
+    is never asked outside it; ``handle.report()`` says how often. ``variant="official"`` does neither, and then even a
+    threshold of 0 may cache. Scores are float32. The code has a polynomial for every denoiser it serves; the default
+    here is none, and 0.4 is then not the 0.4 of the published tables: FLUX's polynomial counts a raw change from 0 to
+    0.2 as 0.18 to 0.26.
     """
 
     threshold: float = setting(0.4, "accumulated change at which a step is full; 0 is off. Code: 0.4 (FLUX)", ge=0)

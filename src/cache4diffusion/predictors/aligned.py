@@ -12,6 +12,7 @@ from torch import Tensor
 from cache4diffusion.errors import SettingError
 from cache4diffusion.predictors.corrector import Corrector, Sight
 from cache4diffusion.predictors.history import History
+from cache4diffusion.storage import PLAIN, Store
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ class ProbeAligned(Corrector):
         if not self.limit >= 1:
             raise SettingError(f"ProbeAligned(limit={self.limit}): limit must be 1 (plain reuse) or more.")
 
-    def init(self, rows: int | None, num_steps: int | None = None) -> History:
+    def init(self, rows: int | None, num_steps: int | None = None, store: Store = PLAIN) -> History:
         """Two snapshots of R and Q."""
-        return History(2, rows)
+        return History(2, rows, store)
 
     def is_ready(self, state: History) -> bool:
         """After one full step."""
@@ -57,8 +58,14 @@ class ProbeAligned(Corrector):
 
     def predict(self, state: History, time: float, rows: Sequence[int] | None = None) -> list[Tensor]:
         """Without a front nothing is known to have moved: the last feature."""
-        count = len(state.buffers) // 2
-        return [leaf[0] for leaf in self._snapshots(state, rows)[:count]]
+        count = len(state.rings) // 2
+        newest = [leaf[0] for leaf in self._snapshots(state, rows)[:count]]
+        return [leaf.to(ring.dtype) for leaf, ring in zip(newest, state.rings[:count], strict=True)]
+
+    def prefetch(self, state: History, time: float) -> None:
+        """Begin to bring both snapshots."""
+        if not state.is_empty:
+            state.prefetch(sorted({slot for track in state.of(range(state.rings[0].shape[0])) for slot in track.slots}))
 
     def update_seeing(
         self,
@@ -98,15 +105,17 @@ class ProbeAligned(Corrector):
     @staticmethod
     def _snapshots(state: History, rows: Sequence[int] | None) -> list[tuple[Tensor, Tensor]]:
         """Newest and oldest snapshot of every leaf; the same one twice where there is only one."""
-        chosen = range(state.buffers[0].shape[1]) if rows is None else rows
-        if state.shared is not None and rows is None:
-            first, last = state.shared.slots[0], state.shared.slots[-1]
-            return [(buffer[first], buffer[last]) for buffer in state.buffers]
-        tracks = [state.tracks[row] if state.shared is None else state.shared for row in chosen]
-        return [
-            (
-                torch.stack([buffer[track.slots[0], row] for row, track in zip(chosen, tracks, strict=True)]),
-                torch.stack([buffer[track.slots[-1], row] for row, track in zip(chosen, tracks, strict=True)]),
+        chosen = range(state.rings[0].shape[0]) if rows is None else rows
+        tracks = state.of(chosen)
+        used, pairs = {slot for track in tracks for slot in (track.slots[0], track.slots[-1])}, []
+        for ring in state.rings:
+            opened = {slot: ring.read(slot) for slot in used}
+            if state.shared is not None and rows is None:
+                pairs.append((opened[state.shared.slots[0]], opened[state.shared.slots[-1]]))
+                continue
+            newest, oldest = (
+                torch.stack([opened[track.slots[age]][row] for row, track in zip(chosen, tracks, strict=True)])
+                for age in (0, -1)
             )
-            for buffer in state.buffers
-        ]
+            pairs.append((newest, oldest))
+        return pairs

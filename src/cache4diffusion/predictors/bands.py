@@ -18,6 +18,7 @@ from cache4diffusion.predictors.base import LinearPredictor
 from cache4diffusion.predictors.hermite import Hermite
 from cache4diffusion.predictors.history import History
 from cache4diffusion.predictors.taylor import Taylor
+from cache4diffusion.storage import PLAIN, Ring, Store
 
 Transform = Literal["auto", "dct", "fft"]
 
@@ -35,9 +36,14 @@ class BandsState:
         yield from self.high.tensors()
 
     @property
+    def rings(self) -> list[Ring]:
+        """Of both."""
+        return self.low.rings + self.high.rings
+
+    @property
     def buffers(self) -> list[Tensor]:
-        """The rings of both."""
-        return self.low.buffers + self.high.buffers
+        """Where they lie."""
+        return [ring.data for ring in self.rings]
 
 
 def low_band(x: Tensor, cutoff: float, transform: Transform = "auto") -> Tensor:
@@ -155,9 +161,10 @@ class Bands:
         """It does not care where the run ends."""
         return False
 
-    def init(self, rows: int | None, num_steps: int | None = None) -> BandsState:
+    def init(self, rows: int | None, num_steps: int | None = None, store: Store = PLAIN) -> BandsState:
         """Two empty histories."""
-        return BandsState(self._of(self.low_order).init(rows), self._of(self.order).init(rows))
+        low, high = (self._of(order).init(rows, num_steps, store) for order in (self.low_order, self.order))
+        return BandsState(low, high)
 
     def update(
         self, state: BandsState, leaves: Sequence[Tensor], time: float, rows: Sequence[int] | None = None
@@ -177,6 +184,11 @@ class Bands:
         low = self._of(self.low_order).predict(state.low, time, rows)
         high = self._of(self.order).predict(state.high, time, rows)
         return [a + b for a, b in zip(low, high, strict=True)]
+
+    def prefetch(self, state: BandsState, time: float) -> None:
+        """Begin to bring both bands."""
+        self._of(self.low_order).prefetch(state.low, time)
+        self._of(self.order).prefetch(state.high, time)
 
     def commit(self, state: Any, leaves: Sequence[Tensor], time: float, rows: Sequence[int] | None = None) -> None:
         """Nothing: what is predicted enters no history of full steps."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cache4diffusion.predictors.history import History, Track, weighted_sum
+from cache4diffusion.storage import PLAIN, Store
 
 
 @runtime_checkable
@@ -28,12 +29,13 @@ class Predictor(Protocol):
         """Whether the length of the run must be known."""
         ...
 
-    def init(self, rows: int | None, num_steps: int | None = None) -> Any:
+    def init(self, rows: int | None, num_steps: int | None = None, store: Store = PLAIN) -> Any:
         """Return the empty state of one site, for one branch of one run.
 
         Args:
             rows: size of the batch axis where rows may decide for themselves, else None.
             num_steps: length of the run, where it is known.
+            store: how snapshots are kept.
         """
         ...
 
@@ -47,6 +49,10 @@ class Predictor(Protocol):
 
     def predict(self, state: Any, time: float, rows: Sequence[int] | None = None) -> list[Tensor]:
         """Return the predicted leaves (of the given rows). Writes nothing; the caller must not write into them."""
+        ...
+
+    def prefetch(self, state: Any, time: float) -> None:
+        """Begin to bring what `predict` will read at ``time``, where it lies on another device."""
         ...
 
     def commit(self, state: Any, leaves: Sequence[Tensor], time: float, rows: Sequence[int] | None = None) -> None:
@@ -83,9 +89,9 @@ class LinearPredictor(ABC):
         """Few care where the run ends."""
         return False
 
-    def init(self, rows: int | None, num_steps: int | None = None) -> History:
+    def init(self, rows: int | None, num_steps: int | None = None, store: Store = PLAIN) -> History:
         """An empty `History`."""
-        return History(self.capacity, rows)
+        return History(self.capacity, rows, store)
 
     def update(self, state: History, leaves: Sequence[Tensor], time: float, rows: Sequence[int] | None = None) -> None:
         """Copy the feature into the ring."""
@@ -98,19 +104,37 @@ class LinearPredictor(ABC):
     def predict(self, state: History, time: float, rows: Sequence[int] | None = None) -> list[Tensor]:
         """The weighted sum, per leaf."""
         if state.shared is not None and not self.is_row_wise:
-            weights, slots = self._weights_at(state, state.shared, 0, time), state.shared.slots
-            buffers = state.buffers if rows is None else [_take(buffer, rows) for buffer in state.buffers]
-            return [weighted_sum([buffer[slot] for slot in slots], weights) for buffer in buffers]
-        chosen = range(state.buffers[0].shape[1]) if rows is None else rows
-        tracks = [state.tracks[row] if state.shared is None else state.shared for row in chosen]
-        outputs = []
-        for buffer in state.buffers:
-            predicted = []
-            for row, track in zip(chosen, tracks, strict=True):
-                weights = self._weights_at(state, track, row, time)
-                predicted.append(weighted_sum([buffer[slot, row] for slot in track.slots], weights))
+            terms = self._terms(state, state.shared, 0, time)
+            weights, outputs = [weight for _, weight in terms], []
+            for ring in state.rings:
+                snapshots = [ring.read(slot) for slot, _ in terms]
+                if rows is not None:
+                    snapshots = [_take(snapshot, rows) for snapshot in snapshots]
+                outputs.append(weighted_sum(snapshots, weights, ring.dtype))
+            return outputs
+        chosen = range(state.rings[0].shape[0]) if rows is None else rows
+        parts = [self._terms(state, track, row, time) for row, track in zip(chosen, state.of(chosen), strict=True)]
+        used, outputs = {slot for terms in parts for slot, _ in terms}, []
+        for ring in state.rings:
+            opened = {slot: ring.read(slot) for slot in used}
+            predicted = [
+                weighted_sum([opened[slot][row] for slot, _ in terms], [weight for _, weight in terms], ring.dtype)
+                for row, terms in zip(chosen, parts, strict=True)
+            ]
             outputs.append(torch.stack(predicted))
         return outputs
+
+    def prefetch(self, state: History, time: float) -> None:
+        """Begin to bring the snapshots of the sum, those of all rows."""
+        if state.is_empty:
+            return
+        if state.shared is not None and not self.is_row_wise:
+            slots = {slot for slot, _ in self._terms(state, state.shared, 0, time)}
+        else:
+            rows = range(state.rings[0].shape[0])
+            pairs = zip(rows, state.of(rows), strict=True)
+            slots = {slot for row, track in pairs for slot, _ in self._terms(state, track, row, time)}
+        state.prefetch(sorted(slots))
 
     def commit(  # noqa: B027 - optional step
         self, state: History, leaves: Sequence[Tensor], time: float, rows: Sequence[int] | None = None
@@ -128,6 +152,12 @@ class LinearPredictor(ABC):
         for slot, weight in zip(state.shared.slots, self._weights_at(state, state.shared, 0, time), strict=True):
             by_slot[slot] = weight
         return by_slot
+
+    def _terms(self, state: History, track: Track, row: int, time: float) -> list[tuple[int, float]]:
+        """Slots and weights of the snapshots that count; of the newest one, if none does."""
+        weights = self._weights_at(state, track, row, time)
+        terms = [(slot, weight) for slot, weight in zip(track.slots, weights, strict=True) if weight != 0.0]
+        return terms or [(track.slots[0], 0.0)]
 
     def _weights_at(self, state: History, track: Track, row: int, time: float) -> list[float]:
         if track.times[0] == time:  # asked again about a step that is in the history already
@@ -151,6 +181,5 @@ def _weights(predictor: LinearPredictor, times: tuple[float, ...], time: float) 
     return weights + [0.0] * (len(times) - len(weights))
 
 
-def _take(buffer: Tensor, rows: Sequence[int]) -> Tensor:
-    index = torch.tensor(rows, device=buffer.device)
-    return buffer.index_select(1, index)
+def _take(snapshot: Tensor, rows: Sequence[int]) -> Tensor:
+    return snapshot.index_select(0, torch.tensor(rows, device=snapshot.device))

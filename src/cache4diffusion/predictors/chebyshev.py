@@ -16,13 +16,14 @@ from cache4diffusion.errors import SettingError
 from cache4diffusion.predictors.base import LinearPredictor
 from cache4diffusion.predictors.differences import lagrange
 from cache4diffusion.predictors.history import History, Track
+from cache4diffusion.storage import PLAIN, Store
 
 
 class TimedHistory(History):
     """Snapshots of a run whose length is known."""
 
-    def __init__(self, capacity: int, rows: int | None, num_steps: int) -> None:
-        super().__init__(capacity, rows)
+    def __init__(self, capacity: int, rows: int | None, num_steps: int, store: Store = PLAIN) -> None:
+        super().__init__(capacity, rows, store)
         self.num_steps = num_steps
 
 
@@ -73,7 +74,7 @@ class Chebyshev(LinearPredictor):
         """``tau`` runs over the whole run."""
         return True
 
-    def init(self, rows: int | None, num_steps: int | None = None) -> TimedHistory:
+    def init(self, rows: int | None, num_steps: int | None = None, store: Store = PLAIN) -> TimedHistory:
         """An empty history that knows the length of the run.
 
         Raises:
@@ -81,7 +82,7 @@ class Chebyshev(LinearPredictor):
         """
         if num_steps is None:
             raise SettingError("Chebyshev needs the number of steps of the run.")
-        return TimedHistory(self.capacity, rows, num_steps)
+        return TimedHistory(self.capacity, rows, num_steps, store)
 
     def weights(self, times: Sequence[float], time: float) -> list[float]:
         """In a run whose last step is the next one."""

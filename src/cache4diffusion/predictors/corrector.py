@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cache4diffusion.errors import CalibrationError
+from cache4diffusion.storage import PLAIN, Store
 
 Sight = Literal["input", "front"]
 
@@ -41,7 +42,7 @@ class Corrector(ABC):
         return False
 
     @abstractmethod
-    def init(self, rows: int | None, num_steps: int | None = None) -> Any:
+    def init(self, rows: int | None, num_steps: int | None = None, store: Store = PLAIN) -> Any:
         """Return the empty state of one site, as `Predictor.init`."""
 
     @abstractmethod
@@ -66,6 +67,9 @@ class Corrector(ABC):
     @abstractmethod
     def correct(self, material: Sequence[Tensor], seen: Sequence[Tensor]) -> list[Tensor]:
         """The predicted leaves, new tensors. Depends on nothing else: it is traced inside compiled blocks."""
+
+    def prefetch(self, state: Any, time: float) -> None:  # noqa: B027 - optional step
+        """Begin to bring what `material` will look up, where it lies on another device."""
 
     def flops(self, state: Any, leaves: Sequence[Tensor]) -> int:
         """What a correction of these leaves costs in matrix products (two per multiply-add)."""
@@ -99,7 +103,7 @@ class Sited(Protocol):
         """Whether it has numbers for this site. What it does not serve is computed on every step."""
         ...
 
-    def init_at(self, site: str, rows: int | None, num_steps: int | None = None) -> Any:
+    def init_at(self, site: str, rows: int | None, num_steps: int | None = None, store: Store = PLAIN) -> Any:
         """As `Predictor.init`, of the site of this name; called instead of it."""
         ...
 

@@ -17,6 +17,7 @@ from cache4diffusion.errors import SettingError
 from cache4diffusion.predictors.base import LinearPredictor
 from cache4diffusion.predictors.differences import lagrange
 from cache4diffusion.predictors.history import History, Track
+from cache4diffusion.storage import PLAIN, Store
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Modes:
 class FittedHistory(History):
     """Snapshots, and every row's fit to them (None where the window cannot be fitted)."""
 
-    def __init__(self, capacity: int, rows: int | None) -> None:
-        super().__init__(capacity, rows)
+    def __init__(self, capacity: int, rows: int | None, store: Store = PLAIN) -> None:
+        super().__init__(capacity, rows, store)
         self.fits_by_row: dict[int, Modes | None] = {}
 
 
@@ -98,18 +99,23 @@ class DynamicModes(LinearPredictor):
         """The window."""
         return self.history
 
-    def init(self, rows: int | None, num_steps: int | None = None) -> FittedHistory:
+    def init(self, rows: int | None, num_steps: int | None = None, store: Store = PLAIN) -> FittedHistory:
         """An empty history without fits."""
-        return FittedHistory(self.capacity, rows)
+        return FittedHistory(self.capacity, rows, store)
 
     def update(self, state: History, leaves: Sequence[Tensor], time: float, rows: Sequence[int] | None = None) -> None:
         """Take the feature in and fit anew."""
         assert isinstance(state, FittedHistory)
         state.write(leaves, time, rows)
-        for row in range(state.buffers[0].shape[1]) if rows is None else rows:
-            track = state.shared or state.tracks[row]
-            count = _uniform(track.times)
-            state.fits_by_row[row] = self._fit(state, track, row, count) if count >= 4 else None
+        chosen = range(state.rings[0].shape[0]) if rows is None else rows
+        windows = [track.slots[: _uniform(track.times)] for track in state.of(chosen)]
+        used = sorted({slot for window in windows if len(window) >= 4 for slot in window})
+        opened = {slot: [ring.read(slot) for ring in state.rings] for slot in used}
+        for row, window, track in zip(chosen, windows, state.of(chosen), strict=True):
+            state.fits_by_row[row] = None
+            if len(window) >= 4:
+                columns = [torch.cat([leaf[row].double().flatten() for leaf in opened[slot]]) for slot in window]
+                state.fits_by_row[row] = self._fit(columns, track.times[0] - track.times[1])
 
     def weights(self, times: Sequence[float], time: float) -> list[float]:
         """Where too few snapshots are at equal distances: the line through the last two."""
@@ -125,13 +131,14 @@ class DynamicModes(LinearPredictor):
         found = fit.weights(time - track.times[0]) if fit is not None else [1.0]
         return found + [0.0] * (rest - len(found))
 
-    def _fit(self, state: FittedHistory, track: Track, row: int, count: int) -> Modes | None:
-        """Everything in the coordinates of an orthonormal basis of the window: matrices of the window's size only."""
-        window = [
-            torch.cat([buffer[slot, row].double().flatten() for buffer in state.buffers])
-            for slot in reversed(track.slots[:count])
-        ]
-        triangle = torch.linalg.qr(torch.stack(window, 1), mode="r").R.cpu()
+    def _fit(self, window: list[Tensor], gap: float) -> Modes | None:
+        """Everything in the coordinates of an orthonormal basis of the window: matrices of the window's size only.
+
+        Args:
+            window: one row's snapshots, newest first.
+            gap: their distance.
+        """
+        triangle = torch.linalg.qr(torch.stack(window[::-1], 1), mode="r").R.cpu()
         if not bool(triangle.isfinite().all()) or not bool(triangle.any()):
             return None
         before, after = triangle[:, :-1], triangle[:, 1:]
@@ -145,7 +152,7 @@ class DynamicModes(LinearPredictor):
         b = torch.linalg.pinv(phi) @ triangle[:, -1].to(phi.dtype)
         if not bool(torch.isfinite(torch.view_as_real(modes)).all() & torch.isfinite(torch.view_as_real(b)).all()):
             return None
-        return Modes(values.tolist(), modes.flip(0).tolist(), b.tolist(), track.times[0] - track.times[1])
+        return Modes(values.tolist(), modes.flip(0).tolist(), b.tolist(), gap)
 
 
 def _uniform(times: Sequence[float]) -> int:

@@ -1,17 +1,20 @@
 """Raw snapshots of a feature at past full steps: the memory of every linear predictor.
 
-A feature is a flat list of tensors (leaves). Per leaf there is one preallocated ring buffer ``[capacity, *shape]``;
-nothing is allocated per step once it is filled. Rows of a batch that take their own decisions have their own list of
-full steps; as long as every row was always written together, one list serves all and weights are host floats.
+A feature is a flat list of tensors (leaves). Per leaf there is one preallocated ring ``[capacity, *shape]``
+(`storage.Ring`); nothing is allocated per step once it is filled. Rows of a batch that take their own decisions have
+their own list of full steps; as long as every row was always written together, one list serves all and weights are host
+floats.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from cache4diffusion.storage import PLAIN, Ring, Store
 
 _FIRST_SLOTS = 8  # of a long ring
 
@@ -51,12 +54,14 @@ class History:
     Args:
         capacity: snapshots kept, 1 or more.
         rows: size of the batch axis (axis 0 of every leaf) when rows may decide for themselves, else None.
+        store: how they are kept.
     """
 
-    def __init__(self, capacity: int, rows: int | None = None) -> None:
+    def __init__(self, capacity: int, rows: int | None = None, store: Store = PLAIN) -> None:
         self.capacity = capacity
         self.rows = rows
-        self.buffers: list[Tensor] = []
+        self.store = store
+        self.rings: list[Ring] = []
         self.shared: Track | None = Track()
         self.tracks: list[Track] = []
 
@@ -67,9 +72,15 @@ class History:
             return not self.shared.times
         return any(not track.times for track in self.tracks)
 
+    @property
+    def buffers(self) -> list[Tensor]:
+        """Where the snapshots lie, as they are kept: ``[capacity, *shape]`` for every leaf."""
+        return [ring.data for ring in self.rings]
+
     def tensors(self) -> Iterator[Tensor]:
         """Everything held, for the ledger."""
-        yield from self.buffers
+        for ring in self.rings:
+            yield from ring.tensors()
 
     def clear(self) -> None:
         """Forget all snapshots; the buffers stay."""
@@ -77,30 +88,21 @@ class History:
 
     def fits(self, leaves: Sequence[Tensor], rows: Sequence[int] | None = None) -> bool:
         """Whether the leaves have the shapes, dtypes and device the buffers were made for."""
-        if len(leaves) != len(self.buffers):
-            return False
-        for buffer, leaf in zip(self.buffers, leaves, strict=True):
-            if buffer.dtype != leaf.dtype or buffer.device != leaf.device or buffer.ndim != leaf.ndim + 1:
-                return False
-            skip = 2 if rows is not None else 1
-            if buffer.shape[skip:] != leaf.shape[skip - 1 :]:
-                return False
-        return True
+        pairs = zip(self.rings, leaves, strict=False)
+        return len(leaves) == len(self.rings) and all(ring.fits(leaf, rows is not None) for ring, leaf in pairs)
 
     def _allocate(self, leaves: Sequence[Tensor], rows: Sequence[int] | None) -> None:
-        self.buffers = []
+        self.rings = []
         for leaf in leaves:
             shape = tuple(leaf.shape if rows is None or self.rows is None else (self.rows, *leaf.shape[1:]))
-            self.buffers.append(_empty_ring(min(self.capacity, _FIRST_SLOTS), shape, leaf))
+            self.rings.append(self.store.ring(min(self.capacity, _FIRST_SLOTS), shape, leaf))
         self.clear()
 
     def _make_room(self, slot: int) -> None:
         """A long ring begins short and doubles: how many full steps a run has is not known."""
-        for i, buffer in enumerate(self.buffers):
-            if slot >= buffer.shape[0]:
-                longer = _empty_ring(min(self.capacity, 2 * buffer.shape[0]), tuple(buffer.shape[1:]), buffer[0])
-                longer[: buffer.shape[0]].copy_(buffer)
-                self.buffers[i] = longer
+        for ring in self.rings:
+            if slot >= ring.capacity:
+                ring.grow(min(self.capacity, 2 * ring.capacity))
 
     def write(
         self, leaves: Sequence[Tensor], time: float, rows: Sequence[int] | None = None, *, is_prediction: bool = False
@@ -125,49 +127,61 @@ class History:
         if rows is None and self.shared is not None:
             slot = self.shared.next_slot(time, self.capacity)
             self._make_room(slot)
-            for buffer, leaf in zip(self.buffers, leaves, strict=True):
-                buffer[slot].copy_(leaf)
+            for ring, leaf in zip(self.rings, leaves, strict=True):
+                ring.write(slot, leaf)
             self.shared.push(time, slot, self.capacity, is_prediction)
             return
         if self.shared is not None:
-            self.tracks = [self.shared.copy() for _ in range(self.buffers[0].shape[1])]
+            self.tracks = [self.shared.copy() for _ in range(self.rings[0].shape[0])]
             self.shared = None
         for position, row in enumerate(rows if rows is not None else range(len(self.tracks))):
             track = self.tracks[row]
             slot = track.next_slot(time, self.capacity)
             self._make_room(slot)
-            for buffer, leaf in zip(self.buffers, leaves, strict=True):
-                buffer[slot, row].copy_(leaf[position])
+            for ring, leaf in zip(self.rings, leaves, strict=True):
+                ring.write(slot, leaf[position], row)
             track.push(time, slot, self.capacity, is_prediction)
         first = self.tracks[0]
         if all(track == first for track in self.tracks):
             self.shared, self.tracks = first, []
 
+    def amend(self, leaves: Sequence[Tensor]) -> None:
+        """The newest snapshot of all rows was changed to ``leaves``, in place if `predict` gave it out as it lies."""
+        slot = self.of((0,))[0].slots[0]
+        for ring, leaf in zip(self.rings, leaves, strict=True):
+            if not ring.holds(leaf):
+                ring.write(slot, leaf)
 
-def _empty_ring(capacity: int, shape: tuple[int, ...], leaf: Tensor) -> Tensor:
-    """A buffer ``[capacity, *shape]`` whose slots lie in memory like ``leaf``.
+    def of(self, rows: Iterable[int]) -> list[Track]:
+        """The list of full steps of each of these rows."""
+        return [self.tracks[row] if self.shared is None else self.shared for row in rows]
 
-    A prediction in another memory format (channels last, say) would lead the host to other kernels, which round
-    differently.
+    def prefetch(self, slots: Iterable[int]) -> None:
+        """Begin to bring snapshots that lie on another device."""
+        for slot in slots:
+            for ring in self.rings:
+                ring.prefetch(slot)
+
+
+def weighted_sum(snapshots: Sequence[Tensor], weights: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
+    """``sum_j weights[j] * snapshots[j]``, accumulated in float32 (or wider).
+
+    A single weight of exactly 1 returns that snapshot itself, without a copy where it is of the wanted dtype.
+
+    Args:
+        snapshots: what is summed up, one or more.
+        weights: of each.
+        dtype: of the result; None: the snapshots' own.
     """
-    order = sorted(range(leaf.ndim), key=lambda axis: (-leaf.stride(axis), axis))
-    ring = leaf.new_empty((capacity, *[shape[axis] for axis in order]))
-    return ring.permute(0, *[1 + order.index(axis) for axis in range(leaf.ndim)])
-
-
-def weighted_sum(snapshots: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """``sum_j weights[j] * snapshots[j]``, accumulated in float32 (or wider), in the snapshots' dtype.
-
-    A single weight of exactly 1 returns that snapshot itself, without a copy.
-    """
+    dtype = snapshots[0].dtype if dtype is None else dtype
     terms = [(s, w) for s, w in zip(snapshots, weights, strict=True) if w != 0.0]
     if len(terms) == 1 and terms[0][1] == 1.0:
-        return terms[0][0]
+        return terms[0][0].to(dtype)
     if not terms:
-        return torch.zeros_like(snapshots[0])
+        return torch.zeros_like(snapshots[0], dtype=dtype)
     first, weight = terms[0]
     is_narrow = first.dtype in (torch.float16, torch.bfloat16)
     total = (first.float() if is_narrow else first) * weight
     for snapshot, weight in terms[1:]:
         total.add_(snapshot, alpha=weight)
-    return total.to(first.dtype) if is_narrow else total
+    return total.to(dtype)

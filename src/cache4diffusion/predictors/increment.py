@@ -14,13 +14,14 @@ from torch import Tensor
 from cache4diffusion.errors import SettingError
 from cache4diffusion.predictors.corrector import Corrector, Sight, Weights, along_channels, channels, product_flops
 from cache4diffusion.predictors.history import History
+from cache4diffusion.storage import PLAIN, Store
 
 
 class Anchor(History):
     """Output and input of the last full step at one site, and its factors."""
 
-    def __init__(self, site: str, rows: int | None) -> None:
-        super().__init__(1, rows)
+    def __init__(self, site: str, rows: int | None, store: Store = PLAIN) -> None:
+        super().__init__(1, rows, store)
         self.site = site
         self.factors: list[tuple[Tensor, Tensor]] = []  # A and B, for each leaf
 
@@ -71,13 +72,13 @@ class Increment(Corrector):
         """Sites with factors; all, where there are none at all."""
         return self.weights is None or self.weights.serves(site)
 
-    def init(self, rows: int | None, num_steps: int | None = None) -> Anchor:
+    def init(self, rows: int | None, num_steps: int | None = None, store: Store = PLAIN) -> Anchor:
         """Of a site that has no name."""
-        return self.init_at("", rows, num_steps)
+        return self.init_at("", rows, num_steps, store)
 
-    def init_at(self, site: str, rows: int | None, num_steps: int | None = None) -> Anchor:
+    def init_at(self, site: str, rows: int | None, num_steps: int | None = None, store: Store = PLAIN) -> Anchor:
         """No anchor yet."""
-        return Anchor(site, rows)
+        return Anchor(site, rows, store)
 
     def is_ready(self, state: Anchor) -> bool:
         """After one full step."""
@@ -104,6 +105,11 @@ class Increment(Corrector):
                 b = self.weights.get(f"{state.site}/{i}/b", (None, channels(x)), y, most)
                 state.factors.append((a, b))
 
+    def prefetch(self, state: Anchor, time: float) -> None:
+        """Begin to bring the anchor."""
+        if not state.is_empty:
+            state.prefetch([0])
+
     def flops(self, state: Anchor, leaves: Sequence[Tensor]) -> int:
         """``2 r (in + out)`` at every place."""
         pairs = zip(leaves, state.factors, strict=False)
@@ -111,7 +117,7 @@ class Increment(Corrector):
 
     def material(self, state: Anchor, time: float, rows: Sequence[int] | None = None) -> list[Tensor]:
         """Outputs, then inputs, then A and B of each leaf."""
-        anchors = [buffer[0] if rows is None else buffer[0][list(rows)] for buffer in state.buffers]
+        anchors = [ring.value(0) if rows is None else ring.value(0)[list(rows)] for ring in state.rings]
         cut = slice(None, self.rank)
         return [*anchors, *(tensor for a, b in state.factors for tensor in (a[:, cut], b[cut]))]
 

@@ -10,13 +10,14 @@ import torch
 from cache4diffusion.errors import SettingError
 from cache4diffusion.predictors.base import LinearPredictor
 from cache4diffusion.predictors.history import History, Track
+from cache4diffusion.storage import PLAIN, Store
 
 
 class Stretched(History):
     """A history, and how many measured steps go to one of the run."""
 
-    def __init__(self, capacity: int, rows: int | None, scale: float) -> None:
-        super().__init__(capacity, rows)
+    def __init__(self, capacity: int, rows: int | None, scale: float, store: Store = PLAIN) -> None:
+        super().__init__(capacity, rows, store)
         self.scale = scale
 
 
@@ -66,11 +67,11 @@ class LearnedCombination(LinearPredictor):
         """A share of what?"""
         return self.stretch
 
-    def init(self, rows: int | None, num_steps: int | None = None) -> Stretched:
+    def init(self, rows: int | None, num_steps: int | None = None, store: Store = PLAIN) -> Stretched:
         """An empty history that knows how long the run is."""
         is_known = self.stretch and num_steps is not None and num_steps > 1
         scale = (len(self.gram) - 1) / (num_steps - 1) if is_known else 1.0  # type: ignore[operator]
-        return Stretched(self.capacity, rows, scale)
+        return Stretched(self.capacity, rows, scale, store)
 
     def row_weights(self, state: Stretched, track: Track, row: int, time: float) -> list[float]:  # type: ignore[override]
         """The row of the measured step."""

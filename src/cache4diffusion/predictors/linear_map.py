@@ -17,6 +17,7 @@ from cache4diffusion.predictors.corrector import (
     constant,
     product_flops,
 )
+from cache4diffusion.storage import PLAIN, Store
 
 
 class MapState:
@@ -62,11 +63,11 @@ class LinearMap(Corrector):
         """Sites with a map; all, where there are none at all."""
         return self.weights is None or self.weights.serves(site)
 
-    def init(self, rows: int | None, num_steps: int | None = None) -> MapState:
+    def init(self, rows: int | None, num_steps: int | None = None, store: Store = PLAIN) -> MapState:
         """Of a site that has no name."""
-        return self.init_at("", rows, num_steps)
+        return self.init_at("", rows, num_steps, store)
 
-    def init_at(self, site: str, rows: int | None, num_steps: int | None = None) -> MapState:
+    def init_at(self, site: str, rows: int | None, num_steps: int | None = None, store: Store = PLAIN) -> MapState:
         """The map is fetched when the feature's width is known."""
         return MapState(site)
 

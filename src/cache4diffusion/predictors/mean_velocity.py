@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cache4diffusion.errors import SettingError
 from cache4diffusion.predictors.history import History, weighted_sum
+from cache4diffusion.storage import PLAIN, Kept, Ring, Store
 
 
 @dataclass
@@ -20,7 +21,7 @@ class VelocityLog:
     """Velocities and the latents they were used at, the latent now, and the noise levels of the run."""
 
     log: History  # two leaves: velocity, latent before its step
-    now: Tensor | None = None  # the latent after the newest step
+    now: Kept | None = None  # the latent after the newest step
     full_steps: int = 0  # so far
     sigmas: list[float] = field(default_factory=list)  # by step, one more than there are steps
 
@@ -28,12 +29,17 @@ class VelocityLog:
         """Everything held, for the ledger."""
         yield from self.log.tensors()
         if self.now is not None:
-            yield self.now
+            yield from self.now.tensors()
+
+    @property
+    def rings(self) -> list[Ring]:
+        """Of both leaves."""
+        return self.log.rings
 
     @property
     def buffers(self) -> list[Tensor]:
-        """The ring of both leaves."""
-        return self.log.buffers
+        """Where they lie."""
+        return [ring.data for ring in self.rings]
 
 
 @dataclass(frozen=True)
@@ -72,9 +78,9 @@ class MeanVelocity:
         """The noise levels come from the scheduler."""
         return False
 
-    def init(self, rows: int | None, num_steps: int | None = None) -> VelocityLog:
+    def init(self, rows: int | None, num_steps: int | None = None, store: Store = PLAIN) -> VelocityLog:
         """An empty log."""
-        return VelocityLog(History(max(self.look_back), rows))
+        return VelocityLog(History(max(self.look_back), rows, store))
 
     def see_sigmas(self, state: VelocityLog, sigmas: Sequence[float]) -> None:
         """Take in the run's noise levels."""
@@ -95,7 +101,7 @@ class MeanVelocity:
         """A weighted sum of two velocities and two latents."""
         track = state.log.shared
         assert track is not None and state.now is not None
-        velocities, latents = state.log.buffers
+        velocities, latents = state.log.rings
         wanted = self.look_back[min(state.full_steps, len(self.look_back)) - 1]
         start = min(wanted, len(track.times)) - 1
         newest, oldest = track.slots[0], track.slots[start]
@@ -103,9 +109,15 @@ class MeanVelocity:
         span = sigmas[step] - sigmas[round(track.times[start])]
         ahead = (sigmas[step + 1] - sigmas[step]) / span
         if start == 0:  # J is 0
-            return [velocities[newest]]
-        snapshots = [velocities[newest], velocities[oldest], state.now, latents[oldest]]
-        return [weighted_sum(snapshots, [1.0, -ahead, ahead / span, -ahead / span])]
+            return [velocities.value(newest)]
+        snapshots = [velocities.read(newest), velocities.read(oldest), state.now.read(), latents.read(oldest)]
+        return [weighted_sum(snapshots, [1.0, -ahead, ahead / span, -ahead / span], velocities.dtype)]
+
+    def prefetch(self, state: VelocityLog, time: float) -> None:
+        """Begin to bring all of it."""
+        if state.log.shared is not None and state.now is not None:
+            state.log.prefetch(state.log.shared.slots)
+            state.now.prefetch()
 
     def commit(
         self, state: VelocityLog, leaves: Sequence[Tensor], time: float, rows: Sequence[int] | None = None
@@ -116,7 +128,7 @@ class MeanVelocity:
     def _log(self, state: VelocityLog, leaves: Sequence[Tensor], time: float) -> None:
         velocity, before, after = leaves
         state.log.write([velocity, before], time)
-        if state.now is None or state.now.shape != after.shape or state.now.dtype != after.dtype:
-            state.now = after.clone()
+        if state.now is None or not state.now.fits(after):
+            state.now = state.log.store.keep(after)
         else:
-            state.now.copy_(after)
+            state.now.set(after)

@@ -17,6 +17,7 @@ from cache4diffusion.errors import SettingError
 from cache4diffusion.predictors.base import LinearPredictor
 from cache4diffusion.predictors.differences import combine, ladder, powers
 from cache4diffusion.predictors.history import History, Track
+from cache4diffusion.storage import PLAIN, Store
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ def _ladders(times: tuple[float, ...], order: int, first_difference_step: int) -
 class SearchedHistory(History):
     """Snapshots, and every row's own beta."""
 
-    def __init__(self, capacity: int, rows: int | None, beta: float) -> None:
-        super().__init__(capacity, rows)
+    def __init__(self, capacity: int, rows: int | None, beta: float, store: Store = PLAIN) -> None:
+        super().__init__(capacity, rows, store)
         self.beta = beta
         self.betas: dict[int, float] = {}  # of the rows that have moved
 
@@ -131,9 +132,9 @@ class AdaptedMomentum(Momentum):
                 f"beta={self.beta}, between 0 and below 1."
             )
 
-    def init(self, rows: int | None, num_steps: int | None = None) -> SearchedHistory:
+    def init(self, rows: int | None, num_steps: int | None = None, store: Store = PLAIN) -> SearchedHistory:
         """An empty history with the first beta."""
-        return SearchedHistory(self.capacity, rows, self.beta)
+        return SearchedHistory(self.capacity, rows, self.beta, store)
 
     def update(self, state: History, leaves: Sequence[Tensor], time: float, rows: Sequence[int] | None = None) -> None:
         """Search, then take the feature in."""
@@ -163,7 +164,7 @@ class AdaptedMomentum(Momentum):
     ) -> Tensor:
         """Squared distance of the prediction with these betas from the feature, per row."""
         tried = SearchedHistory(state.capacity, state.rows, state.beta)
-        tried.buffers, tried.shared, tried.tracks = state.buffers, state.shared, state.tracks
+        tried.rings, tried.shared, tried.tracks = state.rings, state.shared, state.tracks
         tried.betas = dict(zip(rows, betas, strict=True))
         predicted = self.predict(tried, time, rows)
         return torch.stack(

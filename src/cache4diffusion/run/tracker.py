@@ -166,6 +166,10 @@ class RunTracker:
         """Let ``steering`` act around every ``scheduler.step`` of a run, until `unwatch`."""
         self._steerings.append(steering)
 
+    def unsteer(self, steering: Steering) -> None:
+        """Let it act no more."""
+        self._steerings = [other for other in self._steerings if other is not steering]
+
     @property
     def is_steering(self) -> bool:
         """Whether anything acts on the trajectory."""

@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from cache4diffusion.accelerate import _choose, compose, denoisers_of
+from cache4diffusion.accelerate import choose, compose, denoisers_of
 from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.calls import quiet
 from cache4diffusion.compare import NOTHING_CACHED, parse_method
 from cache4diffusion.errors import AnatomyError, CalibrationError, CompositionError, SettingError
+from cache4diffusion.few_steps import FewStepsWarning
 from cache4diffusion.method import METHODS, Composition, Method
 from cache4diffusion.selfcheck.checks import OF_DENOISERS, OF_RUNS
 from cache4diffusion.selfcheck.findings import INVARIANTS, Finding, SelfCheck, Status
@@ -57,13 +58,15 @@ def selfcheck(
             raise SettingError(f"{name} is accelerated: call remove() on its handle first, selfcheck attaches its own.")
     with warnings.catch_warnings(), quiet(target) if not isinstance(target, nn.Module) else nullcontext():
         warnings.filterwarnings("ignore", message=NOTHING_CACHED)  # where that is wrong, it is a finding
+        warnings.simplefilter("ignore", FewStepsWarning)  # these runs are short on purpose
         stage = Stage(target, inputs, dict(call or {}), steps)
         names = dict.fromkeys(type(unwrapped(subject.denoiser)).__name__ for subject in stage.subjects)
         found = SelfCheck(", ".join(names))
         if isinstance(methods, (str, Method, Composition)):
             methods = [methods]
         for entry in methods or ():
-            compose(*_choose(target, denoisers_of(target), *_named(entry)))  # fails before anything runs
+            choice = choose(target, denoisers_of(target), *_named(entry))
+            compose(choice.chosen, choice.axes)  # fails before anything runs
         chosen = [_resolve(target, entry) for entry in (list(METHODS) if methods is None else methods)]
         for name, case in _tracked(chosen, progress):
             found.findings += _findings(stage, name, case)
@@ -85,9 +88,8 @@ def _named(entry: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _resolve(target: Any, entry: Any) -> tuple[str, Case]:
-    chosen, axes = _choose(target, denoisers_of(target), *_named(entry))
-    label = chosen.info.name if isinstance(chosen, Method) else "composition"
-    return label, Case(chosen, axes)
+    choice = choose(target, denoisers_of(target), *_named(entry))
+    return choice.name, Case(choice.chosen, choice.axes, choice.options.storage.given)
 
 
 _IN_THE_SCHEDULER = "it acts in scheduler.step, which this check never calls; whole runs of a pipeline show the rest"

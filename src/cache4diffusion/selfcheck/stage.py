@@ -43,6 +43,7 @@ class Case:
 
     chosen: Method | Composition
     axes: dict[str, Any]
+    storage: dict[str, Any] = dataclasses.field(default_factory=dict)  # how snapshots are kept
 
     def forced(self, steps: int) -> Case:
         """Caches early and on every score; gains that change a constant are set to 1."""
@@ -108,7 +109,7 @@ class Subject:
         Raises:
             AnatomyError, CompositionError: the method cannot serve it.
         """
-        return _attached(accelerate(self.denoiser, case.chosen, **case.axes, **more), [self])
+        return _attached(accelerate(self.denoiser, case.chosen, **case.axes, **case.storage, **more), [self])
 
     def release(self) -> None:
         """Remove whatever handle is still on it."""
@@ -158,7 +159,7 @@ class Stage:
         Raises:
             AnatomyError, CompositionError: the method cannot serve one of them.
         """
-        return _attached(accelerate(self.target, case.chosen, **case.axes), self.subjects)
+        return _attached(accelerate(self.target, case.chosen, **case.axes, **case.storage), self.subjects)
 
     def release(self) -> None:
         """Remove whatever handle is still on its denoisers."""

@@ -1,0 +1,335 @@
+"""How snapshots are kept: in which dtype, on which device, and the buffers they lie in.
+
+By default a snapshot has the feature's own dtype and lies on its device. In another dtype it takes less room; on
+another device it is offloaded on full steps and brought back, ahead of its time, for cached ones. What is read is on
+the feature's device again, and sums of snapshots are accumulated in float32 whatever they are kept in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from cache4diffusion.copies import Coming, CopyEngine, copy_engine
+from cache4diffusion.errors import SettingError, closest
+
+FP8 = getattr(torch, "float8_e4m3fn", None)
+_LARGEST = 448.0  # of float8_e4m3fn
+
+DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    **({"fp8": FP8, "float8_e4m3fn": FP8} if FP8 is not None else {}),
+}
+"""What ``cache_dtype`` may be, by name."""
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where and in what snapshots are kept.
+
+    Args:
+        dtype: of floating-point features; None: the feature's own. ``float8_e4m3fn`` has a scale for each row of the
+            batch in each snapshot.
+        device: None: the feature's own.
+    """
+
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+
+    @classmethod
+    def of(cls, dtype: Any = None, device: Any = None) -> Storage:
+        """From what a user writes: names or torch's own objects.
+
+        Raises:
+            SettingError: a dtype or device that is not known, or that is not there.
+        """
+        if isinstance(dtype, str):
+            if dtype not in DTYPES:
+                raise SettingError(
+                    f"cache_dtype={dtype!r}{closest(dtype, DTYPES) or '.'} Use one of {', '.join(DTYPES)}, or a dtype."
+                )
+            dtype = DTYPES[dtype]
+        if dtype is not None and dtype not in DTYPES.values():
+            raise SettingError(f"cache_dtype={dtype!r}: use one of {', '.join(DTYPES)}, or the torch dtype.")
+        if device is not None:
+            try:
+                device = torch.device(device)
+                torch.empty(0, device=device)
+            except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+                reason = (str(error).splitlines() or [""])[0]
+                raise SettingError(f"cache_device={str(device)!r} cannot be used ({reason}). Use 'cpu'.") from error
+            if device.type == "meta":
+                raise SettingError("cache_device='meta' holds no data. Use 'cpu', or a device.")
+        return cls(dtype, device)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether everything stays as it is."""
+        return self.dtype is None and self.device is None
+
+    @property
+    def given(self) -> dict[str, str]:
+        """What differs from the default, as it is written."""
+        found = {} if self.dtype is None else {"cache_dtype": name_of(self.dtype)}
+        return found | ({} if self.device is None else {"cache_device": str(self.device)})
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.given.items())
+
+
+class Store:
+    """Makes the buffers of one denoiser's cache.
+
+    Args:
+        storage: how snapshots are kept.
+        copies: makes what copies to and from another device.
+        pretends: whether features count as being on another device than ``storage.device`` wherever they are: to know
+            what an accelerator would hold where there is none.
+    """
+
+    def __init__(
+        self,
+        storage: Storage | None = None,
+        copies: Callable[[torch.device], CopyEngine] = copy_engine,
+        *,
+        pretends: bool = False,
+    ) -> None:
+        self.storage, self._make, self.pretends = storage or Storage(), copies, pretends
+        self._engines: dict[torch.device, CopyEngine] = {}
+        self._hosted: WeakIdKeyDictionary = WeakIdKeyDictionary()  # buffers that only pretend to be elsewhere
+
+    @property
+    def may_be_away(self) -> bool:
+        """Whether a snapshot may lie on another device than its feature."""
+        return self.storage.device is not None
+
+    @property
+    def engines(self) -> list[CopyEngine]:
+        """What copied, so far."""
+        return list(self._engines.values())
+
+    def copies(self, device: torch.device) -> CopyEngine:
+        """What copies to and from a device."""
+        if device not in self._engines:
+            self._engines[device] = self._make(device)
+        return self._engines[device]
+
+    def is_away(self, device: torch.device) -> bool:
+        """Whether snapshots of a feature on ``device`` lie on another one."""
+        wanted = self.storage.device
+        if wanted is None:
+            return False
+        is_same = wanted.type == device.type and wanted.index in (None, device.index)
+        return self.pretends or not is_same
+
+    def dtype_for(self, dtype: torch.dtype) -> torch.dtype:
+        """What a feature of ``dtype`` is kept in."""
+        return self.storage.dtype if self.storage.dtype is not None and dtype.is_floating_point else dtype
+
+    def ring(self, capacity: int, shape: tuple[int, ...], like: Tensor) -> Ring:
+        """Room for ``capacity`` snapshots of a tensor like ``like``, of another ``shape``."""
+        return Ring(self, capacity, shape, like)
+
+    def keep(self, tensor: Tensor) -> Kept:
+        """A copy of one tensor."""
+        return Kept(self, tensor)
+
+    def remember(self, memory: dict[str, Any], name: str, tensor: Tensor) -> None:
+        """A copy of one tensor as ``memory[name]``, in the place of an earlier one."""
+        kept = memory.get(name)
+        if isinstance(kept, Kept) and kept.fits(tensor):
+            kept.set(tensor)
+        else:
+            memory[name] = self.keep(tensor)
+
+    def place_of(self, tensor: Tensor) -> tuple[str, str]:
+        """Device and dtype of a tensor that is held, for the ledger."""
+        if self.pretends:
+            device = str(self.storage.device) if tensor in self._hosted else "accelerator"
+        else:
+            device = str(tensor.device)
+        return device, name_of(tensor.dtype)
+
+    def _note(self, buffer: Tensor) -> None:
+        if self.pretends:
+            self._hosted[buffer] = True
+
+
+class Ring:
+    """Snapshots of one tensor: ``capacity`` slots, each as large as it. Made by `Store.ring`.
+
+    Slots lie in memory like the tensor itself: a prediction in another memory format (channels last, say) would lead
+    the host to other kernels, which round differently.
+    """
+
+    def __init__(self, store: Store, capacity: int, shape: tuple[int, ...], like: Tensor) -> None:
+        self._store = store
+        self.dtype, self.device = like.dtype, like.device
+        self.is_away = store.is_away(like.device)
+        self._order = sorted(range(like.ndim), key=lambda axis: (-like.stride(axis), axis))
+        self.shape = tuple(shape)
+        self._kept = store.dtype_for(like.dtype)
+        self._is_scaled = FP8 is not None and self._kept == FP8 and like.dtype != FP8
+        self._coming: dict[int, tuple[Coming, Coming | None]] = {}  # by slot
+        self.data, self.scales = self._empty(capacity)
+
+    def _empty(self, capacity: int) -> tuple[Tensor, Tensor | None]:
+        device = self._store.storage.device if self.is_away else self.device
+        assert device is not None
+
+        def make(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            if not self.is_away:
+                return torch.empty(shape, dtype=dtype, device=device)
+            return self._store.copies(self.device).room(shape, dtype, device)
+
+        inside = make((capacity, *[self.shape[axis] for axis in self._order]), self._kept)
+        data = inside.permute(0, *[1 + self._order.index(axis) for axis in range(len(self.shape))])
+        scales = make((capacity, *self.shape[:1]), torch.float32) if self._is_scaled else None
+        if self.is_away:
+            self._store._note(data)
+            if scales is not None:
+                self._store._note(scales)
+        return data, scales
+
+    @property
+    def capacity(self) -> int:
+        """Slots there are now."""
+        return self.data.shape[0]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything held: the slots, and what is on its way to the feature's device."""
+        yield self.data
+        if self.scales is not None:
+            yield self.scales
+        for pair in list(self._coming.values()):
+            yield from (coming.tensor for coming in pair if coming is not None)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor is one of the slots itself."""
+        return tensor.untyped_storage()._cdata == self.data.untyped_storage()._cdata
+
+    def fits(self, leaf: Tensor, is_some_rows: bool) -> bool:
+        """Whether a tensor (or some rows of it) is like the one this was made for."""
+        if self.dtype != leaf.dtype or self.device != leaf.device or len(self.shape) != leaf.ndim:
+            return False
+        return self.shape[1:] == leaf.shape[1:] if is_some_rows else self.shape == leaf.shape
+
+    def grow(self, capacity: int) -> None:
+        """Have more slots."""
+        if self.is_away:
+            self._store.copies(self.device).finish()
+        before, scales = self.data, self.scales
+        self.data, self.scales = self._empty(capacity)
+        self.data[: before.shape[0]].copy_(before)
+        if scales is not None and self.scales is not None:
+            self.scales[: scales.shape[0]].copy_(scales)
+
+    def write(self, slot: int, leaf: Tensor, row: int | None = None) -> None:
+        """Fill a slot, or one row of it, with a copy of ``leaf``."""
+        self._coming.pop(slot, None)
+        place = self.data[slot] if row is None else self.data[slot, row]
+        if not self.is_away and not self._is_scaled:
+            place.copy_(leaf)
+            return
+        packed, scale = _pack(leaf, place, is_row=row is not None) if self._is_scaled else (_like(place, leaf), None)
+        places = [(packed, place)]
+        if scale is not None:
+            assert self.scales is not None
+            places.append((scale, self.scales[slot] if row is None else self.scales[slot, row]))
+        for source, target in places:
+            if self.is_away:
+                self._store.copies(self.device).offload(source, target)
+            else:
+                target.copy_(source)
+
+    def prefetch(self, slot: int) -> None:
+        """Begin to bring a slot, if it lies elsewhere."""
+        if self.is_away and slot not in self._coming:
+            self._coming[slot] = self._bring(slot)
+
+    def _bring(self, slot: int) -> tuple[Coming, Coming | None]:
+        copies = self._store.copies(self.device)
+        scales = None if self.scales is None else copies.prefetch(self.scales[slot])
+        return copies.prefetch(self.data[slot]), scales
+
+    def read(self, slot: int) -> Tensor:
+        """A slot, on the feature's device: in its dtype, in that it is kept in, or in float32. Not to be written."""
+        data, scales = self.data[slot], None if self.scales is None else self.scales[slot]
+        if self.is_away:
+            copies = self._store.copies(self.device)
+            coming = self._coming.pop(slot, None) or self._bring(slot)
+            data, scales = copies.fetch(coming[0]), None if coming[1] is None else copies.fetch(coming[1])
+        if scales is None:
+            return data
+        return data.float() * scales.reshape(*scales.shape, *[1] * (data.ndim - scales.ndim))
+
+    def value(self, slot: int) -> Tensor:
+        """A slot, on the feature's device and in its dtype. Not to be written."""
+        return self.read(slot).to(self.dtype)
+
+
+class Kept:
+    """A copy of one tensor that is needed again at a later step. Made by `Store.keep`."""
+
+    def __init__(self, store: Store, tensor: Tensor) -> None:
+        self._ring = store.ring(1, tuple(tensor.shape), tensor)
+        self._ring.write(0, tensor)
+
+    def set(self, tensor: Tensor) -> None:
+        """Keep another one of the same kind."""
+        self._ring.write(0, tensor)
+
+    def fits(self, tensor: Tensor) -> bool:
+        """Whether it is of the same kind."""
+        return self._ring.fits(tensor, is_some_rows=False)
+
+    def prefetch(self) -> None:
+        """Begin to bring it, if it lies elsewhere."""
+        self._ring.prefetch(0)
+
+    def read(self) -> Tensor:
+        """The tensor, on its device and in its dtype. Not to be written."""
+        return self._ring.value(0)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What is held."""
+        yield from self._ring.tensors()
+
+
+def _like(place: Tensor, leaf: Tensor) -> Tensor:
+    """A copy of ``leaf`` on its own device, in the dtype and memory format of its place in the cache.
+
+    The host may write into the leaf before an offload has read it.
+    """
+    return torch.empty_like(place, device=leaf.device).copy_(leaf)
+
+
+def _pack(leaf: Tensor, place: Tensor, *, is_row: bool) -> tuple[Tensor, Tensor]:
+    """Numbers in float8 and their scale, one for every row: rows do not touch each other."""
+    wide = leaf.float()
+    if not leaf.numel():
+        return torch.empty_like(place, device=leaf.device), wide.new_ones(() if is_row else leaf.shape[:1])
+    dims = tuple(range(0 if is_row else min(1, leaf.ndim), leaf.ndim))
+    largest = wide.abs().amax(dims) if dims else wide.abs()
+    scale = torch.where(largest > 0, largest / _LARGEST, torch.ones_like(largest))
+    spread = scale.reshape(*scale.shape, *[1] * (leaf.ndim - scale.ndim))
+    return torch.empty_like(place, device=leaf.device).copy_(wide / spread), scale
+
+
+PLAIN = Store()
+"""Snapshots as they are, where they are."""
