@@ -7,6 +7,7 @@ configuration alone: FLUX.1's 19 + 38 blocks without embedded guidance, and a sc
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Mapping
@@ -51,7 +52,7 @@ def gain_at_most(composition: Composition, steps: int) -> tuple[str, float]:
         composition.check_run(steps)
     except Cache4DiffusionError:  # nothing would be cached, or it is made for other runs
         return FULL * steps, 1.0
-    strip = best_strip(composition, steps)
+    strip = best_strip(copy.deepcopy(composition), steps)  # a gate may write down what it is asked
     computed = strip.count(FULL) + 0.5 * strip.count(HALF)
     return strip, steps / max(computed, 1.0)
 

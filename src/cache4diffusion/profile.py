@@ -64,7 +64,8 @@ def load_profile(path: Path) -> Profile:
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
         raise FileFormatError(
-            f"The profile {path} cannot be used ({problems}). It has the fields {', '.join(Profile.model_fields)}."
+            f"The profile {path} cannot be used ({problems}). It has the fields method, settings and axes, and "
+            f"may have {', '.join(OPTIONS)}."
         ) from error
     for name, value in profile.settings.items():
         if isinstance(value, list):
