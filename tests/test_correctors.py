@@ -17,6 +17,7 @@ from cache4diffusion.predictors import Corrector, Increment, LinearMap, Reuse, W
 from cache4diffusion.predictors.corrector import Blank, along_channels, constant, paired
 from cache4diffusion.predictors.history import History
 from cache4diffusion.sites import Blocks, Denoiser, Linears, Parts, Span, SwitchingSpan
+from cache4diffusion.storage import PLAIN
 from small_denoisers import accelerated, differences, flux, flux_inputs, remember_anatomy, rows_of, sample
 
 STEPS = 6
@@ -48,11 +49,11 @@ class Witness(Corrector):
     def serves(self, site: str) -> bool:
         return True
 
-    def init(self, rows, num_steps=None):
-        return self.init_at("", rows, num_steps)
+    def init(self, rows, num_steps=None, store=PLAIN):
+        return self.init_at("", rows, num_steps, store)
 
-    def init_at(self, site, rows, num_steps=None):
-        state = Sighting(1, rows)
+    def init_at(self, site, rows, num_steps=None, store=PLAIN):
+        state = Sighting(1, rows, store)
         state.site = site
         return state
 

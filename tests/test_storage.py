@@ -259,7 +259,7 @@ def test_offloaded_runs_are_equal_to_runs_on_one_device(name):
     away = accelerate(denoiser, name, store, **ACTIVE[name])
     assert equal(run(away, denoiser, inputs)[0], plain)
     assert away.trace.strip() == strip
-    if name != "fastercache":
+    if name not in ("fastcache", "fastercache"):  # one keeps no snapshot, the other needs two branches
         copies = store.engines[0]
         assert any(kind == "fetch" for kind, _ in copies.log), "the cache was used"
 
