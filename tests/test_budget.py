@@ -7,8 +7,11 @@ import cache4diffusion as c4d
 from cache4diffusion import budget
 from cache4diffusion.accelerate import choose
 from cache4diffusion.budget import alternatives, differs, lighter
+from cache4diffusion.compare import variants_of
 from cache4diffusion.engine.admission import Admission
 from cache4diffusion.errors import MemoryBudgetError, SettingError
+from cache4diffusion.measure.bench import _rename
+from cache4diffusion.measure.entry import Entry
 from cache4diffusion.run import Call
 from cache4diffusion.run.path import Run
 from cache4diffusion.units import size_text
@@ -195,6 +198,24 @@ def test_prepare_weighs_too():
         pytest.raises(MemoryBudgetError),
     ):
         handle.prepare(**one_call())
+
+
+def test_a_row_of_the_bench_goes_by_what_ran():
+    pipe = flux_pipeline()
+    call = {**prompt(), "height": 16, "width": 16}
+    limit = c4d.cache_bytes(pipe, "taylorseer-lite", call=call, steps=STEPS, interval=3, order=1)
+    asked = f"taylorseer-lite(interval=3, order=2, memory_budget={limit}, allow_downgrade=True)"
+    (variant,) = variants_of(pipe, [asked])
+    entry = Entry(variant.name, "", dict(variant.settings), variant.fidelity, variant.attach, STEPS)
+    for number in range(2):
+        with variant.attach() as seen:
+            generate(pipe, STEPS)
+        assert any("order=2" in note for note in seen.notes)
+        assert seen.cache_bytes == limit
+        reasons = [record.reason for record in seen._handle.trace.of()]
+        assert any("weighed" in reason for reason in reasons) == (number == 0), "later runs are timed"
+    _rename([entry], [variant])
+    assert entry.settings["order"] == 1 and "for taylorseer-lite" in entry.title
 
 
 # -- pieces ------------------------------------------------------------------------------------------------------------
