@@ -35,6 +35,7 @@ GATE = {name: name for name in GATES} | {
     "accumulated": "accumulated(threshold=0.2)",
     "adaptive": "adaptive(thresholds=(), rates=(3,))",
     "entrance": "entrance(threshold=0.5)",
+    "learned": "learned(threshold=2.0)",
     "triggered": "triggered(threshold=9.0, reuse=0.34, tail=0.0)",
     "drift": "accumulated(threshold=9.0, of='drift')",
     "probe": "probe(threshold=0.5)",
@@ -66,12 +67,12 @@ def _kinds():
 KINDS = [name for name in _kinds() if name not in ("mean-velocity", "two-sided")]  # which need the trajectory
 ANYWHERE = [name for name in PREDICTOR if name not in ("mean-velocity", "two-sided")]
 ENTRANCES = ("entrance", "significance")  # gates by which each block decides for itself
-LOOKS_INSIDE = ("accumulated", "probe", *ENTRANCES)  # gates that decide while the blocks run
-NEEDS_STACK = (*LOOKS_INSIDE, "adaptive", "triggered")
-WATCHES = (*NEEDS_STACK, "drift")
-PARTS = ("parts", "linears", "mixed_score", "scaled_parts")
+LOOKS_INSIDE = ("accumulated", "probe", "learned", *ENTRANCES)  # gates that decide while the blocks run
+NEEDS_STACK = ("accumulated", "probe", "adaptive", "triggered", *ENTRANCES)
+WATCHES = (*NEEDS_STACK, "drift", "learned")
+PARTS = ("parts", "linears", "mixed_score", "scaled_parts", "gated_parts")
 CORRECTORS = ("increment", "linear-map")  # predictors that see what enters a site
-SPLITS_ROWS = ("span", "switching_span", "blocks")
+SPLITS_ROWS = ("span", "switching_span", "blocks", "gated_parts")
 
 
 def refusal(site, gate, tokens, decide, predictor="reuse", cfg=None):
@@ -82,12 +83,16 @@ def refusal(site, gate, tokens, decide, predictor="reuse", cfg=None):
         return "a U-Net has levels instead"
     if (site == "blocks") != (gate in ENTRANCES) and gate in WATCHES:
         return "each block decides by what enters it"
+    if (site == "gated_parts") != (gate == "learned"):
+        return "each part decides by what enters it"
     if gate == "probe" and site == "switching_span":
         return "caches them late in the run"
     if predictor == "aligned" and (site, gate) != ("span", "probe"):
         return "reads what the first blocks add"
     if predictor in CORRECTORS and site in ("trajectory", "unet_level"):
         return "no module has both"
+    if predictor in CORRECTORS and site == "gated_parts":
+        return "are shown that only to decide"
     if predictor == "linear-map" and site == "denoiser":  # by its name alone it is the output
         return "is not a sum"
     if predictor in CORRECTORS and tokens:
@@ -102,6 +107,8 @@ def refusal(site, gate, tokens, decide, predictor="reuse", cfg=None):
         return "one needs the other"
     if decide == "row" and gate in LOOKS_INSIDE and site not in SPLITS_ROWS:
         return "can no longer be split by rows"
+    if tokens and site == "gated_parts":
+        return "where each part decides for itself"
     if tokens and (decide == "row" or gate == "speculative"):
         return "rows cannot decide for themselves"
     if tokens and (site not in PARTS or site == "linears"):
@@ -189,6 +196,7 @@ FAMILY = {
     "switching_span": "span",
     "blocks": "span",
     "linears": "parts",
+    "gated_parts": "parts",
     "mixed_score": "parts",
     "scaled_parts": "parts",
 }
@@ -197,7 +205,7 @@ FAMILY = {
 def runs(site, gate):
     """Whether the pair is worth a run."""
     return site not in ("unet_level", "trajectory") and (
-        site not in FAMILY or gate in ("interval", *ENTRANCES, "adaptive")
+        site not in FAMILY or gate in ("interval", *ENTRANCES, "adaptive", "learned")
     )
 
 

@@ -28,6 +28,7 @@ from cache4diffusion.gates import (
     MaxRun,
     MaxTotal,
     ModulatedInterval,
+    PartInput,
     Place,
     ProbeThreshold,
     Schedule,
@@ -40,7 +41,7 @@ from cache4diffusion.gates import (
 from cache4diffusion.gates.quadratic import Quadratic, quadratic_steps
 from cache4diffusion.method import Composition
 from cache4diffusion.methods import DBCache, FBCache, Fora, TaylorSeer, TaylorSeerLite, TeaCache, ToCa
-from cache4diffusion.sites import Blocks, Parts, Span
+from cache4diffusion.sites import Blocks, GatedParts, Parts, Span
 
 
 def full_steps(strip):
@@ -105,6 +106,8 @@ def composed(gate, guards=()):
         site = Parts()
     elif isinstance(gate.watch, Entrance):
         site = Blocks()
+    elif isinstance(gate.watch, PartInput):
+        site = GatedParts()
     else:
         site = Span(front=gate.watch.blocks if isinstance(gate.watch, Front) else 0)
     return Composition(site=site, gate=gate, guards=guards)

@@ -19,7 +19,7 @@ from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.budget import Budget
 from cache4diffusion.engine import Engine
 from cache4diffusion.engine.admission import Admission
-from cache4diffusion.engine.compiling import TOKENS, WHOLE, hides_sites, is_compiled
+from cache4diffusion.engine.compiling import WHOLE, forbids_compiled_blocks, hides_sites, is_compiled
 from cache4diffusion.engine.finite import NanGuard
 from cache4diffusion.engine.host import no_stack
 from cache4diffusion.engine.inputs import inputs_of
@@ -416,8 +416,9 @@ def check_composition(name: str, denoiser: nn.Module, composition: Composition) 
         raise no_stack(f"{name} ({type(unwrapped(denoiser)).__name__})", composition)
     if hides_sites(composition) and (hasattr(denoiser, "_orig_mod") or is_compiled(denoiser)):
         raise CompositionError(f"{name} {WHOLE}")
-    if composition.tokens is not None and any(is_compiled(module) for module in denoiser.modules()):
-        raise CompositionError(f"{name}: {TOKENS}")
+    reason = forbids_compiled_blocks(composition)
+    if reason is not None and any(is_compiled(module) for module in denoiser.modules()):
+        raise CompositionError(f"{name}: {reason}")
 
 
 def _is_convolutional_unet(denoiser: nn.Module) -> bool:

@@ -7,16 +7,26 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
-from cache4diffusion.calibration import Calibration, Entry, Statistic
+from cache4diffusion.calibration import Calibration, Calibrator, Entry
 from cache4diffusion.calibration.store import command, misshapen, opened
 from cache4diffusion.errors import CalibrationError, CompositionError, SettingError, UnknownNameError, closest
-from cache4diffusion.gates import Entrance, Front, Gate, Guard, LookAhead, Place, Signal, Verification
+from cache4diffusion.gates import Entrance, Front, Gate, Guard, LookAhead, PartInput, Place, Signal, Verification
 from cache4diffusion.gates.guards import ForceLast, Warmup
 from cache4diffusion.gates.timetable import positions_of
 from cache4diffusion.guidance import BranchRule
 from cache4diffusion.predictors import Predictor, Reuse, TwoSided
 from cache4diffusion.settings import check, check_names, describe
-from cache4diffusion.sites import Blocks, Linears, Parts, Site, Span, SwitchingSpan, Trajectory, UNetLevel
+from cache4diffusion.sites import (
+    Blocks,
+    GatedParts,
+    Linears,
+    Parts,
+    Site,
+    Span,
+    SwitchingSpan,
+    Trajectory,
+    UNetLevel,
+)
 from cache4diffusion.tokens import TokenRule
 
 Fidelity = Literal["code", "paper", "reconstructed", "ours"]
@@ -110,6 +120,11 @@ class Composition:
                 f"{type(self.gate).__name__} and {site.words} do not fit: each block decides by what enters it, and "
                 "only there. Use site='blocks' with gate='entrance', or a gate that watches nothing."
             )
+        if isinstance(site, GatedParts) != isinstance(watch, PartInput):
+            raise CompositionError(
+                f"{type(self.gate).__name__} and {site.words} do not fit: each part decides by what enters it, and "
+                "only there. Use site='gated_parts' with gate='learned', or another site with another gate."
+            )
         if isinstance(watch, Front) and isinstance(site, SwitchingSpan):
             raise CompositionError(
                 f"{type(self.gate).__name__} watches the first blocks, and {site.words} caches them late in the run. "
@@ -125,6 +140,10 @@ class Composition:
             raise CompositionError(
                 f"{words} maps what enters a site to what leaves it, and at {site.words} no module has both: what is "
                 "cached there is made by the whole denoiser. Use a site such as 'parts' or 'blocks'."
+            )
+        if sees == "input" and isinstance(site, GatedParts):
+            raise CompositionError(
+                f"{words} maps what enters a part, and {site.words}, are shown that only to decide. Use site='parts'."
             )
         if getattr(self.predictor, "predicts", "anything") == "residual" and getattr(site, "form", "") == "output":
             raise CompositionError(
@@ -167,7 +186,7 @@ class Composition:
                 "LookAhead computes steps ahead of their time and TwoSided makes use of them: one needs the other, and "
                 "both need site='trajectory'. Use all three, or another gate and predictor."
             )
-        splits = isinstance(site, (Span, SwitchingSpan, Blocks))
+        splits = isinstance(site, (Span, SwitchingSpan, Blocks, GatedParts))
         if self.decide == "row" and watch is not None and watch.is_inside and not splits:
             raise CompositionError(
                 f"decide='row' with {type(self.gate).__name__} is decided in the middle of a call, when "
@@ -175,12 +194,18 @@ class Composition:
             )
         if (
             isinstance(site, Parts)
+            and not isinstance(site, GatedParts)
             and site.decisions != "one"
             and (watch is not None or self.decide != "batch" or self.tokens is not None)
         ):
             raise CompositionError(
                 f"Parts(decisions={site.decisions!r}) takes several decisions before the call, for the whole batch: "
                 "use a gate that watches nothing, decide='batch' and no token rule, or decisions='one'."
+            )
+        if self.tokens is not None and isinstance(site, GatedParts):
+            raise CompositionError(
+                "A token rule computes some tokens of every part on a cached step, and where each part decides for "
+                "itself there is no such step. Use site='parts' with a gate such as 'interval'."
             )
         if self.tokens is not None and (self.decide == "row" or isinstance(watch, Verification)):
             raise CompositionError(
@@ -361,7 +386,7 @@ class Method(ABC):
     """
 
     info: ClassVar[MethodInfo]
-    calibrator: ClassVar[type[Statistic] | None] = None  # what a calibration of it measures; settings: calibration, ...
+    calibrator: ClassVar[type[Calibrator] | None] = None  # what a calibration of it makes; settings: calibration, ...
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from cache4diffusion.calibration.calibrator import Calibrator, Fit, Sums
 from cache4diffusion.calibration.quality import Quality
-from cache4diffusion.calibration.statistic import Fit, Seen, Statistic, StepMeans, Sums
+from cache4diffusion.calibration.statistic import Seen, Statistic, StepMeans
 from cache4diffusion.calibration.store import (
     Calibration,
     Entry,
@@ -11,20 +12,26 @@ from cache4diffusion.calibration.store import (
     load_calibration,
     merge_calibrations,
 )
+from cache4diffusion.calibration.training import Numbers, Reached, Spot, Training
 
 Given = str | Path | Calibration | None  # what a setting ``calibration`` may be
 
 __all__ = [
     "Calibration",
+    "Calibrator",
     "Entry",
     "Fit",
     "Given",
+    "Numbers",
     "Provenance",
     "Quality",
+    "Reached",
     "Seen",
+    "Spot",
     "Statistic",
     "StepMeans",
     "Sums",
+    "Training",
     "load_calibration",
     "merge_calibrations",
 ]

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from cache4diffusion.calibration.calibrator import Fit, Shape, Sums
 from cache4diffusion.calibration.figure import Figure
 from cache4diffusion.calibration.quality import judged
-from cache4diffusion.calibration.statistic import Fit, Seen, Shape, Statistic, Sums
+from cache4diffusion.calibration.statistic import Seen, Statistic
 from cache4diffusion.errors import CalibrationError
 from cache4diffusion.predictors.tao import compare_changes
 from cache4diffusion.sites import Trajectory

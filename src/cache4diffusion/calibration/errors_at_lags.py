@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from cache4diffusion.calibration.calibrator import Fit, Shape, Sums
 from cache4diffusion.calibration.figure import Figure
 from cache4diffusion.calibration.relative import relative_l1
-from cache4diffusion.calibration.statistic import Fit, Seen, Shape, StepMeans, Sums
+from cache4diffusion.calibration.statistic import Seen, StepMeans
 from cache4diffusion.settings import setting
 from cache4diffusion.sites import Parts
 

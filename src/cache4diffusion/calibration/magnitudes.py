@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from cache4diffusion.calibration.statistic import Fit, Seen, Shape, StepMeans, Sums
+from cache4diffusion.calibration.calibrator import Fit, Shape, Sums
+from cache4diffusion.calibration.statistic import Seen, StepMeans
 from cache4diffusion.sites import Span
 
 

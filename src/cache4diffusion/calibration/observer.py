@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from cache4diffusion.accelerate import attach, denoisers_of
 from cache4diffusion.anatomy.undisturbed import unwrapped
+from cache4diffusion.calibration.calibrator import Sums
 from cache4diffusion.calibration.fingerprint import fingerprint_of
-from cache4diffusion.calibration.statistic import Fit, Seen, Statistic, Sums, WeightStatistic
+from cache4diffusion.calibration.statistic import Fit, Seen, Statistic, WeightStatistic
 from cache4diffusion.calibration.store import Entry
 from cache4diffusion.engine.state import Context
 from cache4diffusion.errors import AlreadyAcceleratedError, CalibrationError

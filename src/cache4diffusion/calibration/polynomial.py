@@ -9,10 +9,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from cache4diffusion.calibration.calibrator import Fit, Shape, Sums
 from cache4diffusion.calibration.figure import Figure
 from cache4diffusion.calibration.quality import judged, r2_of
 from cache4diffusion.calibration.relative import relative_l1
-from cache4diffusion.calibration.statistic import Fit, Seen, Shape, Statistic, Sums
+from cache4diffusion.calibration.statistic import Seen, Statistic
 from cache4diffusion.errors import CalibrationError
 from cache4diffusion.gates import Signal
 from cache4diffusion.settings import setting

@@ -15,23 +15,19 @@ are stored with the fit, so that shards can be merged and fits made anew without
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from cache4diffusion.calibration.calibrator import Calibrator, Fit, Sums
 from cache4diffusion.calibration.figure import Figure
-from cache4diffusion.calibration.quality import Quality, judged, mean_of, r2_of_means
+from cache4diffusion.calibration.quality import judged, mean_of, r2_of_means
 from cache4diffusion.errors import CalibrationError
 from cache4diffusion.gates import Watch
-from cache4diffusion.settings import check, describe
-from cache4diffusion.sites import Site
-
-Sums = dict[str, Tensor]
-Shape = tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -62,20 +58,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Fit:
-    """What a calibration is for.
-
-    Args:
-        tensors: the numbers the method takes, by name.
-        quality: how well they explain what was measured.
-    """
-
-    tensors: Mapping[str, Tensor]
-    quality: Quality
-
-
-@dataclass(frozen=True)
-class Statistic(ABC):
+class Statistic(Calibrator):
     """Base of every statistic: frozen settings, declared with `setting`.
 
     A subclass says where to look (`site`, and `watch` if the method's gate watches something), what to add up
@@ -85,14 +68,6 @@ class Statistic(ABC):
     is_by_step: ClassVar[bool] = True  # whether the fit belongs to steps, and so to their noise levels
     listed: ClassVar[tuple[str, ...]] = ()  # names of sums whose rows are listed one after another, not added up
     sees: ClassVar[Literal["input"] | None] = None  # what is wanted beside the features, as of a corrector
-
-    def __post_init__(self) -> None:
-        check(self)
-
-    @property
-    @abstractmethod
-    def site(self) -> Site:
-        """Where features are recorded: the method's own site."""
 
     @property
     def watch(self) -> Watch | None:
@@ -134,19 +109,6 @@ class Statistic(ABC):
     @abstractmethod
     def fit(self, sums: Sums) -> Fit:
         """What the method takes from it."""
-
-    @abstractmethod
-    def shapes(self, num_steps: int) -> Mapping[str, Shape]:
-        """Names and shapes of the tensors that a fit has; None is any length. ``"*"`` in a name: any, or none."""
-
-    def figure(self, sums: Sums, fit: Fit) -> Figure | None:
-        """A picture of the fit, if there is something to see."""
-        return None
-
-    @classmethod
-    def describe(cls) -> list[dict[str, Any]]:
-        """Name, default, range and meaning of every setting."""
-        return describe(cls)
 
 
 @dataclass(frozen=True)

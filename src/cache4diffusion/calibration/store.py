@@ -21,9 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from cache4diffusion.calibration.calibrator import Calibrator, Fit, Sums
 from cache4diffusion.calibration.fingerprint import Fingerprint, fingerprint_of
 from cache4diffusion.calibration.quality import Quality
-from cache4diffusion.calibration.statistic import Fit, Statistic, Sums
+from cache4diffusion.calibration.statistic import Statistic
 from cache4diffusion.errors import CalibrationError, FileFormatError
 from cache4diffusion.files import write_whole
 from cache4diffusion.settings import check_names
@@ -120,8 +121,8 @@ class Calibration:
         return f"<calibration of {self.method}, {len(self.provenance.samples)} samples, {self.provenance.steps} steps>"
 
     @property
-    def statistic(self) -> Statistic:
-        """What measured it."""
+    def statistic(self) -> Calibrator:
+        """What measured or trained it."""
         return statistic_of(self.method, self.options)
 
     @property
@@ -231,8 +232,8 @@ def command(method: str) -> str:
     return f"c4d calibrate MODEL --method {method} --prompts FILE --out {method}.safetensors"
 
 
-def statistic_of(method: str, options: Mapping[str, Any]) -> Statistic:
-    """What a method measures.
+def statistic_of(method: str, options: Mapping[str, Any]) -> Calibrator:
+    """What a method measures or trains.
 
     Raises:
         UnknownNameError: no such method.
@@ -378,7 +379,7 @@ def _tensor(path: Path, name: str, shape: list[int], tensors: dict[str, Tensor])
     return value
 
 
-def misshapen(statistic: Statistic, fit: Mapping[str, Tensor], steps: int) -> str | None:
+def misshapen(statistic: Calibrator, fit: Mapping[str, Tensor], steps: int) -> str | None:
     """What is wrong with the tensors of a fit, in words; None if nothing is."""
     wanted = statistic.shapes(steps)
     missing = [name for name in wanted if name not in fit and ("*" not in name or not fit)]
@@ -426,8 +427,8 @@ def merge_calibrations(shards: Sequence[Calibration], target: Any = None) -> Cal
         target: the pipeline or denoiser they were made with; needed where the fit is made from its weights too.
 
     Raises:
-        CalibrationError: they were made otherwise (the field is named), or share a prompt and seed; or the fit needs
-            the denoiser, and it is not given or is another one.
+        CalibrationError: they were made otherwise (the field is named), share a prompt and seed, or were trained; or
+            the fit needs the denoiser, and it is not given or is another one.
     """
     from cache4diffusion.accelerate import denoisers_of
     from cache4diffusion.calibration.observer import fitted
@@ -446,6 +447,11 @@ def merge_calibrations(shards: Sequence[Calibration], target: Any = None) -> Cal
             f"{twice} samples (prompt and seed) are in several of these calibrations; count each once."
         )
     statistic, entries = first.statistic, {}
+    if not isinstance(statistic, Statistic):
+        raise CalibrationError(
+            f"What {first.method} takes was trained, and two trainings do not add up to one over all prompts. Train "
+            f"once, with all of them: {command(first.method)}"
+        )
     denoisers = {} if target is None else denoisers_of(target)
     for name, entry in first.entries.items():
         parts = [shard.entries[name].sums for shard in shards]

@@ -10,9 +10,9 @@ from torch import nn
 
 from cache4diffusion.anatomy import Anatomy
 from cache4diffusion.engine.compiling import (
-    TOKENS,
     WHOLE,
     drop_graphs,
+    forbids_compiled_blocks,
     graphs_per_graph,
     hides_sites,
     is_compiled,
@@ -143,5 +143,6 @@ class Attachment:
 
     def _allow_block_compile(self) -> None:
         """``block.compile()`` on a wrapped block."""
-        if self.host.composition.tokens is not None:
-            raise CompositionError(f"{self.host.name}: {TOKENS}")
+        reason = forbids_compiled_blocks(self.host.composition)
+        if reason is not None:
+            raise CompositionError(f"{self.host.name}: {reason}")

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from cache4diffusion.method import Composition
-from cache4diffusion.sites import Denoiser, Parts, Trajectory
+from cache4diffusion.sites import Denoiser, GatedParts, Parts, Trajectory
 
 try:  # both are private; without them a denoiser compiled from outside shows in that no site is ever reached
     from torch._C._dynamo.eval_frame import get_eval_frame_callback
@@ -35,6 +35,17 @@ TOKENS = (
     "token rules look into the blocks while they run, so the blocks must not be compiled. Use a method without a token "
     "rule ('taylorseer', 'fora'), or leave the blocks as they are."
 )
+GATED = (
+    "parts that decide for themselves are asked while their blocks run, so the blocks must not be compiled. Use a "
+    "method whose decisions fall before the call ('fora', 'l2c'), or leave the blocks as they are."
+)
+
+
+def forbids_compiled_blocks(composition: Composition) -> str | None:
+    """Why the blocks must not be compiled, in words; None if they may be."""
+    if composition.tokens is not None:
+        return TOKENS
+    return GATED if isinstance(composition.site, GatedParts) else None
 
 
 def hides_sites(composition: Composition) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cache4diffusion.engine.denoiser import DenoiserDriver
 from cache4diffusion.engine.driver import Driver
+from cache4diffusion.engine.gated import GatedPartsDriver
 from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.level import LevelDriver
 from cache4diffusion.engine.linears import LinearsDriver
@@ -16,6 +17,7 @@ from cache4diffusion.errors import CompositionError
 from cache4diffusion.sites import (
     Blocks,
     Denoiser,
+    GatedParts,
     Linears,
     MixedScore,
     Parts,
@@ -34,6 +36,7 @@ DRIVERS: dict[type[Site], type[Driver]] = {
     Blocks: BlocksDriver,
     Parts: PartsDriver,
     Linears: LinearsDriver,
+    GatedParts: GatedPartsDriver,
     MixedScore: MixedScoreDriver,
     ScaledParts: ScaledPartsDriver,
     UNetLevel: LevelDriver,

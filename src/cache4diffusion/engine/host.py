@@ -127,8 +127,17 @@ class Host:
         Raises:
             AnatomyError: which arguments carry the batch was not established.
         """
+        return self.module_rows(self.blocks[position].path, self.modules[position], args, kwargs, rows)
+
+    def module_rows(
+        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Sequence[int]
+    ) -> Arguments:
+        """The arguments of a block or part for some rows.
+
+        Raises:
+            AnatomyError: which of them carry the batch was not established.
+        """
         assert self.anatomy is not None
-        path = self.blocks[position].path
         axes = self.anatomy.batch_axes.get(path)
         if axes is None:
             raise AnatomyError(
@@ -136,7 +145,7 @@ class Host:
                 "Use decide='any' or decide='batch'."
             )
         known = {leaf: axis for leaf, axis in axes.arguments.items() if axis is not None}
-        return take_rows(self.modules[position], args, kwargs, known, rows)
+        return take_rows(module, args, kwargs, known, rows)
 
     def rows(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Sequence[int], batch: int) -> Arguments:
         """The denoiser's arguments for some rows of the batch.
@@ -175,7 +184,8 @@ def no_stack(denoiser: str, composition: Composition) -> AnatomyError:
     return AnatomyError(
         f"{denoiser} has no stack of blocks that carries the latent, and this method needs one: "
         f"{composition.needs_stack}. On U-Nets these work: 'deepcache' (levels), 'fora' and 'taylorseer' (the parts of "
-        "the transformer blocks inside levels), 'taylorseer-lite' (the whole denoiser), 'fastercache' (CFG branches)."
+        "the transformer blocks inside levels), 'block-caching' (the same, calibrated with unit='part'), "
+        "'taylorseer-lite' (the whole denoiser), 'fastercache' (CFG branches)."
     )
 
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from cache4diffusion.anatomy import Anatomy, Block, Inner, Part
+from cache4diffusion.anatomy.facts import InnerRole
 from cache4diffusion.engine.decide import prediction_error
 from cache4diffusion.engine.driver import Driver, Rested
 from cache4diffusion.engine.driver import Inner as InnerCall
 from cache4diffusion.engine.host import Host
-from cache4diffusion.engine.leaves import Layout, Place, get_output, own, take_apart
+from cache4diffusion.engine.leaves import Layout, Place, get_argument, get_output, own, take_apart
 from cache4diffusion.engine.state import BranchState, Context
 from cache4diffusion.engine.tokens import TokenDriver
 from cache4diffusion.errors import AnatomyError
@@ -208,18 +209,49 @@ def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
 
 
+def blocks_of(host: Host) -> list[tuple[int, Block]]:
+    """The blocks of an examined denoiser in which parts are cached, in order, each with its position.
+
+    Blocks in front of a gate's watch point always run, so they are left alone.
+    """
+    assert host.anatomy is not None
+    main = [block for stack in host.anatomy.main for block in stack.blocks]
+    nested = [block for stack in host.anatomy.stacks if not stack.is_main for block in stack.blocks]
+    if main and not host.is_unet:
+        nested = []
+    return list(enumerate(main))[host.watched_blocks :] + [(len(main) + i, block) for i, block in enumerate(nested)]
+
+
+def parts_of(block: Block, site: Parts) -> list[Part]:
+    """The parts of a block that a site has."""
+    return [part for part in block.parts if part.kind in site.kinds and part.calls == 1]
+
+
+def entrance_of(part: Part) -> Inner | None:
+    """The module that reads the part's modulated input first, if it is none of the part's own: in a fused block."""
+    return next((inner for inner in part.inner if inner.role == "zero_width"), None)
+
+
+def entering_of(part: Part, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The modulated inputs of a part, one per stream, from the arguments of its `entrance_of` or, if none, its own."""
+    if entrance_of(part) is not None:
+        return [first_tensor(args, kwargs)]
+    found = [get_argument(module, args, kwargs, path) for path in part.inputs]
+    return [value for value in found if isinstance(value, Tensor)]
+
+
 def shapes_of(output: Any) -> tuple[tuple[int, ...], ...]:
     """Shapes of the tensors of an output."""
     return (tuple(output.shape),) if isinstance(output, Tensor) else tuple(tuple(leaf.shape) for leaf in output)
 
 
 class PartsDriver(Driver):
-    """Predicts the outputs of parts.
-
-    Blocks in front of a gate's watch point always run, so their parts are left alone.
-    """
+    """Predicts the outputs of parts."""
 
     site: Parts
+    part_site: type[PartSite] = PartSite
+    resting_module: type[RestingModule] = RestingModule
+    rests: tuple[InnerRole, ...] = ("nan_token", "zero_width")  # inner modules that need not run while parts do not
 
     def __init__(self, host: Host, site: Parts) -> None:
         super().__init__(host, site)
@@ -241,14 +273,8 @@ class PartsDriver(Driver):
         """Wrap the parts and the modules that rest with them."""
         assert anatomy is not None
         modules = dict(self.host.denoiser.named_modules())
-        first = self.host.watched_blocks
-        main = [block for stack in anatomy.main for block in stack.blocks]
-        nested = [block for stack in anatomy.stacks if not stack.is_main for block in stack.blocks]
-        if main and not self.host.is_unet:
-            nested = []
         unserved: list[str] = []
-        chosen = list(enumerate(main))[first:] + [(len(main) + i, block) for i, block in enumerate(nested)]
-        for position, block in chosen:
+        for position, block in blocks_of(self.host):
             for name, part in self.sites_of(block):
                 if not self.serves(name):
                     unserved.append(name)
@@ -257,16 +283,16 @@ class PartsDriver(Driver):
                 if decision not in self._names:
                     self._names.append(decision)
                 key = self._names.index(decision)
-                self.sites.append(PartSite(name, part, position, modules[part.path], self, key))
+                self.sites.append(self.part_site(name, part, position, modules[part.path], self, key))
         wrapped = {site.part.path for site in self.sites}
         resting: dict[str, Inner] = {}
         for site in self.sites:
             for inner in site.part.inner:
                 # What enters a part is what its norm makes: for those who look at it, norms run.
                 is_read = self.sees_input and inner.role == "nan_token"
-                if not is_read and all(path in wrapped for path in inner.feeds):
+                if inner.role in self.rests and not is_read and all(path in wrapped for path in inner.feeds):
                     resting[inner.path] = inner
-        self.resting = [RestingModule(inner, modules[path], self) for path, inner in resting.items()]
+        self.resting = [self.resting_module(inner, modules[path], self) for path, inner in resting.items()]
         if self.sees_input:
             self._find_entrances()
         words = type(self.predictor).__name__
@@ -287,8 +313,7 @@ class PartsDriver(Driver):
 
     def sites_of(self, block: Block) -> list[tuple[str, Part]]:
         """What is cached of a block, each with the name of its site."""
-        chosen = [part for part in block.parts if part.kind in self.site.kinds and part.calls == 1]
-        return [(part.path, part) for part in chosen]
+        return [(part.path, part) for part in parts_of(block, self.site)]
 
     def _find_entrances(self) -> None:
         """Where modules in front of a part rest with it, what enters the first of them is what enters the part."""

@@ -168,7 +168,7 @@ class SpanDriver(Driver):
         """The host's own code runs; everything happens in the blocks."""
         return inner(*args, **kwargs)
 
-    def _kept(self, stretch: Stretch) -> list[int]:
+    def kept(self, stretch: Stretch) -> list[int]:
         """Indices of the last block's streams whose residual is worth keeping: somebody reads them afterwards."""
         streams = self.host.blocks[stretch.last].streams
         kept = [i for i, s in enumerate(streams) if s.output is not None and s.feeds_output]
@@ -207,7 +207,7 @@ class SpanDriver(Driver):
         if not is_known and verdict.is_full:
             context.state.sites.pop(stretch.name, None)
             return output
-        features = [self._feature(passage, i) for i in self._kept(stretch)]
+        features = [self._feature(passage, i) for i in self.kept(stretch)]
         seen = self._seen(context, stretch, passage.entered)
         if verdict.is_full:
             if seen is None:
@@ -220,7 +220,7 @@ class SpanDriver(Driver):
         cached = [context.rows[r] if context.rows else r for r in verdict.cached_rows]
         there = verdict.cached_rows
         predicted = self.forecast(context, stretch.name, [select_rows(leaf, there) for leaf in seen], cached)
-        for i, leaf in zip(self._kept(stretch), predicted, strict=True):
+        for i, leaf in zip(self.kept(stretch), predicted, strict=True):
             if self.form == "residual":
                 leaf = passage.out[i][there] + leaf
             passage.out[i][there] = leaf
@@ -245,7 +245,7 @@ class SpanDriver(Driver):
         if sees is None:
             return []
         streams = entered if sees == "input" else context.scratch.get("front_residuals")
-        return None if streams is None else [streams[i] for i in self._kept(stretch)]
+        return None if streams is None else [streams[i] for i in self.kept(stretch)]
 
     def _some_rows(
         self,
@@ -280,7 +280,7 @@ class SpanDriver(Driver):
         leaves = context.scratch.pop(("predicted", stretch.name), None) or self._predict(context, stretch, values)
         if self.form == "output":
             leaves = own(leaves, context.state.sites[stretch.name])
-        for i, leaf in zip(self._kept(stretch), leaves, strict=True):
+        for i, leaf in zip(self.kept(stretch), leaves, strict=True):
             values[i] = values[i] + leaf if self.form == "residual" else leaf
         return self.host.blocks[position].rebuild(values)
 

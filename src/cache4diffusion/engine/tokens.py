@@ -212,14 +212,21 @@ class TokenDriver:
 
     # -- partial steps ---------------------------------------------------------------------------------------------
 
-    def _index(self, context: Context, site: PartSite) -> Tensor:
-        """The selection of this step, made once; branches that are tied take that of the first one."""
+    def _index(self, context: Context, site: PartSite, entering: Tensor | None = None) -> Tensor:
+        """The selection of this step, made once; branches that are tied take that of the first one.
+
+        Args:
+            context: the call.
+            site: of which part.
+            entering: what enters it, where that is known.
+        """
         plans = context.scratch.setdefault("plans", {})
         if site.name not in plans:
             place, is_tied = self._place(context, site), self.driver.host.composition.branches == "tied"
             index = self._selection_of_the_lead(context, place) if is_tied else None
             if index is None:
-                place = dataclasses.replace(place, twins=self._twins(context))
+                levels = context.call.run.timesteps
+                place = dataclasses.replace(place, twins=self._twins(context), entering=entering, levels=levels)
                 state = context.state.tokens.setdefault(site.name, self.rule.init())
                 index = self.rule.select(state, place, context.state.sites[site.name].rings[0].device)
                 if is_tied:
@@ -228,6 +235,16 @@ class TokenDriver:
                     context.state.extra.setdefault("selected_at", {})[site.name] = place
             plans[site.name] = index
         return plans[site.name]
+
+    def _rests(self, context: Context, site: PartSite, entering: Tensor | None) -> bool:
+        """Whether no token of a part is computed in this step. In front of a norm, a rule that goes by what enters the
+        part cannot say, and the norm runs.
+        """
+        if not self.handles(site):
+            return True
+        if entering is None and "input" in self.rule.observes and site.name not in context.scratch.get("plans", {}):
+            return False
+        return self._index(context, site, entering).shape[1] == 0
 
     def _selection_of_the_lead(self, context: Context, place: TokenPlace) -> Tensor | None:
         """What the first branch of this step selected in a part, if it did and the tokens are the same ones."""
@@ -256,12 +273,12 @@ class TokenDriver:
         state = context.state.sites[site.name]
         leaves = self.driver.predictor.predict(state, context.time, context.rows)
         self.driver.bring_after(context, site.name)
-        index = self._index(context, site)
+        path = site.part.inputs[0]
+        x = get_argument(site.module, args, kwargs, path)
+        index = self._index(context, site, x)
         if index.shape[1] == 0:
             self.driver.predictor.commit(state, leaves, context.time, context.rows)
             return site.rebuild(own(leaves, state) if site.part.is_mutated else leaves)
-        path = site.part.inputs[0]
-        x = get_argument(site.module, args, kwargs, path)
         if x.shape[1] != index.shape[1]:
             args, kwargs = with_arguments(site.module, args, kwargs, {path: take(x, index)})
         fresh = found(*args, **kwargs)
@@ -278,14 +295,15 @@ class TokenDriver:
         """A module inside or in front of a part, on a partial step."""
         context = self.driver.switch.context
         assert context is not None
-        if all(not self.handles(site) or self._index(context, site).shape[1] == 0 for site in rest.fed):
+        x = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
+        is_norm = rest.inner.kind == "norm"
+        if all(self._rests(context, site, None if is_norm else x) for site in rest.fed):
             return rest.placeholder(args, kwargs)
-        if rest.inner.kind == "norm" or rest.inner.path not in self._site_of_inner:
+        if is_norm or rest.inner.path not in self._site_of_inner:
             return found(*args, **kwargs)
         index = self._index(context, self._site_of_inner[rest.inner.path])
         if rest.inner.kind == "attn":
             return take(context.state.extra[_inner(rest)].read(), index)
-        x = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
         if x.shape[1] == index.shape[1]:
             return found(*args, **kwargs)
         return found(take(x, index))

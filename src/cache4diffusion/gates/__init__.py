@@ -9,6 +9,7 @@ from cache4diffusion.gates.base import (
     Front,
     Gate,
     Outputs,
+    PartInput,
     Place,
     Placed,
     Remarking,
@@ -33,10 +34,13 @@ from cache4diffusion.gates.guards import (
     Window,
 )
 from cache4diffusion.gates.interval import FixedInterval
+from cache4diffusion.gates.learned import LearnedScore, score_of
+from cache4diffusion.gates.lifetimes import accumulated_steps
 from cache4diffusion.gates.look_ahead import LookAhead
 from cache4diffusion.gates.magnitude import MagnitudeError
 from cache4diffusion.gates.modulated import ModulatedInterval
 from cache4diffusion.gates.quadratic import Quadratic
+from cache4diffusion.gates.routed import routed_steps
 from cache4diffusion.gates.schedule import ScaledSchedule, Schedule
 from cache4diffusion.gates.significance import Significance
 from cache4diffusion.gates.speculative import Speculative
@@ -64,6 +68,7 @@ GATES = {
     "adaptive": AdaptiveInterval,
     "entrance": EntranceThreshold,
     "significance": Significance,
+    "learned": LearnedScore,
     "triggered": TriggeredInterval,
     "speculative": Speculative,
 }
@@ -82,6 +87,7 @@ __all__ = [
     "Front",
     "Gate",
     "Guard",
+    "LearnedScore",
     "LookAhead",
     "MagnitudeError",
     "Mask",
@@ -90,6 +96,7 @@ __all__ = [
     "MaxTotal",
     "ModulatedInterval",
     "Outputs",
+    "PartInput",
     "Place",
     "Placed",
     "ProbeThreshold",
@@ -112,4 +119,7 @@ __all__ = [
     "Watch",
     "WideningInterval",
     "Window",
+    "accumulated_steps",
+    "routed_steps",
+    "score_of",
 ]

@@ -15,8 +15,11 @@ logic for one unit; the engine keeps one state per unit, so rows never see each 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,29 @@ class Entrance(Watch):
     leaders: int = 0
     norm: Literal["l1", "l2"] = "l1"
     with_size: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class PartInput(Watch):
+    """Watch what enters each part: its normalised and modulated input ``z``. The part decides for itself.
+
+    The score is ``sigmoid(sum of z_nd w_d)`` in float32 over the part's tokens and channels, with weights of the part's
+    own for every step; 0.5 where there are none. A part with two streams has weights for the channels of both, one
+    after the other.
+
+    Args:
+        weights: by the path of the part, ``[steps, channels]``.
+        num_steps: length of the run the weights are for. None: of any; steps beyond the weights have none.
+        levels: the scheduler's timestep at each of its steps; None where it is not known.
+        resample: whether a run of other levels is accepted, at each step with the weights of the nearest level.
+    """
+
+    is_inside: ClassVar[bool] = True
+
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    num_steps: int | None = None
+    levels: tuple[float, ...] | None = None
+    resample: bool = False
 
 
 @dataclass(frozen=True)

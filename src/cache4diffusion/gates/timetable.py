@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from cache4diffusion.errors import CalibrationError
-from cache4diffusion.gates.base import Place, StaticGate, Step
+from cache4diffusion.gates.base import PartInput, Place, StaticGate, Step
 from cache4diffusion.gates.schedule import Schedule
 
 
@@ -100,6 +100,18 @@ def positions_of(
     if not are_known:
         return [i * (num_steps - 1) / max(count - 1, 1) for i in range(count)]
     return [_position(level, levels) for level in here]  # type: ignore[union-attr, arg-type]
+
+
+def nearest_steps(watch: PartInput, place: Place) -> list[int] | None:
+    """For each step of a run, the one whose weights it takes; None: its own.
+
+    Raises:
+        CalibrationError: the run has other noise levels.
+    """
+    if watch.num_steps is None:
+        return None
+    positions = positions_of(place, watch.num_steps, watch.levels, resample=watch.resample)
+    return [round(position) for position in positions]
 
 
 def nearest(positions: Sequence[float], step: int) -> int:

@@ -18,6 +18,7 @@ from cache4diffusion.predictors.mean_velocity import MeanVelocity
 from cache4diffusion.predictors.momentum import AdaptedMomentum, Momentum
 from cache4diffusion.predictors.newton import Newton
 from cache4diffusion.predictors.reuse import Reuse
+from cache4diffusion.predictors.scale_shift import ScaleShift, scaled_and_shifted
 from cache4diffusion.predictors.tao import ScaledDelta
 from cache4diffusion.predictors.taylor import Taylor
 from cache4diffusion.predictors.two_sided import TwoSided
@@ -39,6 +40,7 @@ PREDICTORS = {
     "chebyshev": Chebyshev,
     "dmd": DynamicModes,
     "scaled-delta": ScaledDelta,
+    "scale-shift": ScaleShift,
     "two-sided": TwoSided,
     "mean-velocity": MeanVelocity,
     "wavelet": WaveletExtrapolation,
@@ -71,11 +73,13 @@ __all__ = [
     "ProbeAligned",
     "RecursivePredictor",
     "Reuse",
+    "ScaleShift",
     "ScaledDelta",
     "Sited",
     "Taylor",
     "TwoSided",
     "WaveletExtrapolation",
     "Weights",
+    "scaled_and_shifted",
     "weighted_sum",
 ]

@@ -199,6 +199,29 @@ class Linears(Parts):
 
 
 @dataclass(frozen=True)
+class GatedParts(Parts):
+    """The parts, each of which decides for itself by what enters it, in the middle of the call.
+
+    The norms in front of parts always run, as the decision needs them. In a batch whose rows differ, a part runs on the
+    rows that want it; only the attention inside a fused part then runs on all.
+
+    Args:
+        kinds: which parts, as in `Parts`.
+        decisions: always ``"part"``.
+    """
+
+    name: ClassVar[str] = "gated_parts"
+    words: ClassVar[str] = "the parts, each by itself"
+
+    decisions: Literal["one", "kind", "part"] = "part"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decisions != "part":
+            raise SettingError(f"GatedParts(decisions={self.decisions!r}): each part decides; use 'part'.")
+
+
+@dataclass(frozen=True)
 class Trajectory(Site):
     """The sampling trajectory: what reaches ``scheduler.step`` after guidance, and the latent it makes of that.
 

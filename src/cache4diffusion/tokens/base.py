@@ -51,11 +51,23 @@ class TokenPlace:
     twins: Tensor | None = field(default=None, compare=False)
     """[B] bool: whether rows b and b + B/2 denoise the same latent, as the halves of batched guidance do. On cached
     steps; None where B is odd."""
+    entering: Tensor | None = field(default=None, compare=False)
+    """[B, N, D]: what enters the part on this cached step, if the rule asked for it."""
+    levels: tuple[float, ...] | None = field(default=None, compare=False)
+    """The scheduler's timestep of every step of the run, if known."""
 
     @property
     def length(self) -> int:
         """Tokens of the whole sequence."""
         return max(segment.stop for segment in self.segments)
+
+
+def of_twins(values: Tensor, place: TokenPlace) -> Tensor:
+    """``[B, N]`` values, where rows are twins their mean."""
+    if place.twins is None:
+        return values
+    mean = (values + values.roll(place.batch // 2, 0)) / 2
+    return torch.where(place.twins[:, None], mean, values)
 
 
 @runtime_checkable
@@ -75,7 +87,7 @@ class TokenRule(Protocol):
         in its block's self-attention, averaged over heads and queries; ``"value_norm"``, ``sum_h (1 - ||v_h||)`` of
         its values there; ``"cross_attention"``, the entropy ``-sum_j a_j log(a_j + 1e-7)`` of its attention ``a`` to
         the text, averaged over heads, and as ``"cross_attention_of_twins"`` that of the mean of rows b and b + B/2.
-        Further ``"grid"``: `Segment.grid` is filled in.
+        Further ``"grid"``: `Segment.grid` is filled in; and ``"input"``: `TokenPlace.entering` is.
         """
         ...
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d, normalize
 
 from cache4diffusion.errors import SettingError
-from cache4diffusion.tokens.base import Segment, TokenPlace
+from cache4diffusion.tokens.base import Segment, TokenPlace, of_twins
 
 # R / R0 by schedule, from the kind of part, the progress i / T and the depth l / 27. The codes count DiT's steps down.
 _FACTORS: dict[str, Callable[[str, float, float], float]] = {
@@ -180,7 +180,7 @@ class TopScore:
         """``s1``, ``s2`` and ``s3``, weighted and summed."""
         span = slice(segment.start, segment.stop)
         assert state.age is not None
-        score = self.age_weight * _of_twins(state.age, place)[:, span] / self.interval
+        score = self.age_weight * of_twins(state.age, place)[:, span] / self.interval
         has_entropy = self.cross_weight > 0 and state.entropy is not None and segment.kind != "text"
         cross_weight = self.cross_weight if has_entropy else 0.0
         if self.score == "random":
@@ -189,7 +189,7 @@ class TopScore:
             drawn = torch.rand(1, segment.stop - segment.start, generator=generator)
             score = score + (1 - cross_weight) * drawn.to(device)
         elif state.influence is not None:
-            score = score + (1 - cross_weight) * normalize(_of_twins(state.influence, place)[:, span], dim=1)
+            score = score + (1 - cross_weight) * normalize(of_twins(state.influence, place)[:, span], dim=1)
         if has_entropy:
             assert state.entropy is not None
             entropy = state.entropy
@@ -210,11 +210,3 @@ def with_bonus(score: Tensor, grid: tuple[int, int, int], window: int, bonus: fl
     _, highest = max_pool2d(maps, window, ceil_mode=True, return_indices=True)
     is_highest = torch.zeros_like(maps).flatten(2).scatter_(2, highest.flatten(2), 1.0).view_as(score)
     return score + bonus * score * is_highest
-
-
-def _of_twins(values: Tensor, place: TokenPlace) -> Tensor:
-    """``[B, N]`` values, where rows are twins their mean."""
-    if place.twins is None:
-        return values
-    mean = (values + values.roll(place.batch // 2, 0)) / 2
-    return torch.where(place.twins[:, None], mean, values)

@@ -10,16 +10,18 @@ from cache4diffusion.engine.observers.drift import DriftObserver
 from cache4diffusion.engine.observers.entrance import EntranceObserver
 from cache4diffusion.engine.observers.front import FrontObserver
 from cache4diffusion.engine.observers.outputs import OutputsObserver
+from cache4diffusion.engine.observers.part_input import PartInputObserver
 from cache4diffusion.engine.observers.signal import SignalObserver
 from cache4diffusion.engine.observers.spectral import SpectralObserver
 from cache4diffusion.errors import CompositionError
-from cache4diffusion.gates import Drift, Entrance, Front, Outputs, Signal, Spectral, Verification, Watch
+from cache4diffusion.gates import Drift, Entrance, Front, Outputs, PartInput, Signal, Spectral, Verification, Watch
 
 OBSERVERS: dict[type[Watch], type[Observer]] = {
     Signal: SignalObserver,
     Spectral: SpectralObserver,
     Front: FrontObserver,
     Entrance: EntranceObserver,
+    PartInput: PartInputObserver,
     Drift: DriftObserver,
     Outputs: OutputsObserver,
     Verification: Observer,  # the driver verifies

@@ -1,0 +1,91 @@
+"""Reuse that is scaled and shifted per channel, by numbers that were trained: Block Caching, arXiv:2312.03209."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from cache4diffusion.predictors.base import LinearPredictor
+from cache4diffusion.predictors.history import History
+
+Table = tuple[Tensor, Tensor]  # scale and shift, each [steps, channels]
+
+
+class MendedHistory(History):
+    """A `History` that knows how its feature is scaled and shifted: a `Table` for each leaf, or None."""
+
+    def __init__(self, capacity: int, rows: int | None, tables: Sequence[Table]) -> None:
+        super().__init__(capacity, rows)
+        self.tables = tables
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The feature, and the numbers."""
+        yield from self.buffers
+        for table in self.tables:
+            yield from table
+
+
+@dataclass(frozen=True, eq=False)
+class ScaleShift(LinearPredictor):
+    """``y(i) = a_i * y(i0) + d_i`` with vectors ``a_i``, ``d_i`` per channel (the last axis), for each step and site.
+
+    In float32. With ``a = 1`` and ``d = 0``, and at sites without numbers, it is plain reuse, bit for bit.
+
+    Args:
+        tables: by the name of the site, for each tensor of its feature, scale and shift by step.
+
+    Memory: one copy of the feature, and the numbers.
+    """
+
+    tables: Mapping[str, tuple[Table, ...]] = field(default_factory=dict)
+
+    @property
+    def capacity(self) -> int:
+        """The newest one."""
+        return 1
+
+    def weights(self, times: Sequence[float], time: float) -> list[float]:
+        """All on the newest."""
+        return [1.0]
+
+    def init(self, rows: int | None, num_steps: int | None = None) -> MendedHistory:
+        """Of a site without numbers."""
+        return MendedHistory(self.capacity, rows, ())
+
+    def serves(self, site: str) -> bool:
+        """Every site: those without numbers are reused as they are."""
+        return True
+
+    def init_at(self, site: str, rows: int | None, num_steps: int | None = None) -> MendedHistory:
+        """Of this site."""
+        return MendedHistory(self.capacity, rows, self.tables.get(site, ()))
+
+    def update(self, state: History, leaves: Sequence[Tensor], time: float, rows: Sequence[int] | None = None) -> None:
+        """Copy the feature; the numbers go where it is."""
+        super().update(state, leaves, time, rows)
+        assert isinstance(state, MendedHistory)
+        if state.tables:
+            device = leaves[0].device
+            state.tables = [(a.to(device, torch.float32), d.to(device, torch.float32)) for a, d in state.tables]
+
+    def predict(self, state: History, time: float, rows: Sequence[int] | None = None) -> list[Tensor]:
+        """The newest feature, mended for this step."""
+        assert isinstance(state, MendedHistory)
+        leaves, step = super().predict(state, time, rows), int(time)
+        if not state.tables or time in self._times(state):
+            return leaves
+        return [scaled_and_shifted(leaf, a[step], d[step]) for leaf, (a, d) in zip(leaves, state.tables, strict=True)]
+
+    @staticmethod
+    def _times(state: History) -> set[float]:
+        """When the feature was computed: asked about such a step again, it is handed out as it is."""
+        tracks = state.tracks if state.shared is None else [state.shared]
+        return {track.times[0] for track in tracks if track.times}
+
+
+def scaled_and_shifted(leaf: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``scale * leaf + shift`` per channel, in float32, in the leaf's dtype."""
+    return (leaf.float() * scale + shift).to(leaf.dtype)
