@@ -198,6 +198,25 @@ class LinearCounter(TorchFunctionMode):
 # -- FLUX, slowly ----------------------------------------------------------------------------------------------------
 
 
+# Parts of `flux()` in the order in which they run, by the slow references' names for them, and their kinds.
+FLUX_PARTS = {
+    **{
+        f"double.{i}.{part}": kind
+        for i in range(2)
+        for part, kind in {"attn": "attn", "ffn": "ffn", "text_ffn": "ffn"}.items()
+    },
+    **{f"single.{i}": "fused" for i in range(3)},
+}
+
+
+def path_of(name: str) -> str:
+    """The path of one of them."""
+    if name.startswith("single"):
+        return f"single_transformer_blocks.{name[-1]}.proj_out"
+    _, layer, part = name.split(".")
+    return f"transformer_blocks.{layer}.{ {'attn': 'attn', 'ffn': 'ff', 'text_ffn': 'ff_context'}[part] }"
+
+
 class Plainly:
     """What to do with each part of FLUX: here, compute it. References override this."""
 
@@ -220,6 +239,30 @@ class Plainly:
     def inner_attn(block, x, rope):
         """Un-projected attention of a single-stream block."""
         return block.attn(hidden_states=x, image_rotary_emb=rope)
+
+
+class PerPart(Plainly):
+    """Every part has its update steps; on others its outputs are those of the last one."""
+
+    def __init__(self, updates):
+        self.updates, self.kept, self.step = updates, {}, -1
+
+    def begin(self, step):
+        self.step = step
+
+    def give(self, name, compute):
+        if self.step in self.updates[name]:
+            self.kept[name] = compute()
+        return self.kept[name]
+
+    def attn(self, name, block, image, text, rope):
+        return self.give(name, lambda: super(PerPart, self).attn(name, block, image, text, rope))
+
+    def ffn(self, name, module, x, layer, stream):
+        return self.give(name, lambda: module(x))
+
+    def fused(self, name, block, x, rope, layer):
+        return self.give(name, lambda: super(PerPart, self).fused(name, block, x, rope, layer))
 
 
 class SlowFlux:

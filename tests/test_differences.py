@@ -14,13 +14,16 @@ import toys
 from cache4diffusion import reference
 from cache4diffusion.errors import CompositionError
 from cache4diffusion.gates import LookAhead, Mask, Schedule
-from cache4diffusion.sites import Denoiser, Parts, Span, Trajectory, UNetLevel
+from cache4diffusion.sites import Denoiser, GatedParts, Parts, Span, Trajectory, UNetLevel
 from small_denoisers import remember_anatomy
 
 # Enough full steps for every history, at equal distances at the end, and cached steps at distances 1 and 2.
 FULL = "FFFFFccFccFccFccFccF"
 STEPS = len(FULL)
-FITTING = {"delta-dit": {"switch": 0.5}}  # its first late step is always full, as step 10 is
+FITTING = {
+    "delta-dit": {"switch": 0.5},  # its first late step is always full, as step 10 is
+    "lazydit": {"threshold": 2.0},  # parts without weights score 0.5
+}
 GIVEN = tuple(letter == "F" for letter in FULL)
 DIFFERENT = 1e-4
 ROUNDING = 1e-5
@@ -68,11 +71,12 @@ SPECIALISATIONS = (
     *(
         Same(name, "fora", PLAIN)
         for name in (
-            "adacache", "bacache", "bwcache", "dbcache", "easycache", "fbcache", "feb-cache", "lemica", "magcache",
-            "scm", "seacache", "skip-dit", "smoothcache", "teacache",
+            "adacache", "bacache", "bwcache", "dbcache", "easycache", "fbcache", "feb-cache", "harmonica", "l2c",
+            "lemica", "magcache", "scm", "seacache", "skip-dit", "smoothcache", "teacache",
         )
     ),
     Same("dbprune", "fbcache", "reuse, block by block: the sum is the span's", tolerance=ROUNDING),
+    Same("block-caching", "magcache", "reuse, block by block: the sum is the span's", tolerance=ROUNDING),
     Same("fbcache", "dbcache", "one front block, no limits", {"threshold": 0.2},
          {"threshold": 0.2, "front": 1, "warmup": 0}, as_is=True),
     Same("taylorseer-lite", "taylorseer", "the whole denoiser as its site", {"order": 1}),
@@ -159,9 +163,9 @@ def moved(made, place):
 
 @functools.cache
 def outputs(stage, name, settings=()):
-    """Latents by place. A method without a list of full steps (guidance, steps computed ahead) has its own only."""
+    """Latents by place. A method that takes no list of full steps has its own only."""
     made = toys.made(name, **{**FITTING.get(name, {}), **dict(settings)})
-    if made.site is None or isinstance(made.gate, LookAhead):
+    if made.site is None or isinstance(made.gate, LookAhead) or isinstance(made.site, GatedParts):
         return {"own": STAGES[stage].sample(made)[0]}
     found = {}
     for place in ("own", *PLACES):

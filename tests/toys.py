@@ -64,6 +64,13 @@ def _maps():
     return found
 
 
+# Of FLUX (and scenes-flux), of DiT and of `Blocks`, by path.
+PARTS = {
+    **{f"transformer_blocks.{i}.{part}": kind for i in range(3) for part, kind in _DOUBLE.items()},
+    **{f"single_transformer_blocks.{i}.proj_out": "fused" for i in range(6)},
+    **{f"blocks.{i}.ff": "ffn" for i in range(3)},
+}
+
 # Calibrations that fit every small denoiser: written by hand, for 12 steps, and stretched to others where that can be.
 CALIBRATED = {
     "smoothcache": {
@@ -82,13 +89,9 @@ CALIBRATED = {
         "calibration": Calibration.by_hand(
             "bacache",
             12,
-            {  # of FLUX (and scenes-flux), of DiT and of `Blocks`; the farther apart two steps are, the less alike
+            {  # the farther apart two steps are, the less alike
                 f"{kind} {path}": 1 - (torch.arange(12.0)[:, None] - torch.arange(12.0)).abs() / 12
-                for kind, path in [
-                    *((kind, f"transformer_blocks.{i}.{part}") for i in range(3) for part, kind in _DOUBLE.items()),
-                    *(("fused", f"single_transformer_blocks.{i}.proj_out") for i in range(6)),
-                    *(("ffn", f"blocks.{i}.ff") for i in range(3)),
-                ]
+                for path, kind in PARTS.items()
             },
         ),
         "resample": True,
@@ -105,6 +108,29 @@ CALIBRATED = {
     },
     "icc": {"calibration": Calibration.by_hand("icc", 12, _factors())},
     "fastcache": {"calibration": Calibration.by_hand("fastcache", 12, _maps())},
+    "block-caching": {
+        "calibration": Calibration.by_hand(
+            "block-caching", 12, {f"change block.{i}": torch.full((12,), 0.04) for i in range(9)}
+        ),
+        "resample": True,
+        "scale_shift": False,
+    },
+    "lazydit": {  # without weights: the score is 0.5 everywhere
+        "calibration": Calibration.by_hand("lazydit", 12, {"nowhere": torch.zeros(12, 1)}),
+        "resample": True,
+    },
+    "md-dit": {  # without routers: the first tokens are computed
+        "calibration": Calibration.by_hand("md-dit", 12, {"nowhere": torch.zeros(12, 1)}),
+        "resample": True,
+    },
+    "l2c": {
+        "calibration": Calibration.by_hand("l2c", 12, dict.fromkeys(PARTS, torch.tensor([1.0, 0.01] * 6))),
+        "resample": True,
+    },
+    "harmonica": {
+        "calibration": Calibration.by_hand("harmonica", 12, dict.fromkeys(PARTS, torch.tensor([0.9, 0.01, 0.05] * 4))),
+        "resample": True,
+    },
 }
 
 # Settings at which a method caches within a dozen steps on these small denoisers, where its defaults do not. A method
@@ -121,6 +147,7 @@ ACTIVE = {name: dict(CALIBRATED.get(name, {})) for name in c4d.METHODS} | {
     "feb-cache": {"table": (0, 2, 2, 0, 2, 2, 0)},
     "fora": {"interval": 3},
     "goc": {"start_full": 1.0},
+    "lazydit": CALIBRATED["lazydit"] | {"threshold": 2.0},
     "magcache": {"ratios": (1.0, 0.99), "max_run": 2},
     "scm": {"mask": "ultra"},
     "skip-dit": {"interval": 3, "start": 0.0, "stop": 1.0},

@@ -2,10 +2,14 @@
 
 import cache4diffusion as c4d
 import toys
+from cache4diffusion.calibration import Training
 
 STEPS = 6
 CALL = {"height": 16, "width": 16, "guidance_scale": 1.0}
 CALIBRATED = sorted(name for name, cls in c4d.METHODS.items() if cls.calibrator is not None)
+TRAINED = [name for name in CALIBRATED if issubclass(c4d.METHODS[name].calibrator, Training)]
+MEASURED = [name for name in CALIBRATED if name not in TRAINED]
+BRIEF = {name: {"runs": 1} for name in TRAINED} | {"block-caching": {"runs": 1, "threshold": 0.8}}
 
 
 def prompts(count, first=0):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from calibrating import CALIBRATED, CALL, STEPS, calibrated, prompts
+from calibrating import CALL, MEASURED, STEPS, calibrated, prompts
 
 import cache4diffusion as c4d
 import toys
@@ -17,7 +17,7 @@ def pipe():
     return toys.flux_pipeline()
 
 
-@pytest.mark.parametrize("name", CALIBRATED)
+@pytest.mark.parametrize("name", MEASURED)
 def test_merged_halves_equal_one_pass(pipe, name):
     whole = calibrated(pipe, name, 4)
     merged = merge_calibrations([calibrated(pipe, name, 2), calibrated(pipe, name, 2, first=2)], pipe)
@@ -37,7 +37,7 @@ def test_factors_of_weights_are_merged_only_where_the_weights_are(pipe):
         merge_calibrations(shards, toys.flux_pipeline(toys.flux(guidance=True)))
 
 
-@pytest.mark.parametrize("name", CALIBRATED)
+@pytest.mark.parametrize("name", MEASURED)
 def test_a_calibration_of_one_pipeline_works_on_it(pipe, name, tmp_path):
     made = calibrated(pipe, name, 2)
     path = made.save(tmp_path / "made.safetensors")
@@ -49,7 +49,7 @@ def test_a_calibration_of_one_pipeline_works_on_it(pipe, name, tmp_path):
     assert made.verdict().startswith("transformer: ")
 
 
-@pytest.mark.parametrize("name", CALIBRATED)
+@pytest.mark.parametrize("name", MEASURED)
 def test_observing_changes_nothing(pipe, name):
     before, plain = toys.Dicts(pipe.transformer, pipe.scheduler), toys.generate(pipe, STEPS)
     statistic = c4d.METHODS[name].calibrator()

@@ -8,6 +8,10 @@ import torch
 
 import cache4diffusion as c4d
 import toys
+from cache4diffusion.calibration import Calibration
+
+# L2C's table of pairs is for as many steps as the runs here have; stretched to them, it would hardly cache.
+PAIRS = Calibration.by_hand("l2c", 7, dict.fromkeys(toys.PARTS, torch.tensor([1.0, 0.01] * 3 + [1.0])))
 
 # Settings that cache on every step they can, and how exactly a cached step must equal the full one.
 GRAM = c4d.Calibration.by_hand("l2p", 12, {"gram": torch.ones(12, 12)})  # of runs that stand still
@@ -21,6 +25,7 @@ FORCED = {
     "fbcache": ({"threshold": 9.0}, 1e-5),
     "fora": ({"interval": 4}, 0),
     "icc": (toys.ACTIVE["icc"], 0),  # an increment of 0
+    "l2c": ({"calibration": PAIRS}, 0),
     "speca": ({"threshold": 9.0, "decay": 1.0}, 1e-5),
     "taylorseer": ({"interval": 4, "order": 2}, 1e-5),
     "taylorseer-order-0": ({"interval": 4, "order": 0}, 0),
@@ -141,7 +146,12 @@ NEVER = {
     "dbcache": DOUBLE[1:] + SINGLE[:-1],
     "dbcache-official": DOUBLE[1:] + SINGLE[1:],
     "fbcache": DOUBLE[1:] + SINGLE,
+    "block-caching": DOUBLE + SINGLE,
     "fora": PARTS,
+    "harmonica": PARTS,
+    "l2c": PARTS,
+    "lazydit": [part for part in PARTS if "norm" not in part],  # which the decisions read
+    "md-dit": [f"{b}.attn" for b in DOUBLE + SINGLE],
     "speca": PARTS,
     "taylorseer": PARTS,
     "taylorseer-order-0": PARTS,
@@ -153,6 +163,7 @@ NEVER = {
     "toca-all": [f"{b}.attn" for b in DOUBLE + SINGLE],
 }
 ALWAYS = {
+    "block-caching": ["x_embedder", "norm_out", "proj_out"],
     "dbcache": [DOUBLE[0], SINGLE[-1], "x_embedder"],
     "dbcache-official": [DOUBLE[0], SINGLE[0], "x_embedder"],
     "fbcache": [DOUBLE[0], "x_embedder"],

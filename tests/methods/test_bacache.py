@@ -10,31 +10,28 @@ from cache4diffusion.calibration.similarities import Similarities, cosine
 from cache4diffusion.cost import summarise
 from cache4diffusion.errors import CalibrationError
 from cache4diffusion.gates.update_sets import bubbled, caching_error, update_steps
-from small_denoisers import Plainly, SlowFlux, accelerated, differences, flux, flux_inputs, sample
+from small_denoisers import (
+    FLUX_PARTS,
+    PerPart,
+    SlowFlux,
+    accelerated,
+    differences,
+    flux,
+    flux_inputs,
+    path_of,
+    sample,
+)
 
 STEPS = 10
-DOUBLE = {"attn": "attn", "ffn": "ffn", "text_ffn": "ffn"}
-KINDS = {  # of FLUX's parts, in the order in which they run, by the reference's names for them
-    **{f"double.{i}.{part}": kind for i in range(2) for part, kind in DOUBLE.items()},
-    **{f"single.{i}": "fused" for i in range(3)},
-}
-
-
-def path_of(name):
-    """The path of a part in FLUX."""
-    if name.startswith("single"):
-        return f"single_transformer_blocks.{name[-1]}.proj_out"
-    _, layer, part = name.split(".")
-    return f"transformer_blocks.{layer}.{ {'attn': 'attn', 'ffn': 'ff', 'text_ffn': 'ff_context'}[part] }"
 
 
 def random_tables(seed=0):
     g = torch.Generator().manual_seed(seed)
-    return {name: torch.rand(STEPS, STEPS, generator=g, dtype=torch.float64) for name in KINDS}
+    return {name: torch.rand(STEPS, STEPS, generator=g, dtype=torch.float64) for name in FLUX_PARTS}
 
 
 def by_hand(tables):
-    fit = {f"{KINDS[name]} {path_of(name)}": table for name, table in tables.items()}
+    fit = {f"{FLUX_PARTS[name]} {path_of(name)}": table for name, table in tables.items()}
     return Calibration.by_hand("bacache", len(next(iter(tables.values()))), fit)
 
 
@@ -47,36 +44,12 @@ def model():
     return flux()
 
 
-class PerPart(Plainly):
-    """Every part has its update steps; on others its outputs are those of the last one."""
-
-    def __init__(self, updates):
-        self.updates, self.kept, self.step = updates, {}, -1
-
-    def begin(self, step):
-        self.step = step
-
-    def give(self, name, compute):
-        if self.step in self.updates[name]:
-            self.kept[name] = compute()
-        return self.kept[name]
-
-    def attn(self, name, block, image, text, rope):
-        return self.give(name, lambda: super(PerPart, self).attn(name, block, image, text, rope))
-
-    def ffn(self, name, module, x, layer, stream):
-        return self.give(name, lambda: module(x))
-
-    def fused(self, name, block, x, rope, layer):
-        return self.give(name, lambda: super(PerPart, self).fused(name, block, x, rope, layer))
-
-
 @pytest.mark.parametrize("sources", [0, 2])
 def test_every_part_follows_its_own_update_steps(model, sources):
     tables = random_tables()
     steps = {name: update_steps(table.tolist(), 3) for name, table in tables.items()}
     errors = {name: caching_error(table.tolist(), steps[name]) for name, table in tables.items()}
-    readers = [name for name, kind in KINDS.items() if kind != "attn"]
+    readers = [name for name, kind in FLUX_PARTS.items() if kind != "attn"]
     updates = bubbled(steps, errors, readers, sources)
     assert len(set(updates.values())) > 3, "parts differ"
     expected = sample(SlowFlux(model, PerPart(updates)), flux_inputs(2), STEPS)
@@ -125,7 +98,7 @@ def test_parts_are_upstream_in_the_order_in_which_they_run_also_from_a_file(mode
     with Observer(model, Similarities()) as observer, observer.run(num_steps=4):
         sample(model, flux_inputs(1), 4)
     entry = observer.entries()["denoiser"]
-    order = [f"{kind} {path_of(name)}" for name, kind in KINDS.items()]
+    order = [f"{kind} {path_of(name)}" for name, kind in FLUX_PARTS.items()]
     assert list(entry.fit) == order
     made = Calibration.by_hand("bacache", 4, entry.fit)
     assert list(load_calibration(made.save(tmp_path / "made.safetensors")).entry.fit) == order
@@ -137,7 +110,7 @@ def test_a_table_that_is_no_parts_is_refused():
 
 
 def test_another_number_of_steps_is_refused_unless_resampling_is_asked_for(model):
-    calibration = by_hand(dict.fromkeys(KINDS, torch.ones(STEPS, STEPS)))
+    calibration = by_hand(dict.fromkeys(FLUX_PARTS, torch.ones(STEPS, STEPS)))
     with pytest.raises(CalibrationError, match=r"calibrated for 10 steps, and the run has 5 steps\. .*resample=True"):
         accelerated(model, flux_inputs(1), 5, "bacache", calibration=calibration)
     _, trace, _ = accelerated(model, flux_inputs(1), 19, "bacache", calibration=calibration, resample=True)
@@ -157,7 +130,7 @@ def test_similarities_are_cosines_by_plain_hooks(model):
 
         return hook
 
-    watched = {path_of(name): kind for name, kind in KINDS.items() if kind != "fused"}
+    watched = {path_of(name): kind for name, kind in FLUX_PARTS.items() if kind != "fused"}
     hooks = [model.get_submodule(path).register_forward_hook(keep(path)) for path in watched]
     sample(model, flux_inputs(2), 5)
     for hook in hooks:
@@ -165,7 +138,7 @@ def test_similarities_are_cosines_by_plain_hooks(model):
     with Observer(model, Similarities()) as observer, observer.run(num_steps=5):
         sample(model, flux_inputs(2), 5)
     fit = observer.entries()["denoiser"].fit
-    assert len(fit) == len(KINDS)
+    assert len(fit) == len(FLUX_PARTS)
     for path, kind in watched.items():
         table, steps = fit[f"{kind} {path}"], outputs[path]
         for i in range(5):

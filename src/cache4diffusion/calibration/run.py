@@ -1,10 +1,12 @@
-"""Calibrating: sample the user's prompts uncached, once, and fit what the method asks for."""
+"""Calibrating: sample the user's prompts uncached, and measure or train what the method asks for."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from cache4diffusion.calibration.observer import Observer
-from cache4diffusion.calibration.store import Calibration, Provenance, statistic_of
+from cache4diffusion.calibration.statistic import Statistic
+from cache4diffusion.calibration.store import Calibration, Entry, Provenance, statistic_of
+from cache4diffusion.calibration.trainer import Trainer
+from cache4diffusion.calibration.training import Training
 from cache4diffusion.calls import default_steps, quiet, sampler
 from cache4diffusion.errors import Cache4DiffusionError, RunError, SettingError
 from cache4diffusion.files import check_writable
 from cache4diffusion.method import Method
 from cache4diffusion.run.taps import schedulers_of
+
+OTHER_NOISE = 1_000_003  # added to the seeds for every further round over the prompts of a training
 
 
 def calibrate(
@@ -32,13 +39,14 @@ def calibrate(
     progress: bool = False,
     **options: Any,
 ) -> Calibration:
-    """Measure on your own pipeline what a method needs to know before sampling. Nothing is left attached.
+    """Measure (or train) on your own pipeline what a method needs to know before sampling. Nothing is left attached.
 
         made = c4d.calibrate(pipe, "teacache", prompts, call={"guidance_scale": 3.5}, out="teacache.safetensors")
         print(made.verdict())
         c4d.accelerate(pipe, "teacache", calibration="teacache.safetensors")
 
-    Every prompt is sampled once, uncached. Calibrate with the steps, scheduler, guidance and size you will sample with.
+    Every prompt is sampled once, uncached; a training goes over them again and again, each time from other noise.
+    Calibrate with the steps, scheduler, guidance and size you will sample with.
 
     Args:
         pipe: a diffusers pipeline.
@@ -71,10 +79,17 @@ def calibrate(
         check_writable(out)
     call = {"output_type": "latent", **(call or {})}
     sampler(pipe, call)  # refuses arguments that the pipeline does not take
-    with Observer(pipe, statistic) as observer, quiet(pipe), torch.inference_mode():
-        for prompt, seed in _tracked(list(zip(prompts, chosen, strict=True)), progress):
-            _sample(pipe, call, prompt, seed, steps)
-        entries = observer.entries()
+    samples = list(zip(prompts, chosen, strict=True))
+
+    def sample(prompt: Any, seed: int) -> Any:
+        return _sample(pipe, call, prompt, seed, steps)
+
+    with quiet(pipe):
+        if isinstance(statistic, Training):
+            entries = _train(pipe, statistic, samples, sample, progress)
+        else:
+            assert isinstance(statistic, Statistic)  # there is no third kind
+            entries = _observe(pipe, statistic, samples, sample, progress)
     made = Calibration(
         name,
         {entry["name"]: _plain(getattr(statistic, entry["name"])) for entry in statistic.describe()},
@@ -84,6 +99,40 @@ def calibrate(
     if out is not None:
         made.save(out)
     return made
+
+
+def _observe(
+    pipe: Any, statistic: Statistic, samples: Sequence[tuple[Any, int]], sample: Callable[[Any, int], Any], shown: bool
+) -> dict[str, Entry]:
+    """One uncached run per sample."""
+    with Observer(pipe, statistic) as observer, torch.inference_mode(), _bar(shown, len(samples)) as advance:
+        for prompt, seed in samples:
+            sample(prompt, seed)
+            advance("calibrate")
+        return observer.entries()
+
+
+def _train(
+    pipe: Any, training: Training, samples: Sequence[tuple[Any, int]], sample: Callable[[Any, int], Any], shown: bool
+) -> dict[str, Entry]:
+    """As many runs as the training asks for, over the prompts in turn, each time from other noise."""
+    measured: dict[str, Any] = {}
+    if training.first is not None:
+        seen = _observe(pipe, training.first, samples, sample, shown)
+        measured = {name: entry.fit for name, entry in seen.items()}
+    with (
+        Trainer(pipe, training, samples[0][1], measured) as trainer,
+        torch.inference_mode(False),
+        torch.no_grad(),
+        _bar(shown, training.runs) as advance,
+    ):
+        trainer.look(lambda: sample(*samples[0]))
+        for number in range(training.runs):
+            sweep, place = divmod(number, len(samples))
+            prompt, seed = samples[place]
+            loss = trainer.teach(number, functools.partial(sample, prompt, seed + sweep * OTHER_NOISE))
+            advance(f"train, loss {loss:.3g}")
+        return trainer.entries()
 
 
 def provenance_of(target: Any, steps: int, call: Mapping[str, Any], samples: Sequence[str]) -> Provenance:
@@ -135,23 +184,27 @@ def _plain(value: Any) -> Any:
         return f"{type(value).__name__} {digest_of(value, 0)}"
 
 
-def _sample(pipe: Any, call: Mapping[str, Any], prompt: Any, seed: int, steps: int) -> None:
-    """One run."""
+def _sample(pipe: Any, call: Mapping[str, Any], prompt: Any, seed: int, steps: int) -> Any:
+    """One run; returns the latents."""
     own = dict(prompt) if isinstance(prompt, Mapping) else {}
     sample = sampler(pipe, {**call, **own})
     try:
-        sample(None if own else [prompt], [seed], steps)
+        return sample(None if own else [prompt], [seed], steps)
     except Cache4DiffusionError:
         raise
     except Exception as error:  # the host's own code may raise anything
         raise RunError(f"{type(pipe).__name__} failed: {type(error).__name__}: {error}") from error
 
 
-def _tracked(samples: list[Any], progress: bool) -> Iterator[Any]:
-    if not progress:
-        yield from samples
+@contextmanager
+def _bar(shown: bool, total: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar on stderr; yields what moves it on, with a word."""
+    if not shown:
+        yield lambda words: None
         return
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress
 
-    yield from track(samples, "calibrate", console=Console(stderr=True))
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("calibrate", total=total)
+        yield lambda words: progress.update(task, description=words, advance=1)

@@ -3,6 +3,7 @@
 from cache4diffusion.methods.ab_cache import ABCache
 from cache4diffusion.methods.adacache import AdaCache
 from cache4diffusion.methods.bacache import BACache
+from cache4diffusion.methods.block_caching import BlockCaching
 from cache4diffusion.methods.bwcache import BWCache
 from cache4diffusion.methods.dbcache import DBCache
 from cache4diffusion.methods.dbprune import DBPrune
@@ -22,11 +23,15 @@ from cache4diffusion.methods.fora import Fora
 from cache4diffusion.methods.frdiff import FRDiff
 from cache4diffusion.methods.freqca import FreqCa
 from cache4diffusion.methods.goc import GOC
+from cache4diffusion.methods.harmonica import HarmoniCa
 from cache4diffusion.methods.hicache import HiCache
 from cache4diffusion.methods.icc import ICC
+from cache4diffusion.methods.l2c import L2C
 from cache4diffusion.methods.l2p import L2P
+from cache4diffusion.methods.lazydit import LazyDiT
 from cache4diffusion.methods.lemica import LeMiCa
 from cache4diffusion.methods.magcache import MagCache
+from cache4diffusion.methods.md_dit import MDDiT
 from cache4diffusion.methods.meancache import MeanCache
 from cache4diffusion.methods.newton import Newton
 from cache4diffusion.methods.scm import SCM
@@ -47,12 +52,14 @@ __all__ = [
     "DMD",
     "GOC",
     "ICC",
+    "L2C",
     "L2P",
     "SCM",
     "ABCache",
     "AdaCache",
     "BACache",
     "BWCache",
+    "BlockCaching",
     "DBCache",
     "DBPrune",
     "DPCache",
@@ -69,8 +76,11 @@ __all__ = [
     "FoCa",
     "Fora",
     "FreqCa",
+    "HarmoniCa",
     "HiCache",
+    "LazyDiT",
     "LeMiCa",
+    "MDDiT",
     "MagCache",
     "MeanCache",
     "Newton",
