@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from cache4diffusion.calibration.calibrator import Shape, Sums
 from cache4diffusion.calibration.quality import judged
-from cache4diffusion.calibration.statistic import Fit, Seen, Shape, Sums, WeightStatistic
+from cache4diffusion.calibration.statistic import Fit, Seen, WeightStatistic
 from cache4diffusion.errors import CalibrationError
 from cache4diffusion.settings import setting
 from cache4diffusion.sites import Linears

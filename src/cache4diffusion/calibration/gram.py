@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cache4diffusion.calibration.calibrator import Shape, Sums
 from cache4diffusion.calibration.figure import Figure
 from cache4diffusion.calibration.quality import judged
-from cache4diffusion.calibration.statistic import Fit, Seen, Shape, Statistic, Sums
+from cache4diffusion.calibration.statistic import Fit, Seen, Statistic
 from cache4diffusion.errors import CalibrationError
 from cache4diffusion.gates import FixedInterval, Step
 from cache4diffusion.predictors.learned import solved

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from cache4diffusion.calibration.calibrator import Shape, Sums
 from cache4diffusion.calibration.figure import Figure
-from cache4diffusion.calibration.statistic import Fit, Seen, Shape, StepMeans, Sums
+from cache4diffusion.calibration.statistic import Fit, Seen, StepMeans
 from cache4diffusion.settings import setting
 from cache4diffusion.sites import Span
 

@@ -28,7 +28,7 @@ from cache4diffusion.engine.blocks import BlockView
 from cache4diffusion.engine.compiling import is_compiled
 from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.leaves import Layout, take_apart
-from cache4diffusion.engine.parts import entering_of, entrance_of, parts_of
+from cache4diffusion.engine.parts import blocks_of, entering_of, entrance_of, parts_of
 from cache4diffusion.engine.span import BlocksDriver
 from cache4diffusion.errors import AlreadyAcceleratedError, AnatomyError, CalibrationError, CompositionError
 from cache4diffusion.method import Composition
@@ -91,7 +91,7 @@ class Stage:
             self.forward = None
 
     def _wrap_parts(self, site: Parts) -> None:
-        found = parts_of(self.host, site)
+        found = [part for _, block in blocks_of(self.host) for part in parts_of(block, site)]
         if not found:
             assert self.host.anatomy is not None
             raise AnatomyError(
@@ -99,7 +99,7 @@ class Stage:
                 "apart, so nothing can be trained there."
             )
         modules = dict(self.host.denoiser.named_modules())
-        for _, part in found:
+        for part in found:
             entrance = entrance_of(part)
             if entrance is not None:
                 self._wrappers.append(ForwardWrapper(modules[entrance.path], self._noting(part, modules)))

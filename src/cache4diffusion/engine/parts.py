@@ -204,7 +204,7 @@ class RestingModule:
         return found[0] if len(found) == 1 else tuple(found)
 
 
-def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def first_tensor(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
     """The tokens that a module of one input is called with."""
     return args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
 
