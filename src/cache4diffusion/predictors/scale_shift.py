@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cache4diffusion.predictors.base import LinearPredictor
 from cache4diffusion.predictors.history import History
+from cache4diffusion.storage import PLAIN, Store
 
 Table = tuple[Tensor, Tensor]  # scale and shift, each [steps, channels]
 
@@ -17,13 +18,13 @@ Table = tuple[Tensor, Tensor]  # scale and shift, each [steps, channels]
 class MendedHistory(History):
     """A `History` that knows how its feature is scaled and shifted: a `Table` for each leaf, or None."""
 
-    def __init__(self, capacity: int, rows: int | None, tables: Sequence[Table]) -> None:
-        super().__init__(capacity, rows)
+    def __init__(self, capacity: int, rows: int | None, tables: Sequence[Table], store: Store = PLAIN) -> None:
+        super().__init__(capacity, rows, store)
         self.tables = tables
 
     def tensors(self) -> Iterator[Tensor]:
         """The feature, and the numbers."""
-        yield from self.buffers
+        yield from super().tensors()
         for table in self.tables:
             yield from table
 
@@ -51,17 +52,17 @@ class ScaleShift(LinearPredictor):
         """All on the newest."""
         return [1.0]
 
-    def init(self, rows: int | None, num_steps: int | None = None) -> MendedHistory:
+    def init(self, rows: int | None, num_steps: int | None = None, store: Store = PLAIN) -> MendedHistory:
         """Of a site without numbers."""
-        return MendedHistory(self.capacity, rows, ())
+        return MendedHistory(self.capacity, rows, (), store)
 
     def serves(self, site: str) -> bool:
         """Every site: those without numbers are reused as they are."""
         return True
 
-    def init_at(self, site: str, rows: int | None, num_steps: int | None = None) -> MendedHistory:
+    def init_at(self, site: str, rows: int | None, num_steps: int | None = None, store: Store = PLAIN) -> MendedHistory:
         """Of this site."""
-        return MendedHistory(self.capacity, rows, self.tables.get(site, ()))
+        return MendedHistory(self.capacity, rows, self.tables.get(site, ()), store)
 
     def update(self, state: History, leaves: Sequence[Tensor], time: float, rows: Sequence[int] | None = None) -> None:
         """Copy the feature; the numbers go where it is."""
