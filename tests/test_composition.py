@@ -185,10 +185,10 @@ def is_possible(site, gate, tokens, decide="batch", predictor="reuse"):
     return refusal(site, gate, tokens, decide, predictor) is None
 
 
-def predictors(site, gate):
+def predictors(site, gate, tokens=None):
     """All of them under the plain gate, one of each kind under the others."""
     wanted = ANYWHERE if gate == "interval" and site not in FAMILY else [*KINDS, "aligned", *CORRECTORS]
-    return [name for name in dict.fromkeys(wanted) if is_possible(site, gate, None, "batch", name)]
+    return [name for name in dict.fromkeys(wanted) if is_possible(site, gate, tokens, "batch", name)]
 
 
 # Sites whose driver is another's with one thing changed: they need not meet every gate as well.
@@ -242,7 +242,7 @@ def never(denoiser, inputs):
 def test_what_can_be_made_runs_on_a_transformer(transformer, site, gate, tokens):
     inputs = flux_inputs(1)
     plain = never(transformer, inputs)
-    for predictor, cfg in itertools.product(predictors(site, gate), CFG):
+    for predictor, cfg in itertools.product(predictors(site, gate, tokens), CFG):
         outputs, trace = guided(transformer, inputs, compose(blank(), axes(site, gate, predictor, tokens, cfg)))
         check(outputs, trace, plain, cfg)
 
