@@ -50,9 +50,9 @@ def gain_at_most(composition: Composition, steps: int) -> tuple[str, float]:
     """
     try:
         composition.check_run(steps)
+        strip = best_strip(copy.deepcopy(composition), steps)  # a gate may write down what it is asked
     except Cache4DiffusionError:  # nothing would be cached, or it is made for other runs
         return FULL * steps, 1.0
-    strip = best_strip(copy.deepcopy(composition), steps)  # a gate may write down what it is asked
     computed = strip.count(FULL) + 0.5 * strip.count(HALF)
     return strip, steps / max(computed, 1.0)
 

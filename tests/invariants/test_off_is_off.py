@@ -122,6 +122,15 @@ def test_pipeline_is_bit_equal(name, negative):
     assert torch.equal(plain, found)
 
 
+@pytest.mark.parametrize("name", [name for name in toys.CALIBRATED if "resample" in toys.CALIBRATED[name]])
+def test_what_was_calibrated_for_fewer_steps_is_bit_equal(name):
+    plain = toys.flux_loop(toys.flux(), toys.flux_inputs(), 17)
+    denoiser = toys.flux()
+    with toys.accelerated(denoiser, name, toys.off(name), num_steps=17):
+        found = toys.flux_loop(denoiser, toys.flux_inputs(), 17)
+    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+
+
 @methods
 def test_every_method_caches_at_its_active_settings(name):
     denoiser, branches = toys.flux(), [toys.flux_inputs(seed=s) for s in (0, 1)]

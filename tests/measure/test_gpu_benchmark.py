@@ -53,7 +53,7 @@ def check(result, rows):
         assert row["achieved_over_ideal"] == pytest.approx(row["achieved"] / row["ideal"])
         assert (row["cached_ms"] is None) == (row["method"] == "uncached")
         assert row["peak_bytes"] > row["cache_bytes"]
-        assert not row["notes"]
+        assert all("little to cache" in note for note in row["notes"])  # of a run of 6 steps
 
 
 def ideal_of_the_trace(sampler, row):

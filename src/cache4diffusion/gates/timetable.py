@@ -63,7 +63,9 @@ class Timetable(StaticGate):
         if self.num_steps is None:
             return None if steps is None else frozenset(steps)
         positions = positions_of(place, self.num_steps, self.levels, resample=self.resample)
-        return None if steps is None else frozenset(nearest(positions, step) for step in steps)
+        if steps is None or len(steps) == self.num_steps:  # full everywhere, also where a longer run has steps between
+            return None
+        return frozenset(nearest(positions, step) for step in steps)
 
     def propose(self, state: frozenset[int] | None, step: Step, score: float | None) -> bool:
         """Cached unless listed."""
