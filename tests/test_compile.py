@@ -338,7 +338,8 @@ def fitted(denoiser, site: str) -> Weights:
 
 
 @pytest.mark.parametrize(
-    ("site", "order"), [("linears", "before"), pytest.param("parts", "after"), pytest.param("linears", "after")]
+    ("site", "order"),
+    [("linears", "before"), ("parts", "after"), pytest.param("linears", "after", marks=pytest.mark.slow)],
 )
 def test_a_corrector_corrects_inside_compiled_blocks(site, order):
     """What enters a site is an intermediate of the block's graph, and so is the correction: two graphs per class."""

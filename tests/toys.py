@@ -197,6 +197,29 @@ methods = pytest.mark.parametrize("name", TRANSFORMER_METHODS)
 distinct_methods = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in TWINS else ()) for name in TRANSFORMER_METHODS]
 )
+# These meet every case whether they are twins or not: most others are built from their parts.
+FIRST_TEN = {
+    *("fora", "taylorseer", "taylorseer-lite", "dbcache", "fbcache", "teacache", "speca", "toca", "fastercache"),
+    "deepcache",
+}
+
+
+def with_cases(argument, cases, method="name", names=TRANSFORMER_METHODS, method_of=str):
+    """Every method with every case; twins meet the first case, and the others among the slow checks."""
+    first = next(iter(cases))
+
+    def is_slow(name, case):
+        twin = method_of(name)
+        return case != first and twin in TWINS and twin not in FIRST_TEN
+
+    return pytest.mark.parametrize(
+        (method, argument),
+        [
+            pytest.param(name, case, marks=pytest.mark.slow if is_slow(name, case) else ())
+            for name in names
+            for case in cases
+        ],
+    )
 
 
 def made(name, **settings):

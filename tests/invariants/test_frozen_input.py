@@ -63,7 +63,7 @@ def assert_equal(found, plain, tolerance):
         assert relative(found, plain) <= tolerance
 
 
-FLUX = {"plain": 1, "controlnet": 1, "controlnet-repeat": 4, "ip-adapter": 2, "text-7": 4}
+FLUX = {"controlnet-repeat": 4, "plain": 1, "controlnet": 1, "ip-adapter": 2, "text-7": 4}
 
 
 def flux_case(variant):
@@ -78,8 +78,7 @@ def flux_case(variant):
     return denoiser, inputs
 
 
-@forced
-@pytest.mark.parametrize("variant", FLUX)
+@toys.with_cases("variant", FLUX, "case", FORCED, method_of)
 def test_cached_steps_of_flux_equal_the_full_one(case, variant):
     settings, tolerance = FORCED[case]
     denoiser, inputs = flux_case(variant)

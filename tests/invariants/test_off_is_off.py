@@ -11,6 +11,7 @@ from cache4diffusion.predictors import Corrector
 methods = toys.methods
 
 FLUX = {
+    "ip-adapter-controlnet-4": {"ip_adapter": True, "controlnet": True, "batch": 4},
     "plain": {},
     "batch-4": {"batch": 4},
     "bf16-tuple": {"dtype": torch.bfloat16, "return_dict": False},
@@ -18,7 +19,6 @@ FLUX = {
     "controlnet-tuple": {"controlnet": True, "return_dict": False},
     "controlnet-repeat": {"controlnet": "repeat", "batch": 4},
     "ip-adapter": {"ip_adapter": True},
-    "ip-adapter-controlnet-4": {"ip_adapter": True, "controlnet": True, "batch": 4},
     "guidance": {"guidance": True},
 }
 
@@ -67,8 +67,7 @@ def assert_consulted(name, handle, asked, num_steps):
     assert set(handle.stats["strip"]) == {"F"}
 
 
-@methods
-@pytest.mark.parametrize("case", FLUX)
+@toys.with_cases("case", FLUX)
 def test_flux_is_bit_equal(name, case):
     denoiser, inputs, options = flux_case(**FLUX[case])
     plain = toys.flux_loop(denoiser, inputs, 5, **options)
@@ -88,8 +87,7 @@ def test_gate_is_asked_and_predictor_updated_on_every_step(name, monkeypatch):
         assert_consulted(name, handle, asked, 6)
 
 
-@methods
-@pytest.mark.parametrize("count", [2, 3])
+@toys.with_cases("count", (3, 2))
 def test_sequential_branches_are_bit_equal(name, count):
     denoiser, branches = toys.flux(), [toys.flux_inputs(seed=s) for s in range(count)]
     plain = toys.branch_loop(denoiser, branches, 6)
@@ -99,8 +97,7 @@ def test_sequential_branches_are_bit_equal(name, count):
     assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True))
 
 
-@methods
-@pytest.mark.parametrize("batch", [1, 4])
+@toys.with_cases("batch", (4, 1))
 def test_batched_guidance_on_dit_is_bit_equal(name, batch):
     denoiser = toys.dit()
     plain = toys.dit_loop(denoiser, batch, 6)
@@ -110,8 +107,7 @@ def test_batched_guidance_on_dit_is_bit_equal(name, batch):
     assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True))
 
 
-@methods
-@pytest.mark.parametrize("negative", [None, 2], ids=["unguided", "true-cfg"])
+@toys.with_cases("negative", (2, None))
 def test_pipeline_is_bit_equal(name, negative):
     pipe, prompt = toys.flux_pipeline(), toys.prompt(1, negative=negative)
     plain = toys.generate(pipe, 6, **prompt)

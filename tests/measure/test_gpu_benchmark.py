@@ -88,6 +88,7 @@ def test_the_file_of_a_tiny_run_and_its_ideals(tmp_path):
     assert "figures mean nothing" in text
 
 
+@pytest.mark.slow
 def test_compiled_rows_are_added_to_the_file_and_known_ones_kept(tmp_path):
     words = ["--methods", "taylorseer-lite(interval=3),fora(interval=3)", "--backend", "eager"]
     eager = measure(tmp_path, "--modes", "eager", *words)
