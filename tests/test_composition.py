@@ -191,6 +191,11 @@ def predictors(site, gate, tokens=None):
     return [name for name in dict.fromkeys(wanted) if is_possible(site, gate, tokens, "batch", name)]
 
 
+def with_cfg(names):
+    """Every predictor without a rule for CFG branches, and the first one with each: the rule lies outside the site."""
+    return [*((name, None) for name in names), *((names[0], cfg) for cfg in CFG if cfg is not None)]
+
+
 # Sites whose driver is another's with one thing changed: they need not meet every gate as well.
 FAMILY = {
     "switching_span": "span",
@@ -242,8 +247,21 @@ def never(denoiser, inputs):
 def test_what_can_be_made_runs_on_a_transformer(transformer, site, gate, tokens):
     inputs = flux_inputs(1)
     plain = never(transformer, inputs)
-    for predictor, cfg in itertools.product(predictors(site, gate, tokens), CFG):
+    for predictor, cfg in with_cfg(predictors(site, gate, tokens)):
         outputs, trace = guided(transformer, inputs, compose(blank(), axes(site, gate, predictor, tokens, cfg)))
+        check(outputs, trace, plain, cfg)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cfg", [cfg for cfg in CFG if cfg is not None])
+@pytest.mark.parametrize(
+    "site", [site for site in SITE if runs(site, "interval") and is_possible(site, "interval", None)]
+)
+def test_every_predictor_runs_beside_every_rule_for_branches(transformer, site, cfg):
+    inputs = flux_inputs(1)
+    plain = never(transformer, inputs)
+    for predictor in predictors(site, "interval"):
+        outputs, trace = guided(transformer, inputs, compose(blank(), axes(site, "interval", predictor, None, cfg)))
         check(outputs, trace, plain, cfg)
 
 
