@@ -399,7 +399,7 @@ def test_sites_can_be_given_by_name_as_well():
         ({"predictor": "newton(ordr=1)"}, SettingError, "did you mean 'order'"),
         ({"predictor": "newton(1)"}, SettingError, r"name\(setting=value\)"),
         ({"predictor": "newton(order=1"}, SettingError, r"name\(setting=value\)"),
-        ({"predictor": "newton(order=n)"}, SettingError, r"name\(setting=value\)"),
+        ({"predictor": "newton(order=n)"}, SettingError, "order must be a whole number"),
         ({"predictor": "newton(order='two')"}, SettingError, "order must be a whole number"),
         ({"gate": "interval(interval=2.5)"}, SettingError, "interval must be a whole number"),
         ({"gate": "probe(threshold=True)"}, SettingError, "threshold must be a number"),

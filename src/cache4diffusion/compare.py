@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from cache4diffusion.files import check_writable
 from cache4diffusion.handle import Handle
 from cache4diffusion.method import Composition, Method
 from cache4diffusion.options import Options
-from cache4diffusion.settings import plain
+from cache4diffusion.settings import plain, read_call
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,21 +33,12 @@ NOTHING_CACHED = r"0 of \d+ steps were cached"
 
 
 def parse_method(text: str) -> tuple[str, dict[str, Any]]:
-    """Name and settings of ``"taylorseer(interval=5, order=1)"`` or ``"taylorseer"``; values are Python literals.
+    """Name and settings of ``"taylorseer(interval=5, order=1)"`` or ``"taylorseer"``, as `read_call`.
 
     Raises:
         SettingError: it cannot be read.
     """
-    name, bracket, rest = text.strip().partition("(")
-    if not bracket:
-        return name.strip(), {}
-    try:
-        call = ast.parse(f"f({rest}", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args:
-            raise ValueError
-        return name.strip(), {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError) as error:
-        raise SettingError(f"Cannot read the method {text!r}: write it like 'name(setting=value)'.") from error
+    return read_call(text, "method")
 
 
 def split_methods(text: str) -> list[str]:

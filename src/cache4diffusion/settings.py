@@ -198,6 +198,46 @@ def plain(settings: typing.Mapping[str, Any]) -> dict[str, Any]:
     return {name: of(value) for name, value in settings.items()}
 
 
+def read_call(text: str, what: str) -> tuple[str, dict[str, Any]]:
+    """Name and settings of ``"newton(order=1)"`` or ``"newton"``.
+
+    Values are Python literals; a single word is text without quotes, and so is what looks like a call:
+    ``"taylorseer-lite(gate=widening(window=3), cache_dtype=bf16)"``.
+
+    Args:
+        text: what the user wrote.
+        what: what it names, for the error.
+
+    Raises:
+        SettingError: it cannot be read.
+    """
+    name, bracket, rest = text.strip().partition("(")
+    if not bracket:
+        return name.strip(), {}
+    source = f"f({rest}"
+    try:
+        call = ast.parse(source, mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or not isinstance(call.func, ast.Name):
+            raise ValueError(text)
+        given = {keyword.arg: _read_value(keyword.value, source) for keyword in call.keywords}
+        if None in given:
+            raise ValueError(text)
+    except (SyntaxError, ValueError) as error:
+        raise SettingError(
+            f"Cannot read the {what} {text!r}: write it like 'name(setting=value)'. A value is a number, a word or "
+            "'a text'."
+        ) from error
+    return name.strip(), {str(key): value for key, value in given.items()}
+
+
+def _read_value(node: ast.expr, source: str) -> Any:
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Call):
+        return ast.get_source_segment(source, node)
+    return ast.literal_eval(node)
+
+
 def component(text: str, table: dict[str, type], what: str) -> Any:
     """Make a component from ``"newton(order=1)"`` or ``"newton"``.
 
@@ -210,19 +250,10 @@ def component(text: str, table: dict[str, type], what: str) -> Any:
         UnknownNameError: no such name.
         SettingError: the brackets cannot be read, or a setting is unknown or out of range.
     """
-    name, bracket, rest = text.partition("(")
-    name = name.strip()
+    name, settings = read_call(text, what)
     if name not in table:
         raise UnknownNameError(f"There is no {what} {name!r}{closest(name, table) or '.'} Known: {', '.join(table)}.")
-    cls, settings = table[name], {}
-    if bracket:
-        try:
-            call = ast.parse(f"f({rest}", mode="eval").body
-            assert isinstance(call, ast.Call)
-            assert not call.args and isinstance(call.func, ast.Name)
-            settings = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-        except (SyntaxError, ValueError, AssertionError) as error:
-            raise SettingError(f"Cannot read the {what} {text!r}: write it like 'name(setting=value)'.") from error
+    cls = table[name]
     check_names(f"{what} {name!r}", settings, [entry.name for entry in dataclasses.fields(cls)])
     hints = typing.get_type_hints(cls)
     for setting_name, value in settings.items():

@@ -363,7 +363,8 @@ def test_methods_are_split_at_commas_outside_brackets():
     text = "taylorseer(interval=5,order=1), dbcache,fora(interval=3)"
     assert split_methods(text) == ["taylorseer(interval=5,order=1)", "dbcache", "fora(interval=3)"]
     assert parse_method("a(b=1, c='x', d=(True, False))") == ("a", {"b": 1, "c": "x", "d": (True, False)})
-    for wrong in ("a(1)", "a(b=1", "a(b=)", "a(b=c)"):
+    assert parse_method("a(b=bf16, c=d(e=1, f=(2, 3)))") == ("a", {"b": "bf16", "c": "d(e=1, f=(2, 3))"})
+    for wrong in ("a(1)", "a(b=1", "a(b=)", "a(**b)", "a(b=c.d)", "a(b=-c)", "a(b=1)(c=2)"):
         with pytest.raises(SettingError, match="write it like"):
             parse_method(wrong)
 
