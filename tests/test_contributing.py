@@ -65,16 +65,18 @@ def test_there_is_an_example_for_every_axis():
 
 def test_the_examples_work_and_the_general_tests_find_them(copy):
     """The new predictor, gate and rule take part in the tables of the other tests without a word there."""
+    run(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "tests/test_late_stripes.py")
     found = run(
-        copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header",
-        "tests/test_late_stripes.py",
+        copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "-rA",
+        "-k", "late or stripes or damped or one_module",  # what is not new was run where it lies
         "tests/test_gates.py::test_propose_is_pure_and_the_first_step_is_full",
         "tests/test_predictors.py::test_every_predictor_of_the_table_keeps_the_contract",
         "tests/methods/test_toca.py::test_every_token_rule_of_the_table_keeps_the_contract",
         "tests/test_composition.py::test_a_pair_is_made_or_refused_as_the_table_says",
         "tests/test_composition.py::test_every_method_is_one_of_these_combinations",
     )  # fmt: skip
-    assert "passed" in found
+    for name in ("late", "damped", "stripes", "late-stripes"):
+        assert re.search(rf"^PASSED .*\[(.*-)?{name}(-.*)?\]$", found, flags=re.MULTILINE), name
 
 
 def test_the_commands_it_names_exist():

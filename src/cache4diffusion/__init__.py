@@ -5,10 +5,11 @@ from cache4diffusion.accelerate import accelerate
 from cache4diffusion.calibration import Calibration
 from cache4diffusion.calibration.run import calibrate
 from cache4diffusion.compare import compare
+from cache4diffusion.composition import Composition
 from cache4diffusion.errors import Cache4DiffusionError
 from cache4diffusion.handle import Handle
 from cache4diffusion.memory import cache_bytes
-from cache4diffusion.method import METHODS, Composition, Method, method
+from cache4diffusion.method import METHODS, Method, method
 from cache4diffusion.selfcheck import selfcheck
 
 __version__ = "0.1.0.dev0"

@@ -17,6 +17,7 @@ from cache4diffusion import methods as _methods  # noqa: F401 - fills the regist
 from cache4diffusion.anatomy import describe
 from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.budget import Budget
+from cache4diffusion.composition import Composition
 from cache4diffusion.engine import Engine
 from cache4diffusion.engine.admission import Admission
 from cache4diffusion.engine.compiling import WHOLE, forbids_compiled_blocks, hides_sites, is_compiled
@@ -36,7 +37,7 @@ from cache4diffusion.few_steps import check_distilled
 from cache4diffusion.gates import GATES
 from cache4diffusion.guidance import BRANCH_RULES
 from cache4diffusion.handle import Handle
-from cache4diffusion.method import METHODS, Composition, Method, method
+from cache4diffusion.method import METHODS, Method, method
 from cache4diffusion.options import Options, take_options
 from cache4diffusion.predictors import PREDICTORS
 from cache4diffusion.profile import load_profile

@@ -8,17 +8,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cache4diffusion.accelerate import Choice, choose, compose, denoisers_of, start
 from cache4diffusion.anatomy import Anatomy
 from cache4diffusion.calls import Call, check_call, default_steps, first_step, quiet, sampler
+from cache4diffusion.composition import Composition
 from cache4diffusion.cost import Summary, summarise
 from cache4diffusion.errors import SettingError
 from cache4diffusion.few_steps import FewStepsWarning
 from cache4diffusion.files import check_writable
 from cache4diffusion.handle import Handle
-from cache4diffusion.method import Composition, Method
+from cache4diffusion.ladder import ladder
+from cache4diffusion.method import Method
 from cache4diffusion.options import Options
 from cache4diffusion.settings import plain, read_call
 
@@ -202,8 +204,9 @@ def variants_of(pipe: Any, methods: Sequence[Any]) -> list[Any]:
 def compare(
     pipe: Any,
     prompts: Sequence[Any],
-    methods: Sequence[Any],
+    methods: Sequence[Any] | Literal["all"],
     *,
+    calibrations: str | Path | None = None,
     seeds: int | Sequence[int] = 0,
     steps: int | None = None,
     batch: int = 4,
@@ -226,7 +229,10 @@ def compare(
         pipe: a diffusers pipeline that makes images. Nothing is left attached to it.
         prompts: one image each (class labels for class-to-image pipelines).
         methods: names, names with settings, profile files, methods, compositions, or what has an ``attach()``
-            (`measure.Variant`).
+            (`measure.Variant`). ``"all"``: every method at the settings of its ladder; those that cannot run here are
+            named in ``results.conditions.left_out``, with the reason.
+        calibrations: for ``"all"``: a folder with a ``METHOD.safetensors`` for each method that takes one, or the
+            reference model whose shipped ones are used.
         seeds: one per prompt, or the first of consecutive ones.
         steps: sampling steps, 1 or more; None: the pipeline's default.
         batch: prompts per call of the pipeline, 1 or more.
@@ -237,8 +243,8 @@ def compare(
         name: of the pipeline in tables; None: its class.
         call: further arguments of the pipeline's call, such as ``height``.
         progress: a progress bar on stderr.
-        **options: of `measure.bench`: ``fewer_steps``, ``flops_captions``, ``warmup``, ``show``, ``level`` and
-            ``conditions``.
+        **options: of `measure.bench`: ``fewer_steps``, ``flops_captions``, ``warmup``, ``show``, ``level``,
+            ``conditions`` and ``keep_going`` (True for ``"all"``).
 
     Returns:
         `measure.Bench`: ``results``, and images for the report.
@@ -254,9 +260,16 @@ def compare(
     from cache4diffusion.measure.errors import require
     from cache4diffusion.measure.report import REPORT_LIBRARIES
 
+    left_out: dict[str, str] = {}
+    is_all = isinstance(methods, str) and methods == "all"
+    if is_all:
+        methods, left_out = ladder(calibrations)
+    elif calibrations is not None:
+        raise SettingError("compare(calibrations=...) is for methods='all'; others take calibration= each.")
     for given, words in ((prompts, "prompts"), (methods, "methods")):
         if isinstance(given, str):
             raise SettingError(f"compare({words}={given!r}): give a list, even of one.")
+    keep_going = bool(options.pop("keep_going", is_all))
     prompts, call = list(prompts), dict(call or {})
     seeds = list(range(seeds, seeds + len(prompts))) if isinstance(seeds, int) else list(seeds)
     if not prompts or not methods:
@@ -287,8 +300,9 @@ def compare(
         for variant in variants:
             if isinstance(variant, MethodVariant):
                 variant.calls = calls
-                with variant.attach():
-                    pass
+                if not keep_going:  # there the first run shows what cannot serve this pipeline
+                    with variant.attach():
+                        pass
         measured = bench(
             variants,
             sample,
@@ -299,8 +313,9 @@ def compare(
             judge=judge,
             family=family,
             denoiser=list(found.values()),
-            conditions=_conditions(pipe, name, call, options.pop("conditions", {})),
+            conditions=_conditions(pipe, name, call, {"left_out": left_out, **options.pop("conditions", {})}),
             progress=progress,
+            keep_going=keep_going,
             **options,
         )
     if results is not None:

@@ -16,8 +16,8 @@ from typing import Any
 from torch import nn
 
 from cache4diffusion.anatomy.undisturbed import unwrapped
+from cache4diffusion.composition import Composition
 from cache4diffusion.errors import Cache4DiffusionError, CompositionError
-from cache4diffusion.method import Composition
 from cache4diffusion.run.taps import schedulers_of
 from cache4diffusion.strip import best_strip
 from cache4diffusion.trace import FULL, HALF

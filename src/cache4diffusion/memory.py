@@ -24,12 +24,13 @@ from cache4diffusion.anatomy import Anatomy
 from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.calls import Call, Sampling, default_steps, quiet
 from cache4diffusion.compare import parse_method
+from cache4diffusion.composition import Composition
 from cache4diffusion.copies import CopyEngine
 from cache4diffusion.engine.inputs import inputs_of
 from cache4diffusion.engine.leaves import get_argument
 from cache4diffusion.errors import AnatomyError, SettingError
 from cache4diffusion.gates import Step
-from cache4diffusion.method import Composition, Method
+from cache4diffusion.method import Method
 from cache4diffusion.run.taps import schedulers_of
 from cache4diffusion.sites import SwitchingSpan, Trajectory
 from cache4diffusion.storage import Storage, Store

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+from cache4diffusion.composition import Composition
 from cache4diffusion.gates import Step
-from cache4diffusion.method import Composition
 from cache4diffusion.trace import CACHED, FULL, HALF, PARTIAL
 
 

@@ -19,10 +19,10 @@ from cache4diffusion.calibration.calibrator import Sums
 from cache4diffusion.calibration.fingerprint import fingerprint_of
 from cache4diffusion.calibration.statistic import Fit, Seen, Statistic, WeightStatistic
 from cache4diffusion.calibration.store import Entry
+from cache4diffusion.composition import Composition
 from cache4diffusion.engine.state import Context
 from cache4diffusion.errors import AlreadyAcceleratedError, CalibrationError
 from cache4diffusion.gates import StaticGate, Step, Watch
-from cache4diffusion.method import Composition
 from cache4diffusion.predictors.corrector import Corrector, Sight
 from cache4diffusion.sites import Trajectory
 from cache4diffusion.storage import PLAIN, Store

@@ -25,6 +25,7 @@ from cache4diffusion.calibration.calibrator import Calibrator, Fit, Sums
 from cache4diffusion.calibration.fingerprint import Fingerprint, fingerprint_of
 from cache4diffusion.calibration.quality import Quality
 from cache4diffusion.calibration.statistic import Statistic
+from cache4diffusion.data import shipped_calibrations
 from cache4diffusion.errors import CalibrationError, FileFormatError
 from cache4diffusion.files import write_whole
 from cache4diffusion.settings import check_names
@@ -401,17 +402,21 @@ def _cached(path: Path, stamp: tuple[int, int]) -> Calibration:
     return load_calibration(path)
 
 
-def opened(given: str | Path | Calibration) -> Calibration:
-    """The calibration a setting names; a file is read once as long as it does not change.
+def opened(given: str | Path | Calibration, method: str) -> Calibration:
+    """The calibration a setting of a method names: a file, or the reference model it ships with this library for.
+
+    A file is read once as long as it does not change.
 
     Raises:
         FileFormatError: as `load_calibration`.
     """
     if isinstance(given, Calibration):
         return given
-    path = Path(given)
+    shipped = shipped_calibrations(method)
+    path = shipped.get(str(given), Path(given))
     if not path.is_file():
-        raise FileFormatError(f"There is no calibration {path}.")
+        known = f" Shipped ones of {method} are for {', '.join(shipped)}." if shipped else ""
+        raise FileFormatError(f"There is no calibration {path}.{known}")
     facts = path.stat()
     return _cached(path.resolve(), (facts.st_mtime_ns, facts.st_size))
 

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 from cache4diffusion.calibration.store import command as calibrate_command
 from cache4diffusion.cli.common import assignments, plain, source_line
 from cache4diffusion.cli.show import NOT_REMEASURED, published_of, quotes_published, strip_of
+from cache4diffusion.composition import Composition
 from cache4diffusion.gates import FixedInterval
-from cache4diffusion.method import Composition, Method
+from cache4diffusion.method import Method
 from cache4diffusion.sites import Parts, Site, Trajectory, UNetLevel
 from cache4diffusion.units import size_text
 
@@ -100,6 +101,7 @@ def facts_of(chosen: Method) -> dict[str, Any]:
         "parts": parts_of(chosen),
         "settings": _plainly(chosen.describe()),
         "published": published_of(info),
+        "ladder": [{name: plain(value) for name, value in rung.items()} for rung in info.ladder],
         "calibration": calibration,
         "cost": doc.cost,
         "needs": needs_of(chosen),
@@ -127,6 +129,8 @@ def card_of(chosen: Method, name: str, counted: dict[str, Any] | None) -> str:
         out += [f"  {part['axis']}: {part['part']}", textwrap.indent(part["doc"], "    ")]
     out += ["", "Settings", *_settings(chosen)]
     out += _published(chosen)
+    out += ["", "From gentle to hard, over about 50 steps (what c4d bench --methods all measures)"]
+    out += [f"  {assignments(rung) or 'the defaults'}" for rung in info.ladder]
     out += _calibration(chosen)
     out += ["", *_labelled("Cost", doc.cost or "not stated")]
     out += _labelled("Needs", "; ".join(needs_of(chosen)) or "nothing else")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -98,8 +98,14 @@ def generate(
 
 
 def bench(
-    methods: Annotated[str, typer.Option("--methods", help="Comma-separated names, each maybe with (settings).")],
+    methods: Annotated[
+        str, typer.Option("--methods", help="Comma-separated names, each maybe with (settings); or all.")
+    ],
     model: ModelOption = "scenes-flux",
+    calibrations: Annotated[
+        Path | None,
+        typer.Option("--calibrations", help="With all: a folder with METHOD.safetensors; reference models have own."),
+    ] = None,
     captions: Annotated[int | None, typer.Option("--captions", "-n", help="How many; 16 by default.")] = None,
     prompts: Annotated[Path | None, typer.Option("--prompts", help="A file with one prompt per line.")] = None,
     steps: Annotated[
@@ -124,7 +130,11 @@ def bench(
     """
     from cache4diffusion.compare import parse_method, split_methods
 
-    entries = split_methods(methods)
+    entries: list[str] | Literal["all"] = "all" if methods == "all" else split_methods(methods)
+    if methods == "all" and (settings or cache_options(cache_dtype, cache_device, memory_budget, allow_downgrade)):
+        raise SettingError("--methods all runs every method with settings of its own: leave out --set and --cache-....")
+    if calibrations is not None and methods != "all":
+        raise SettingError("--calibrations is for --methods all; name one method's as 'name(calibration=FILE)'.")
     if settings:
         if len(entries) != 1:
             raise SettingError("--set needs exactly one method; with several write settings as 'name(setting=value)'.")
@@ -133,7 +143,7 @@ def bench(
     if options:  # of all methods; what a method says of itself goes first
         entries = [text_of(name, {**options, **own}) for name, own in map(parse_method, entries)]
     wanted = (model, values_of(arguments, "--arg"), device, dtype)
-    measured = _measure(wanted, entries, captions, prompts, steps, batch, seed, out)
+    measured = _measure(wanted, entries, captions, prompts, steps, batch, seed, out, calibrations)
     _print_results(measured, out, as_json)
 
 
@@ -226,23 +236,28 @@ def report(
 
 def _measure(
     wanted: tuple[str, dict[str, Any], str | None, str | None],
-    entries: list[str],
+    entries: list[str] | Literal["all"],
     count: int | None,
     prompts: Path | None,
     steps: int | None,
     batch: int,
     seed: int,
     out: Path | None,
+    calibrations: Path | None = None,
 ) -> Any:
     from cache4diffusion.cli.image import save_images
     from cache4diffusion.cli.models import captions_for, load_model, read_prompts
     from cache4diffusion.compare import check_methods, compare
     from cache4diffusion.files import check_writable
+    from cache4diffusion.ladder import ladder
 
     # What can be wrong is found before the model is loaded.
     if not entries:
         raise SettingError("--methods names none: write for example --methods taylorseer,dbcache.")
-    check_methods(entries)
+    if entries == "all":
+        ladder(calibrations)
+    else:
+        check_methods(entries)
     if prompts is not None:
         read_prompts(prompts)
     if out is not None:
@@ -253,6 +268,7 @@ def _measure(
         loaded.pipe,
         captions,
         entries,
+        calibrations=(calibrations or (loaded.name if loaded.is_scenes else None)) if entries == "all" else None,
         seeds=seed,
         steps=steps or loaded.steps,
         batch=batch,
@@ -274,8 +290,11 @@ def _print_results(measured: Any, out: Path | None, as_json: bool) -> None:
         typer.echo(measured.results.to_json(), nl=False)
         return
     from cache4diffusion.measure import console_table
+    from cache4diffusion.measure.table import left_out
 
     console = terminal()
     console.print(console_table(measured.results, width=console.width))
+    for line in left_out(measured.results):
+        typer.echo(line)
     if out is not None:
         typer.echo(f"{out / 'report.html'}\n{out / 'results.json'}")

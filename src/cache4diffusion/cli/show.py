@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from cache4diffusion.accelerate import Choice
-from cache4diffusion.method import FAMILIES, Method, MethodInfo
+from cache4diffusion.info import FAMILIES, MethodInfo
+from cache4diffusion.method import Method
 from cache4diffusion.options import Options
 from cache4diffusion.storage import Storage
 from cache4diffusion.strip import planned_strip

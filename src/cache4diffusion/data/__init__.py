@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from cache4diffusion.errors import UnknownNameError, closest
@@ -71,3 +72,9 @@ def adacache_codebook(name: str) -> tuple[tuple[float, ...], tuple[int, ...]]:
             "your own thresholds and rates."
         )
     return tuple(books[name]["thresholds"]), tuple(books[name]["rates"])
+
+
+def shipped_calibrations(method: str) -> dict[str, Path]:
+    """The calibrations of a method that ship with this library, by the reference model they were made with."""
+    found = Path(__file__).parent.glob(f"calibrations/*/{method}.safetensors")
+    return {file.parent.name: file for file in sorted(found)}

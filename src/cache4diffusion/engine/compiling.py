@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cache4diffusion.method import Composition
+from cache4diffusion.composition import Composition
 from cache4diffusion.sites import Denoiser, GatedParts, Parts, Trajectory
 
 try:  # both are private; without them a denoiser compiled from outside shows in that no site is ever reached

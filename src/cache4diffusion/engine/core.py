@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from cache4diffusion.anatomy import Anatomy
+from cache4diffusion.composition import Composition
 from cache4diffusion.engine.admission import Admission
 from cache4diffusion.engine.attachment import Attachment
 from cache4diffusion.engine.branches import BranchDriver
@@ -36,7 +37,6 @@ from cache4diffusion.engine.state import BranchState, Context
 from cache4diffusion.engine.trajectory import TrajectoryDriver
 from cache4diffusion.errors import Cache4DiffusionError, RunError
 from cache4diffusion.gates import Step
-from cache4diffusion.method import Composition
 from cache4diffusion.run import Call, Run, RunTracker
 from cache4diffusion.storage import Store
 from cache4diffusion.trace import CACHED, FULL, HALF, Ledger, Record, Timer, Trace, bytes_by_place

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from cache4diffusion.composition import Composition
 from cache4diffusion.engine.state import Context, Unit, Verdict
 from cache4diffusion.gates import Place, Placed, Verification
-from cache4diffusion.method import Composition
 
 
 def new_units(composition: Composition, place: Place, batch: int) -> list[Unit]:

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from cache4diffusion.composition import Composition
 from cache4diffusion.engine.decide import decide, revoke
 from cache4diffusion.engine.driver import Driver
 from cache4diffusion.engine.state import Context, Verdict
 from cache4diffusion.gates import Step, Verification
-from cache4diffusion.method import Composition
 
 
 class Decisions:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from cache4diffusion.anatomy import Anatomy, Axes, LeafPath, observe
 from cache4diffusion.anatomy.tree import argument_leaves
 from cache4diffusion.anatomy.undisturbed import unwrapped
+from cache4diffusion.composition import Composition
 from cache4diffusion.engine.blocks import BlockView, views_of
 from cache4diffusion.engine.inputs import inputs_of
 from cache4diffusion.engine.leaves import get_output, parameter_names, take_rows
@@ -17,7 +18,6 @@ from cache4diffusion.engine.listener import Listener
 from cache4diffusion.engine.passage import Passage
 from cache4diffusion.errors import AnatomyError
 from cache4diffusion.gates import Front
-from cache4diffusion.method import Composition
 from cache4diffusion.storage import PLAIN, Store
 from cache4diffusion.trace import Trace
 

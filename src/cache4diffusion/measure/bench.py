@@ -63,6 +63,7 @@ def bench(
     show: int = 8,
     level: float = 0.95,
     progress: bool = True,
+    keep_going: bool = False,
 ) -> Bench:
     """Measure ``variants`` against the uncached pipeline and against fewer steps of equal cost.
 
@@ -91,6 +92,7 @@ def bench(
         show: images kept for the report, spread over the families.
         level: of the confidence intervals.
         progress: a progress bar on stderr.
+        keep_going: leave out a variant whose first run fails, and say why in the conditions' ``left_out``.
     Returns:
         `Bench`; its results have rows uncached, fewer-steps (most steps first), variants in the given order.
     Raises:
@@ -128,8 +130,16 @@ def bench(
         runner = Runner(generate, captions, seeds, batch, counted, denoisers, judge, shown, warmup, bar)
         bar.expect((1 + len(methods)) * (1 + runner.timed_runs))
         reference = runner.count(baseline)
+        left_out: dict[str, str] = {}
         for entry in methods:
-            runner.count(entry, reference)
+            try:
+                runner.count(entry, reference)
+            except MeasureError as error:
+                if not keep_going:
+                    raise
+                left_out[entry.title] = " ".join(str(error.__cause__ or error).split())
+        variants = [variant for variant, entry in zip(variants, methods, strict=True) if entry.title not in left_out]
+        methods = [entry for entry in methods if entry.title not in left_out]
         _rename(methods, variants)
         line = CostLine.measure(baseline, runner)
         numbers = {entry.title: line.equal_steps(entry.counted_flops) for entry in methods}
@@ -155,7 +165,7 @@ def bench(
         other = by_steps.get(numbers.get(entry.title) or 0) if entry in methods else None
         rows.append(row_of(entry, baseline, other, line, share, families, level, judged=judge is not None))
     return Bench(
-        Results(conditions=_conditions(runner, baseline, level, conditions or {}), rows=rows),
+        Results(conditions=_conditions(runner, baseline, level, conditions or {}, left_out), rows=rows),
         {entry.title: [entry.shown[i] for i in shown] for entry in entries},
         [captions[i] for i in shown],
     )
@@ -180,7 +190,9 @@ def _fewer_steps(numbers: Iterable[int | None]) -> list[Entry]:
     return [Entry.plain(n, f"fewer-steps-{n}") for n in sorted({n for n in numbers if n}, reverse=True)]
 
 
-def _conditions(runner: Runner, baseline: Entry, level: float, given: Mapping[str, Any]) -> Conditions:
+def _conditions(
+    runner: Runner, baseline: Entry, level: float, given: Mapping[str, Any], left_out: Mapping[str, str]
+) -> Conditions:
     """What the figures hold for: as far as it can be read off, as ``given``, and as it was run."""
     denoiser = runner.denoisers[0] if runner.denoisers else None
     return Conditions(
@@ -194,6 +206,7 @@ def _conditions(runner: Runner, baseline: Entry, level: float, given: Mapping[st
             "counted": runner.counted,
             **{key: value for key, value in given.items() if key != "versions"},
             "versions": {**versions(), **given.get("versions", {})},
+            "left_out": {**given.get("left_out", {}), **left_out},
             "steps": baseline.steps,
             "resolution": runner.resolution,
             "batch": min(runner.batch, len(runner.captions)),

@@ -65,7 +65,8 @@ class Conditions(_Strict):
 
     ``seeds`` has one seed per caption; ``captions`` is their number. ``batch`` is what the latencies were measured at.
     ``peak_source`` says what ``peak_bytes`` is of, see `PeakMemory`. ``counted`` is the number of captions that FLOPs
-    and the error per step are of. ``extra`` takes anything else worth stating.
+    and the error per step are of. ``left_out`` says which methods were asked for and could not be run, and why.
+    ``extra`` takes anything else worth stating.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -86,6 +87,7 @@ class Conditions(_Strict):
     level: Share = 0.95
     date: str | None = None
     versions: dict[str, str] = {}
+    left_out: dict[str, str] = {}
     extra: dict[str, Any] = {}
 
     def caption(self) -> str:

@@ -156,6 +156,11 @@ def _strip(strip: str) -> Text:
     return Text.assemble(*((letter, colours.get(letter, "magenta")) for letter in strip))
 
 
+def left_out(results: Results) -> list[str]:
+    """A line for every method that was asked for and could not be run."""
+    return [f"left out: {name}: {reason}" for name, reason in results.conditions.left_out.items()]
+
+
 def markdown_table(results: Results) -> str:
     """A GitHub-flavoured markdown table of ``results`` with its conditions below; ends with a newline."""
     shown = _shown(results)
@@ -167,4 +172,7 @@ def markdown_table(results: Results) -> str:
         "| " + " | ".join(column.text(row).replace("|", "\\|").replace("\n", " ") for column in shown) + " |"
         for row in results.rows
     ]
-    return "\n".join(lines) + f"\n\n{results.conditions.caption()}\n"
+    lines += ["", results.conditions.caption()]
+    without = left_out(results)
+    lines += ["", *(f"- {line}" for line in without)] if without else []
+    return "\n".join(lines) + "\n"

@@ -62,6 +62,7 @@ class BACache(Method):
         off={"budget": 1.0},
         family="reuse of blocks and parts",
         when="a small denoiser runs many steps, as policies do, and each part may have a schedule measured on it",
+        ladder=({"budget": 0.5}, {"budget": 0.32}, {"budget": 0.18}),
         citation="Ji et al., Block-wise Adaptive Caching for Accelerating Diffusion Policy, ICLR 2026",
         needs_calibration=True,
         published={"Diffusion Policy, 100 steps": {"budget": 0.1}},

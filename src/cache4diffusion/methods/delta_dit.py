@@ -46,6 +46,7 @@ class DeltaDiT(Method):
         off={"interval": 1},
         family="reuse of blocks and parts",
         when="memory is for one tensor, some blocks should see every step, and a moderate saving is enough",
+        ladder=({"share": 0.5}, {}, {"interval": 3, "share": 1.0}),
         citation="Chen et al., Delta-DiT: A Training-Free Acceleration Method Tailored for Diffusion Transformers, "
         "2024",
         published={

@@ -55,6 +55,7 @@ class DPCache(Method):
         off={"budget": 1.0},
         family="forecasting",
         when="the number of full steps is given, and their best places may be measured on your denoiser",
+        ladder=({"budget": 0.5}, {"budget": 0.32}, {"budget": 0.18}),
         citation="DPCache: Denoising as Path Planning, CVPR 2026",
         needs_calibration=True,
     )

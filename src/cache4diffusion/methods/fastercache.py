@@ -68,6 +68,7 @@ class FasterCache(Method):
         off={"interval": 1},
         family="guidance",
         when="classifier-free guidance is on: it halves guided steps, and combines with every other method",
+        ladder=({"interval": 2}, {}, {"interval": 8, "warmup": 5}),
         citation="Lv et al., FasterCache: Training-Free Video Diffusion Model Acceleration, ICLR 2025",
         shares_branches=True,
         published={

@@ -45,6 +45,7 @@ class Fora(Method):
         off={"interval": 1},
         family="reuse of blocks and parts",
         when="a plain baseline is needed: reuse of every part at a fixed interval",
+        ladder=({"interval": 2}, {"interval": 6, "warmup": 10}, {"interval": 6}),
         citation="Selvaraju et al., FORA: Fast-Forward Caching in Diffusion Transformer Acceleration, 2024",
         published={
             "DiT-XL/2, 250 steps": {"interval": 3, "anchor": "last"},

@@ -45,6 +45,7 @@ class FRDiff(Method):
         off={"interval": 1},
         family="reuse of blocks and parts",
         when="fewer steps will do early in the run and reuse of parts late, in one method",
+        ladder=({}, {"interval": 3}, {"interval": 6}),
         citation="So et al., FRDiff: Feature Reuse for Universal Training-free Acceleration of Diffusion Models, "
         "ECCV 2024",
         published={

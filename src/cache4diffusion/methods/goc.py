@@ -48,6 +48,7 @@ class GOC(Method):
         off={"interval": 1},
         family="forecasting",
         when="steps are few and intervals short, and FORA loses detail there",
+        ladder=({}, {"interval": 3, "start_full": 0.75}, {"interval": 6, "start_full": 1.0}),
         citation="Qiu et al., Accelerating Diffusion Transformer via Gradient-Optimized Cache, ICCV 2025",
         published={
             "DiT-XL/2 on FORA, 20 steps": {"interval": 2, "eta": 1.2, "delta_steps": (3, 5, 7, 9), "start_full": 0.5},

@@ -55,6 +55,7 @@ class LeMiCa(Method):
         off={"budget": 1.0},
         family="reuse of blocks and parts",
         when="a schedule made for your denoiser, steps and scheduler must have no bad stretch",
+        ladder=({"budget": 0.5}, {"budget": 0.32}, {"budget": 0.18}),
         citation="LeMiCa: Lexicographic Minimax Path Caching for Efficient Diffusion-Based Video Generation, "
         "NeurIPS 2025",
         needs_calibration=True,

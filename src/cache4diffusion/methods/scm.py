@@ -54,6 +54,7 @@ class SCM(Method):
         off={"mask": "off"},
         family="reuse of blocks and parts",
         when="you want to say yourself which steps are computed, also with few-step denoisers",
+        ladder=({"mask": "slow"}, {"mask": "medium"}, {"mask": "ultra"}),
         citation="DefTruth et al., cache-dit: A PyTorch-native inference engine with hybrid cache acceleration, 2025",
         published={
             "28 steps, slow": {"mask": "slow"},

@@ -46,6 +46,7 @@ class SkipDiT(Method):
         off={"interval": 1},
         family="reuse of blocks and parts",
         when="the denoiser has long skip connections (HunYuan-DiT, Skip-DiT weights); not otherwise",
+        ladder=({}, {"interval": 3, "start": 0.1, "stop": 1.0}, {"interval": 6, "start": 0.1, "stop": 1.0}),
         citation="Chen et al., Accelerating Vision Diffusion Transformers with Skip Branches, ICCV 2025",
         published={
             "HunYuan-DiT": {"interval": 2, "keep": 1, "start": 0.3, "stop": 0.95},

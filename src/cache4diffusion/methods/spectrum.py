@@ -47,6 +47,7 @@ class Spectrum(Method):
         off={"window": 1.0, "growth": 0.0},
         family="forecasting",
         when="runs are long, and a global fit is steadier than local slopes",
+        ladder=({"growth": 0.0}, {}, {"growth": 3.0}),
         citation="Han et al., Adaptive Spectral Feature Forecasting for Diffusion Sampling Acceleration, CVPR 2026",
         published={
             "50 steps, 14 full": {"degree": 4, "ridge": 0.1, "blend": 1.0, "warmup": 5, "window": 2.0, "growth": 0.75},

@@ -51,6 +51,7 @@ class TaoCache(Method):
         off={"interval": 1},
         family="trajectory",
         when="the structure must stay as it is, so that only late steps may be cached",
+        ladder=({}, {"interval": 4, "start": 0.3}, {"interval": 6, "start": 0.1}),
         citation="Fan et al., TaoCache: Structure-Maintained Video Generation Acceleration, 2025",
     )
 

@@ -47,6 +47,11 @@ class WaveEx(Method):
         off={"full_steps": None},
         family="trajectory",
         when="speech or music follows a straight flow-matching trajectory, and the speed-up should be highest",
+        ladder=(
+            {"full_steps": tuple(range(0, 40, 2))},
+            {"full_steps": (0, 1, 2, 3, 4, 5, 6, 8, 11, 15, 20, 26, 33)},
+            {"full_steps": (0, 1, 2, 5, 10, 20, 30)},
+        ),
         citation="WaveEx, AAAI 2026 (article 40490)",
         published={
             "third-party code, 40 steps": {"full_steps": (0, 1, 2, 5, 10, 20), "order": 1, "history": 2},

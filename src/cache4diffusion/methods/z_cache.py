@@ -49,6 +49,7 @@ class ZCache(Method):
         off={"interval": 1},
         family="trajectory",
         when="a flow-matching run has many steps, and interpolating beats extrapolating",
+        ladder=({"interval": 2, "ahead": 2}, {"warmup": 10}, {"interval": 8, "ahead": 8}),
         citation="Z-Cache, submission 4826 to ICLR 2026",
         published={
             "FreqCa's code": {"order": 2, "sigma": 0.71, "basis": "hermite", "warmup": 3},

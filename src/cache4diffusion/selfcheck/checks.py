@@ -15,10 +15,11 @@ from torch import nn
 
 from cache4diffusion.accelerate import accelerate
 from cache4diffusion.anatomy.undisturbed import unwrapped
+from cache4diffusion.composition import Composition
 from cache4diffusion.engine.leaves import parameter_names
 from cache4diffusion.errors import SettingError
 from cache4diffusion.handle import Handle
-from cache4diffusion.method import Composition, Method, method
+from cache4diffusion.method import Method, method
 from cache4diffusion.predictors import Reuse
 from cache4diffusion.selfcheck.inside import Probe, always_resting, counted, newcomers, poison
 from cache4diffusion.selfcheck.stage import Case, Failed, NotApplicable, Stage, Subject

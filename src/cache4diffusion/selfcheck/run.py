@@ -14,9 +14,10 @@ from cache4diffusion.accelerate import choose, compose, denoisers_of
 from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.calls import quiet
 from cache4diffusion.compare import NOTHING_CACHED, parse_method
+from cache4diffusion.composition import Composition
 from cache4diffusion.errors import AnatomyError, CalibrationError, CompositionError, SettingError
 from cache4diffusion.few_steps import FewStepsWarning
-from cache4diffusion.method import METHODS, Composition, Method
+from cache4diffusion.method import METHODS, Method
 from cache4diffusion.selfcheck.checks import OF_DENOISERS, OF_RUNS
 from cache4diffusion.selfcheck.findings import INVARIANTS, Finding, SelfCheck, Status
 from cache4diffusion.selfcheck.stage import Case, Failed, NotApplicable, Stage, Subject

@@ -15,11 +15,12 @@ from torch.utils import _pytree as pytree
 from cache4diffusion.accelerate import accelerate, compose, denoisers_of
 from cache4diffusion.anatomy import Anatomy
 from cache4diffusion.calls import Call, Sampling
+from cache4diffusion.composition import Composition
 from cache4diffusion.engine.inputs import inputs_of
 from cache4diffusion.engine.leaves import get_argument, with_arguments
 from cache4diffusion.errors import SettingError
 from cache4diffusion.handle import Handle
-from cache4diffusion.method import Composition, Method
+from cache4diffusion.method import Method
 from cache4diffusion.run.taps import schedulers_of
 from cache4diffusion.selfcheck.values import tensors
 from cache4diffusion.wrap import owner_of

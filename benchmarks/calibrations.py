@@ -1,0 +1,124 @@
+"""Calibrations of every method that takes one, on a reference model; small ones can be shipped with the library.
+
+    python benchmarks/calibrations.py                               # all, into out/calibrations
+    python benchmarks/calibrations.py --methods l2c,lazydit
+    python benchmarks/calibrations.py --ship 2000000                # and ship what fits into so many bytes
+
+Prompts are captions of the reference model that no benchmark is judged by. Beside the files comes
+``calibrations.json``: how each was made, its verdict, R², seconds and size. Run it anew after the weights have changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cache4diffusion as c4d
+from cache4diffusion import data, reference
+from cache4diffusion.calibration import Calibration, load_calibration
+from cache4diffusion.files import check_writable, write_whole
+
+SEED = 1000  # of the first caption and its noise; benchmarks begin at 0
+CAPTIONS = 16
+# Trainings go over fewer captions, again and again. Their rates and prices were chosen here: published prices belong to
+# published models, and with them nothing would be cached.
+TRAINED = 4
+OPTIONS: dict[str, dict[str, Any]] = {
+    "l2c": {"runs": 16, "rate": 0.2, "price": 1e-4},
+    "lazydit": {"runs": 16, "rate": 1e-3, "price": 1e-2},
+    "harmonica": {"runs": 16, "rate": 0.2, "price": 1e-4, "refresh": 8},
+    "block-caching": {"runs": 12, "rate": 0.02, "threshold": 0.2},
+    "md-dit": {"runs": 12, "rate": 0.02},
+    "l2p": {"interval": 6, "warmup": 10},
+}
+# What ships, the most wanted first, as long as there is room.
+WANTED = ("smoothcache", "teacache", "magcache", "l2c", "lazydit", "fastcache", "icc")
+
+
+def made_for(pipe: Any, name: str) -> tuple[Calibration, dict[str, Any]]:
+    """A calibration, and how it was made."""
+    options = OPTIONS.get(name, {})
+    count = TRAINED if "runs" in options else CAPTIONS
+    call = dict(reference.SAMPLING)
+    steps = call.pop("num_inference_steps")
+    begun = time.perf_counter()
+    made = c4d.calibrate(
+        pipe, name, reference.held_out_captions(count, SEED), seeds=SEED, steps=steps, call=call, **options
+    )
+    facts = {
+        "method": name,
+        "options": options,
+        "captions": count,
+        "seeds": f"{SEED}..{SEED + count - 1}",
+        "steps": steps,
+        "seconds": round(time.perf_counter() - begun, 1),
+        "quality": {key: asdict(entry.quality) for key, entry in made.entries.items()},
+    }
+    return made, facts
+
+
+def slim(made: Calibration) -> Calibration:
+    """Without the sums, which only merging needs, and in single precision."""
+    entries = {
+        name: replace(entry, sums={}, fit={key: value.to(torch.float32) for key, value in entry.fit.items()})
+        for name, entry in made.entries.items()
+    }
+    return replace(made, entries=entries)
+
+
+def ship(folder: Path, model: str, room: int) -> list[str]:
+    """Copy what is wanted into the library, as long as there is room for it; returns what was shipped."""
+    target = Path(data.__file__).parent / "calibrations" / model
+    target.mkdir(parents=True, exist_ok=True)
+    shipped = []
+    for name in WANTED:
+        file = target / f"{name}.safetensors"
+        file.unlink(missing_ok=True)
+        source = folder / f"{name}.safetensors"
+        if not source.exists():
+            continue
+        slim(load_calibration(source)).save(file)
+        if file.stat().st_size > room:
+            file.unlink()
+            continue
+        room -= file.stat().st_size
+        shipped.append(name)
+    return shipped
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="scenes-flux", help="a reference model")
+    parser.add_argument("--methods", help="comma-separated; all that take a calibration by default")
+    parser.add_argument("--out", type=Path, default=Path("out/calibrations"), help="a folder")
+    parser.add_argument("--ship", type=int, metavar="BYTES", help="also ship those of the folder that fit")
+    options = parser.parse_args(arguments)
+    takes = sorted(name for name, cls in c4d.METHODS.items() if cls.calibrator is not None)
+    names = options.methods.split(",") if options.methods is not None else takes
+    unknown = [name for name in names if name and name not in takes]
+    if unknown:
+        parser.error(f"--methods {','.join(unknown)}: takes no calibration; use some of {', '.join(takes)}")
+    record = options.out / "calibrations.json"
+    check_writable(record)
+    known = json.loads(record.read_text()) if record.exists() else {}
+    pipe = reference.load(options.model)
+    for name in filter(None, names):
+        made, facts = made_for(pipe, name)
+        file = made.save(options.out / f"{name}.safetensors")
+        known[name] = {**facts, "bytes": file.stat().st_size}
+        write_whole(record, json.dumps(known, indent=1) + "\n")
+        print(f"{name}: {facts['seconds']} s, {file.stat().st_size} bytes, {made.verdict()}", file=sys.stderr)
+    if options.ship is not None:
+        print("shipped:", ", ".join(ship(options.out, options.model, options.ship)) or "nothing")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""Every method at settings from gentle to hard on a reference model, and which of them are worth their error.
+
+    python benchmarks/everything.py                        # all, family by family: docs/benchmarks/all-methods.*
+    python benchmarks/everything.py --families trajectory  # some families; those measured earlier are kept
+    python benchmarks/everything.py --front                # then the front on more captions: all-methods-front.*
+    python benchmarks/everything.py --page                 # write the pages anew from what is measured
+
+It is ``c4d bench --methods all``, cut into families so that what is measured is not lost, put together into one file.
+Calibrations are those in --calibrations (see `calibrations.py`). Every part runs its own uncached rows and fewer-steps
+rows beside its methods; they are the same images, which is checked. A *front* has the rows that no other row beats in
+FLOPs and PSNR at once.
+"""
+
+# ruff: noqa: RUF001 -- the dash is meant
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import cache4diffusion as c4d
+from cache4diffusion import reference
+from cache4diffusion.cli.models import load_model
+from cache4diffusion.compare import compare
+from cache4diffusion.info import FAMILIES
+from cache4diffusion.ladder import ladder
+from cache4diffusion.measure import MeasureError, Results, Row, markdown_table
+from cache4diffusion.measure.table import decibels, percent, points, speedup, steps
+
+BATCH = 16
+
+
+def front_of(rows: Iterable[Row]) -> list[Row]:
+    """The rows that no other row beats: none has both as large a FLOPs speed-up and as large a PSNR, and one larger."""
+    found: list[Row] = []
+    for row in sorted(rows, key=lambda row: (-row.flops_speedup, -row.psnr)):
+        if not found or row.psnr > found[-1].psnr:
+            found.append(row)
+    return found[::-1]
+
+
+def merged(parts: Sequence[Results]) -> Results:
+    """One file of several that were measured under the same conditions.
+
+    Raises:
+        MeasureError: conditions, or the uncached images' accuracies, differ.
+    """
+    first = parts[0]
+    changing = {"left_out": {}, "date": None}
+    for part in parts[1:]:
+        if part.conditions.model_copy(update=changing) != first.conditions.model_copy(update=changing):
+            raise MeasureError("These results do not go together: their conditions differ. Measure them anew.")
+        if part.baseline.correct_per_caption != first.baseline.correct_per_caption:
+            raise MeasureError("These results do not go together: their uncached images differ. Measure them anew.")
+    fewer = {row.name: row for part in parts for row in part.fewer_steps}
+    left_out = {name: reason for part in parts for name, reason in part.conditions.left_out.items()}
+    return Results(
+        conditions=first.conditions.model_copy(update={"left_out": left_out}),
+        rows=[
+            first.baseline,
+            *sorted(fewer.values(), key=lambda row: -row.total_steps),
+            *(row for part in parts for row in part.methods),
+        ],
+    )
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def measure(model: str, methods: Sequence[object], captions: int, results: Path) -> Results:
+    """Methods beside the uncached pipeline and fewer steps, as ``c4d bench`` measures them."""
+    loaded = load_model(model)
+    made = compare(
+        loaded.pipe,
+        reference.held_out_captions(captions, 0),
+        list(methods),
+        steps=loaded.steps,
+        batch=BATCH,
+        judge=loaded.judge,
+        family=loaded.family,
+        name=loaded.name,
+        call=loaded.call,
+        results=results,
+        flops_captions=2,
+        keep_going=True,
+    )
+    return made.results
+
+
+def part_file(folder: Path, family: str) -> Path:
+    return folder / f"{family.replace(' ', '-')}.json"
+
+
+def measure_families(options: argparse.Namespace) -> None:
+    """Each family into a file of its own."""
+    everything = ladder(options.calibrations)
+    for family in options.families:
+        members = [method for method in everything.methods if method.info.family == family]
+        missing = {n: why for n, why in everything.left_out.items() if c4d.METHODS[n].info.family == family}
+        print(f"{family}: {len(members)} rows", file=sys.stderr)
+        if missing:
+            raise SystemExit(f"{', '.join(missing)}: make their calibrations first, with benchmarks/calibrations.py")
+        measure(options.model, members, options.captions, part_file(options.parts, family))
+
+
+def measure_front(results: Results, options: argparse.Namespace) -> Results:
+    """The rows of the front that cache, and what is given by name, on more captions."""
+    wanted = [row for row in front_of(results.methods) if row.flops_speedup > 1.1]
+    methods = [c4d.method(row.method, **_given(row)) for row in wanted]
+    return measure(options.model, [*methods, *options.also], options.front, Path(f"{options.write}-front.json"))
+
+
+def _given(row: Row) -> dict[str, object]:
+    """Settings of a row, as the method takes them: JSON knows no tuples."""
+
+    def plain(value: object) -> object:
+        return tuple(map(plain, value)) if isinstance(value, list) else value
+
+    return {name: plain(value) for name, value in row.settings.items()}
+
+
+# --- pages ------------------------------------------------------------------------------------------------------------
+
+
+def beats_fewer_steps(row: Row) -> bool:
+    """Whether more than half of all captions are closer to the uncached image than with fewer steps of its FLOPs."""
+    return row.psnr_wins_interval is not None and row.psnr_wins_interval[0] > 0.5
+
+
+def loses_accuracy(row: Row) -> bool:
+    """Whether the interval of its difference to the uncached accuracy lies below zero."""
+    return row.accuracy_difference_interval is not None and row.accuracy_difference_interval[1] < 0
+
+
+def is_broken(row: Row) -> bool:
+    """Whether it is no use here: less accurate for certain, or no closer than fewer steps of its FLOPs."""
+    return loses_accuracy(row) or (row.psnr_wins is not None and row.psnr_wins <= 0.5)
+
+
+def overview(results: Results) -> list[str]:
+    """A line per method: what it reaches, where it beats fewer steps, and where it breaks."""
+    lines = [
+        "| method | fidelity | gentle | middle | hard | beats fewer steps | breaks |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in dict.fromkeys(row.method for row in results.methods):
+        rows = [row for row in results.methods if row.method == name]
+        cells = [f"{speedup(row.flops_speedup)}, {decibels(row.psnr)} dB" for row in rows]
+        cells += ["–"] * (3 - len(cells))
+        wins = [speedup(row.flops_speedup) for row in rows if beats_fewer_steps(row)]
+        broken = next((row for row in rows if is_broken(row)), None)
+        words = "–"
+        if broken is not None:
+            words = f"{speedup(broken.flops_speedup)}: "
+            words += f"{points(broken.accuracy_difference)} points, {percent(broken.psnr_wins)} wins"
+        cells = [f"`{name}`", rows[0].fidelity, *cells, ", ".join(wins) or "never", words]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def front_table(rows: Iterable[Row]) -> list[str]:
+    """The rows, with everything that a choice needs."""
+    lines = [
+        "| method | fidelity | full / steps | FLOPs | latency | PSNR dB | Δ points | PSNR wins |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| `{row.name}` | {row.fidelity} | {steps(row)} | {speedup(row.flops_speedup)} | "
+        f"{speedup(row.latency_speedup)} | {decibels(row.psnr)} | "
+        f"{points(row.accuracy_difference, row.accuracy_difference_interval)} | {percent(row.psnr_wins)} |"
+        for row in rows
+    ]
+    return lines
+
+
+def page(results: Results) -> str:
+    """All methods."""
+    methods = results.methods
+    winners = {row.method for row in methods if beats_fewer_steps(row)}
+    names = list(dict.fromkeys(row.method for row in methods))
+    lines = [
+        f"# All methods on {results.conditions.denoiser}",
+        "",
+        f"{len(names)} methods at {len(methods)} settings, from gentle to hard: the ladder that `c4d show METHOD` "
+        "prints. No method is left out because it does badly. What is written here holds for this denoiser: a small "
+        "one, guided by two calls, which changes more from step to step than a large one; settings published for large "
+        "models are often too coarse for it. Written by `benchmarks/everything.py`.",
+        "",
+        results.conditions.caption(),
+        "",
+        "*Beats fewer steps*: settings at which more than half of all captions (the lower end of the 95 % interval is "
+        "above one half) are closer to the uncached image than with fewer steps that cost as many FLOPs. *Breaks*: the "
+        "first setting at which accuracy is lost for certain, or half of the captions or fewer are closer.",
+        "",
+        f"{len(winners)} methods beat fewer steps at one setting or more; never: "
+        f"{', '.join(f'`{name}`' for name in names if name not in winners) or 'none'}.",
+        "",
+        "## The front",
+        "",
+        "Rows that no other one beats in FLOPs and PSNR at once, fewer steps included.",
+        "",
+        *front_table(front_of([*results.fewer_steps, *methods])),
+        "",
+    ]
+    for family in FAMILIES:
+        mine = [row for row in methods if c4d.METHODS[row.method].info.family == family]
+        if mine:
+            part = results.model_copy(update={"rows": [results.baseline, *mine]})
+            lines += [f"## {family[0].upper()}{family[1:]}", "", *overview(part), ""]
+    lines += ["## Every row", "", markdown_table(results)]
+    return "\n".join(lines)
+
+
+def front_page(results: Results) -> str:
+    """The front, measured again."""
+    return "\n".join(
+        [
+            f"# The front on {results.conditions.captions} captions",
+            "",
+            "The rows of [all methods](all-methods.md) that no other one beats in FLOPs and PSNR at once, measured on "
+            "more captions, beside fewer steps of at least their FLOPs. Differences are paired, in points of accuracy "
+            "with 95 % intervals. Written by `benchmarks/everything.py --front`.",
+            "",
+            markdown_table(results),
+        ]
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="scenes-flux", help="a reference model")
+    parser.add_argument("--captions", type=int, default=64, help="of all methods")
+    parser.add_argument("--families", help="comma-separated; all by default")
+    parser.add_argument("--calibrations", default="out/calibrations", help="a folder made by calibrations.py")
+    parser.add_argument("--parts", type=Path, default=Path("out/everything"), help="a folder for the families' results")
+    parser.add_argument("--front", type=int, nargs="?", const=480, metavar="CAPTIONS", help="measure the front again")
+    parser.add_argument("--also", action="append", default=[], metavar="METHOD", help="beside the front")
+    parser.add_argument("--page", action="store_true", help="measure nothing")
+    parser.add_argument("--write", default="docs/benchmarks/all-methods", metavar="STEM", help="STEM.json and STEM.md")
+    options = parser.parse_args(arguments)
+    options.families = options.families.split(",") if options.families else list(FAMILIES)
+    unknown = [family for family in options.families if family not in FAMILIES]
+    if unknown:
+        parser.error(f"--families {','.join(unknown)}: use some of {', '.join(FAMILIES)}")
+    if not options.page and options.front is None:
+        measure_families(options)
+    parts = [part_file(options.parts, family) for family in FAMILIES]
+    parts = [Results.load(file) for file in parts if file.exists()]
+    whole = merged(parts) if parts else Results.load(f"{options.write}.json")
+    whole.save(f"{options.write}.json")
+    Path(f"{options.write}.md").write_text(page(whole), encoding="utf-8")
+    again = Path(f"{options.write}-front.json")
+    if options.front is not None:
+        measure_front(whole, options)
+    if again.exists():
+        again.with_suffix(".md").write_text(front_page(Results.load(again)), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
