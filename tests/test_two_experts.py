@@ -7,7 +7,7 @@ from torch import nn
 
 import cache4diffusion as c4d
 from cache4diffusion.engine import host
-from cache4diffusion.engine.parts import PartSite
+from cache4diffusion.engine.part_sites import PartSite
 from cache4diffusion.errors import AnatomyError, RunError, SettingError
 from toys import Dicts, flux, flux_inputs
 
