@@ -25,7 +25,6 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -42,6 +41,7 @@ from cache4diffusion.measure import PeakMemory
 from cache4diffusion.measure.cost import synchronize
 from cache4diffusion.measure.table import size
 from cache4diffusion.shapes import SHAPES, Shape, shape
+from resume import kept
 
 SCHEMA = 1
 MODES = ("eager", "compiled")
@@ -401,21 +401,6 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def kept(options: argparse.Namespace, conditions: dict[str, Any]) -> list[Row]:
-    """Rows that are there already and were measured under the same conditions.
-
-    Raises:
-        SystemExit: the file's conditions are others.
-    """
-    path = Path(f"{options.write}.json")
-    if not options.resume or not path.exists():
-        return []
-    known = json.loads(path.read_text(encoding="utf-8"))
-    if known["schema"] != SCHEMA or known["conditions"] != conditions:
-        raise SystemExit(f"{path} was measured under other conditions: leave out --resume, or write elsewhere")
-    return [Row(**row) for row in known["rows"] if row["error"] is None]
-
-
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parsed(arguments)
     check_methods(options.methods)
@@ -424,7 +409,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     dtype = getattr(torch, options.dtype or ("float32" if options.tiny else "bfloat16"))
     sampler = build(shape(options.model), options.tiny, dtype, torch.device(options.device))
     conditions = conditions_of(sampler, options, dtype)
-    rows = kept(options, conditions)
+    known = kept(options.write, SCHEMA, conditions) if options.resume else []
+    rows = [Row(**row) for row in known if row["error"] is None]
     result = {"schema": SCHEMA, "conditions": conditions, "rows": [asdict(row) for row in rows]}
     for mode in sorted(options.modes, key=MODES.index):
         if mode == "compiled":  # the eager rows are behind us: it stays compiled

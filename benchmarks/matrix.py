@@ -20,7 +20,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -32,6 +31,7 @@ from cache4diffusion.compare import check_methods, parse_method, split_methods
 from cache4diffusion.files import check_writable, write_whole
 from cache4diffusion.method import Method
 from cache4diffusion.selfcheck import INVARIANTS
+from resume import kept
 
 SCHEMA = 1
 STEPS = 8
@@ -357,30 +357,16 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def kept(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows that are there already, found under the same conditions.
-
-    Raises:
-        SystemExit: the file's conditions are others.
-    """
-    path = Path(f"{options.write}.json")
-    if not options.resume or not path.exists():
-        return []
-    known = json.loads(path.read_text(encoding="utf-8"))
-    if known["schema"] != SCHEMA or known["conditions"] != conditions():
-        raise SystemExit(f"{path} was made under other conditions: leave out --resume, or write elsewhere")
-    return known["rows"]
-
-
 def main(arguments: list[str] | None = None) -> int:
     options = parsed(arguments)
     check_methods([text for text in options.methods if not c4d.METHODS[parse_method(text)[0]].info.needs_calibration])
     check_writable(f"{options.write}.json")
     diffusers.utils.logging.set_verbosity_error()  # changing the dtype is what is asked for
     warnings.filterwarnings("ignore")
-    rows = kept(options)
+    told = conditions()
+    rows = kept(options.write, SCHEMA, told) if options.resume else []
     known = {_cell(row) for row in rows}
-    result = {"schema": SCHEMA, "conditions": conditions(), "invariants": INVARIANTS, "rows": rows}
+    result = {"schema": SCHEMA, "conditions": told, "invariants": INVARIANTS, "rows": rows}
     for cell in cells_of(options.denoisers, options.dtypes, options.batches):
         if cell in known:
             continue

@@ -14,5 +14,9 @@ def script(name: str) -> ModuleType:
     if known not in sys.modules:
         spec = importlib.util.spec_from_file_location(known, FOLDER / f"{name}.py")
         sys.modules[known] = importlib.util.module_from_spec(spec)  # where dataclasses look their annotations up
-        spec.loader.exec_module(sys.modules[known])
+        sys.path.insert(0, str(FOLDER))  # as where it is run: scripts share modules
+        try:
+            spec.loader.exec_module(sys.modules[known])
+        finally:
+            sys.path.remove(str(FOLDER))
     return sys.modules[known]

@@ -10,6 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import cache4diffusion as c4d
+from cache4diffusion.calibration import Calibration
 from cache4diffusion.engine import host
 from weights import ready
 
@@ -217,6 +218,12 @@ def path_of(name: str) -> str:
     return f"transformer_blocks.{layer}.{ {'attn': 'attn', 'ffn': 'ff', 'text_ffn': 'ff_context'}[part] }"
 
 
+def made_by_hand(method: str, tables: dict, **settings) -> Calibration:
+    """A calibration of FLUX with a table per part, under the slow references' names; a row per step."""
+    fit = {path_of(name): table for name, table in tables.items()}
+    return Calibration.by_hand(method, len(next(iter(tables.values()))), fit, **settings)
+
+
 class Plainly:
     """What to do with each part of FLUX: here, compute it. References override this."""
 
@@ -241,7 +248,30 @@ class Plainly:
         return block.attn(hidden_states=x, image_rotary_emb=rope)
 
 
-class PerPart(Plainly):
+class Alike(Plainly):
+    """Every part handled by `give`, whatever its kind. References of that sort override it."""
+
+    def give(self, name, kind, entering, compute):
+        """What the block goes on with: a tensor, of attention one per stream.
+
+        Args:
+            name, kind: as in `FLUX_PARTS`.
+            entering: the modulated inputs, one per stream.
+            compute: runs the part.
+        """
+        raise NotImplementedError
+
+    def attn(self, name, block, image, text, rope):
+        return self.give(name, "attn", [image, text], lambda: super(Alike, self).attn(name, block, image, text, rope))
+
+    def ffn(self, name, module, x, layer, stream):
+        return self.give(name, "ffn", [x], lambda: super(Alike, self).ffn(name, module, x, layer, stream))
+
+    def fused(self, name, block, x, rope, layer):
+        return self.give(name, "fused", [x], lambda: super(Alike, self).fused(name, block, x, rope, layer))
+
+
+class PerPart(Alike):
     """Every part has its update steps; on others its outputs are those of the last one."""
 
     def __init__(self, updates):
@@ -250,19 +280,10 @@ class PerPart(Plainly):
     def begin(self, step):
         self.step = step
 
-    def give(self, name, compute):
+    def give(self, name, kind, entering, compute):
         if self.step in self.updates[name]:
             self.kept[name] = compute()
         return self.kept[name]
-
-    def attn(self, name, block, image, text, rope):
-        return self.give(name, lambda: super(PerPart, self).attn(name, block, image, text, rope))
-
-    def ffn(self, name, module, x, layer, stream):
-        return self.give(name, lambda: module(x))
-
-    def fused(self, name, block, x, rope, layer):
-        return self.give(name, lambda: super(PerPart, self).fused(name, block, x, rope, layer))
 
 
 class SlowFlux:

@@ -15,8 +15,7 @@ from cache4diffusion.measure.entry import Entry
 from cache4diffusion.run import Call
 from cache4diffusion.run.path import Run
 from cache4diffusion.units import size_text
-from test_two_experts import Experts
-from toys import Dicts, branch_loop, flux, flux_inputs, flux_loop, flux_pipeline, generate, prompt
+from toys import Dicts, Experts, branch_loop, flux, flux_inputs, flux_loop, flux_pipeline, generate, prompt
 
 STEPS = 12
 TAYLOR = {"interval": 3, "order": 2}

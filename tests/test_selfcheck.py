@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 import cache4diffusion as c4d
 from cache4diffusion.engine.blocks import BlockView
 from cache4diffusion.engine.level import LevelDriver
-from cache4diffusion.engine.parts import PartSite
+from cache4diffusion.engine.part_sites import PartSite
 from cache4diffusion.engine.state import BranchState
 from cache4diffusion.engine.trajectory import TrajectoryDriver
 from cache4diffusion.errors import SettingError, UnknownNameError

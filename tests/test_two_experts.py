@@ -2,36 +2,15 @@
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 import cache4diffusion as c4d
 from cache4diffusion.engine import host
-from cache4diffusion.engine.parts import PartSite
+from cache4diffusion.engine.part_sites import PartSite
 from cache4diffusion.errors import AnatomyError, RunError, SettingError
-from toys import Dicts, flux, flux_inputs
+from toys import Dicts, Experts, flux_inputs
 
 STEPS = 6
-
-
-class Experts:
-    """High-noise steps go to one denoiser, low-noise steps to the other; ``share`` of the steps are the first's."""
-
-    def __init__(self, share=0.5):
-        self.transformer, self.transformer_2 = flux(seed=1), flux(seed=2)
-        self.scheduler, self.share = FlowMatchEulerDiscreteScheduler(), share
-
-    @torch.no_grad()
-    def __call__(self, prompt, num_inference_steps=50, generator=None, output_type="np", return_dict=True):
-        self.scheduler.set_timesteps(num_inference_steps)
-        inputs = flux_inputs(len(prompt))
-        x = torch.stack([torch.randn(inputs["hidden_states"].shape[1:], generator=g) for g in generator])
-        for i, t in enumerate(self.scheduler.timesteps):
-            expert = self.transformer if i < self.share * num_inference_steps else self.transformer_2
-            time = (t / 1000).expand(len(x))
-            x = self.scheduler.step(expert(**{**inputs, "hidden_states": x, "timestep": time}).sample, t, x)[0]
-        image = x.repeat(1, 1, 2).sigmoid()  # 16 x 16
-        return (image[..., None].expand(-1, -1, -1, 3).numpy(),)
 
 
 @pytest.fixture

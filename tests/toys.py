@@ -458,6 +458,26 @@ def flux_pipeline(transformer=None, scheduler=None) -> FluxPipeline:
     return pipe
 
 
+class Experts:
+    """High-noise steps go to one denoiser, low-noise steps to the other; ``share`` of the steps are the first's."""
+
+    def __init__(self, share=0.5):
+        self.transformer, self.transformer_2 = flux(seed=1), flux(seed=2)
+        self.scheduler, self.share = FlowMatchEulerDiscreteScheduler(), share
+
+    @torch.no_grad()
+    def __call__(self, prompt, num_inference_steps=50, generator=None, output_type="np", return_dict=True):
+        self.scheduler.set_timesteps(num_inference_steps)
+        inputs = flux_inputs(len(prompt))
+        x = torch.stack([torch.randn(inputs["hidden_states"].shape[1:], generator=g) for g in generator])
+        for i, t in enumerate(self.scheduler.timesteps):
+            expert = self.transformer if i < self.share * num_inference_steps else self.transformer_2
+            time = (t / 1000).expand(len(x))
+            x = self.scheduler.step(expert(**{**inputs, "hidden_states": x, "timestep": time}).sample, t, x)[0]
+        image = x.repeat(1, 1, 2).sigmoid()  # 16 x 16
+        return (image[..., None].expand(-1, -1, -1, 3).numpy(),)
+
+
 def prompt(seed=1, batch=1, negative=None):
     """Embeddings that stand for a prompt (and for a negative one: then with true classifier-free guidance)."""
 

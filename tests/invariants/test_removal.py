@@ -12,6 +12,7 @@ from diffusers import FluxPipeline
 import cache4diffusion as c4d
 import toys
 from cache4diffusion.engine.core import Engine
+from cache4diffusion.wrap import ForwardWrapper
 
 methods = toys.distinct_methods
 GUIDED = toys.prompt(1, negative=2)
@@ -205,11 +206,9 @@ def test_a_forgotten_handle_does_not_keep_the_pipeline_alive():
 
 def test_install_is_transactional(monkeypatch):
     """An error in the middle of attaching leaves nothing attached."""
-    from cache4diffusion.engine import parts
-
     denoiser = toys.flux()
     before, made = toys.Dicts(denoiser), []
-    make = parts.ForwardWrapper.__init__
+    make = ForwardWrapper.__init__
 
     def fails_late(self, *args):
         if len(made) == 7:
@@ -217,7 +216,7 @@ def test_install_is_transactional(monkeypatch):
         made.append(self)
         make(self, *args)
 
-    monkeypatch.setattr(parts.ForwardWrapper, "__init__", fails_late)
+    monkeypatch.setattr(ForwardWrapper, "__init__", fails_late)
     handle = c4d.accelerate(denoiser, "fora")
     with pytest.raises(MemoryError), handle.run(num_steps=4):
         toys.flux_loop(denoiser, toys.flux_inputs(), 4)

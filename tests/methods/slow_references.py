@@ -1,4 +1,7 @@
-"""FBCache, DBCache and TeaCache written down from their cards: plain loops over blocks, one batch, one decision."""
+"""FBCache, DBCache, TeaCache and TaylorSeer written down from their cards, for one batch and one decision.
+
+The first three are plain loops over blocks, TaylorSeer is what becomes of each part.
+"""
 
 from __future__ import annotations
 
@@ -167,3 +170,51 @@ class SlowTeaCache(SlowCache):
             streams, self.residual = self.run(blocks, added, streams)
             return streams
         return self.skip(self.residual, added, streams)
+
+
+class TaylorParts(Plainly):
+    """Every part's output from the released recursion; ``first_enhance`` and ``order`` as on the card."""
+
+    def __init__(self, interval, order, first_enhance=3):
+        self.interval, self.order, self.first_enhance = interval, order, first_enhance
+        self.state, self.activated, self.counter, self.is_full = {}, [0], 0, True
+        self.full_steps = []
+
+    def begin(self, step):
+        self.step = step
+        if step < self.first_enhance or self.counter == self.interval - 1:
+            self.is_full, self.counter = True, 0
+            self.activated.append(step)
+            self.full_steps.append(step)
+        else:
+            self.is_full, self.counter = False, self.counter + 1
+
+    def value(self, name, compute):
+        if self.is_full:
+            fresh, old = compute(), self.state.get(name, {})
+            new, gap = {0: fresh.clone()}, self.activated[-1] - self.activated[-2]
+            for i in range(self.order):
+                if i in old and self.step > self.first_enhance - 2:
+                    new[i + 1] = (new[i] - old[i]) / gap
+                else:
+                    break
+            self.state[name] = new
+            return fresh
+        k = self.step - self.activated[-1]
+        return sum(term * k**i / math.factorial(i) for i, term in self.state[name].items())
+
+    def attn(self, name, block, image, text, rope):
+        computed = []
+
+        def compute(index):
+            if not computed:
+                computed.extend(super(TaylorParts, self).attn(name, block, image, text, rope))
+            return computed[index]
+
+        return tuple(self.value(f"{name}.{index}", lambda index=index: compute(index)) for index in (0, 1))
+
+    def ffn(self, name, module, x, layer, stream):
+        return self.value(name, lambda: module(x))
+
+    def fused(self, name, block, x, rope, layer):
+        return self.value(name, lambda: super(TaylorParts, self).fused(name, block, x, rope, layer))

@@ -6,7 +6,7 @@
 import torch
 
 from cache4diffusion.calibration.trainer import Trainer
-from small_denoisers import FLUX_PARTS, Plainly, SlowFlux, flux_inputs, path_of, sample
+from small_denoisers import FLUX_PARTS, Alike, SlowFlux, flux_inputs, path_of, sample
 
 NAMES = list(FLUX_PARTS)
 
@@ -27,7 +27,7 @@ def train(model, training, steps, batch=1, seed=0, measured=None):
         return trainer.entries()["denoiser"]
 
 
-class Taught(Plainly):
+class Taught(Alike):
     """Parts whose outputs are kept, or, while there is a student, are what it makes of them.
 
     ``student(name, entering, compute, kept)``: ``entering`` are the modulated inputs, ``kept`` the outputs by name; all
@@ -37,7 +37,7 @@ class Taught(Plainly):
     def __init__(self):
         self.kept, self.student = {}, None
 
-    def give(self, name, entering, compute):
+    def give(self, name, kind, entering, compute):
         def listed():
             out = compute()
             return list(out) if isinstance(out, tuple) else [out]
@@ -48,15 +48,6 @@ class Taught(Plainly):
         else:
             out = self.student(name, entering, listed, self.kept)
         return tuple(out) if len(out) > 1 else out[0]
-
-    def attn(self, name, block, image, text, rope):
-        return self.give(name, [image, text], lambda: super(Taught, self).attn(name, block, image, text, rope))
-
-    def ffn(self, name, module, x, layer, stream):
-        return self.give(name, [x], lambda: module(x))
-
-    def fused(self, name, block, x, rope, layer):
-        return self.give(name, [x], lambda: super(Taught, self).fused(name, block, x, rope, layer))
 
 
 class Slow:
@@ -107,6 +98,15 @@ def logits(steps, seed=0):
     """N(0, 1), drawn step by step, in the order in which parts run."""
     generator = torch.Generator().manual_seed(seed)
     return [{name: torch.randn((), generator=generator).requires_grad_() for name in NAMES} for _ in range(steps)]
+
+
+def by_step(vectors, steps):
+    """Of each part a row per step; 0 at steps that were not taught."""
+    parts = next(iter(vectors.values()))
+    tables = {name: torch.zeros(steps, len(vector)) for name, vector in parts.items()}
+    for s, name in ((s, name) for s in vectors for name in parts):
+        tables[name][s] = vectors[s][name].detach()
+    return tables
 
 
 def blend(p, fresh, cached):

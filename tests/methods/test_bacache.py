@@ -16,7 +16,6 @@ from small_denoisers import (
     SlowFlux,
     accelerated,
     differences,
-    flux,
     flux_inputs,
     path_of,
     sample,
@@ -37,11 +36,6 @@ def by_hand(tables):
 
 def gate(calibration, **settings):
     return c4d.method("bacache", calibration=calibration, **settings).compose().gate
-
-
-@pytest.fixture(scope="module")
-def model():
-    return flux()
 
 
 @pytest.mark.parametrize("sources", [0, 2])

@@ -19,7 +19,6 @@ from small_denoisers import (
     SlowFlux,
     accelerated,
     differences,
-    flux,
     flux_inputs,
     sample,
     unet,
@@ -27,11 +26,6 @@ from small_denoisers import (
 )
 
 STEPS, BLOCKS, WIDTH = 8, 5, 32
-
-
-@pytest.fixture(scope="module")
-def model():
-    return flux()
 
 
 def changes(seed=0):

@@ -14,18 +14,12 @@ from small_denoisers import (
     differences,
     dit,
     dit_inputs,
-    flux,
     flux_inputs,
     rows_of,
     sample,
 )
 
 STEPS = 16
-
-
-@pytest.fixture(scope="module")
-def model():
-    return flux()
 
 
 @pytest.fixture(scope="module")

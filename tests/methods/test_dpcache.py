@@ -11,14 +11,9 @@ from cache4diffusion.calibration.observer import Observer
 from cache4diffusion.calibration.secants import SecantErrors
 from cache4diffusion.errors import SettingError
 from cache4diffusion.methods.dpcache import planned
-from small_denoisers import accelerated, differences, flux, flux_inputs, sample
+from small_denoisers import accelerated, differences, flux_inputs, sample
 
 STEPS = 10
-
-
-@pytest.fixture(scope="module")
-def model():
-    return flux()
 
 
 def random_errors(steps, max_gap, seed=0):

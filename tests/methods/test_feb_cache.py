@@ -9,16 +9,11 @@ from cache4diffusion.errors import SettingError
 from cache4diffusion.gates import CodeTable, Place, Step
 from cache4diffusion.methods.feb_cache import DIT_50
 from cache4diffusion.sites import ScaledParts
-from small_denoisers import Plainly, SlowFlux, accelerated, differences, dit, dit_inputs, flux, flux_inputs, sample
+from small_denoisers import Alike, SlowFlux, accelerated, differences, dit, dit_inputs, flux_inputs, sample
 from weights import ready
 
 TABLE = (0, 2, 1, 0, 1, 2, 2, 0, 0)  # the last step's code first: executed F F c c m F m c F
 STEPS = len(TABLE)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return flux()
 
 
 def codes_of(kind, steps, codes):
@@ -73,7 +68,7 @@ def test_other_codes_are_refused(codes):
         CodeTable(codes)
 
 
-class ByTable(Plainly):
+class ByTable(Alike):
     """Each step by its code, as in the released block: attention, then the MLP on what the stream has become."""
 
     def __init__(self, table):
@@ -82,19 +77,11 @@ class ByTable(Plainly):
     def begin(self, step):
         self.code = self.table[len(self.table) - 1 - step]
 
-    def give(self, name, compute, is_reused):
+    def give(self, name, kind, entering, compute):
+        is_reused = self.code > 0 if kind == "attn" else self.code == 2
         if not is_reused:
             self.kept[name] = compute()
         return self.kept[name]
-
-    def attn(self, name, block, image, text, rope):
-        return self.give(name, lambda: super(ByTable, self).attn(name, block, image, text, rope), self.code > 0)
-
-    def ffn(self, name, module, x, layer, stream):
-        return self.give(name, lambda: module(x), self.code == 2)
-
-    def fused(self, name, block, x, rope, layer):
-        return self.give(name, lambda: super(ByTable, self).fused(name, block, x, rope, layer), self.code == 2)
 
 
 @pytest.mark.parametrize("delta", [1.0, 0.965])

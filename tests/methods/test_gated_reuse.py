@@ -20,20 +20,10 @@ from cache4diffusion.gates import (
 )
 from cache4diffusion.predictors import ProbeAligned
 from cache4diffusion.sites import Blocks, Denoiser, MixedScore, Span, SwitchingSpan
-from small_denoisers import accelerated, differences, dit, dit_inputs, flux, flux_inputs, rows_of, sample
+from small_denoisers import accelerated, differences, dit_inputs, flux_inputs, rows_of, sample
 from weights import ready
 
 STEPS = 14
-
-
-@pytest.fixture(scope="module")
-def model():
-    return flux()
-
-
-@pytest.fixture(scope="module")
-def class_model():
-    return dit()
 
 
 def compare(denoiser, inputs, reference, name, steps=STEPS, **settings):

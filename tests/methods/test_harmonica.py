@@ -1,27 +1,18 @@
 """HarmoniCa: whole runs of the student and the image error proxy, written out; its schedule, slowly."""
 
+import functools
 from itertools import pairwise
 
 import pytest
 import torch
 from slow_training import NAMES, Slow, adam, assert_same_numbers, blend, logits, train, update
 
-from cache4diffusion.calibration import Calibration
 from cache4diffusion.calibration.routers import TrajectoryRouters
-from small_denoisers import PerPart, SlowFlux, accelerated, differences, flux, flux_inputs, path_of, sample
+from small_denoisers import PerPart, SlowFlux, accelerated, differences, flux_inputs, made_by_hand, sample
 
 STEPS = 8
 THRESHOLD = 0.1
-
-
-@pytest.fixture(scope="module")
-def model():
-    return flux()
-
-
-def by_hand(tables):
-    fit = {path_of(name): torch.as_tensor(table, dtype=torch.float64) for name, table in tables.items()}
-    return Calibration.by_hand("harmonica", STEPS, fit)
+by_hand = functools.partial(made_by_hand, "harmonica")
 
 
 def random_tables(seed=0):

@@ -1,5 +1,7 @@
 """L2C: its router and its training against the card's, written out; its schedule against a slow reference."""
 
+import functools
+
 import pytest
 import torch
 from slow_training import NAMES, Slow, adam, assert_same_numbers, blend, logits, train, update
@@ -14,22 +16,14 @@ from small_denoisers import (
     SlowFlux,
     accelerated,
     differences,
-    flux,
     flux_inputs,
+    made_by_hand,
     path_of,
     sample,
 )
 
 STEPS = 8
-
-
-@pytest.fixture(scope="module")
-def model():
-    return flux()
-
-
-def by_hand(tables, method="l2c"):
-    return Calibration.by_hand(method, STEPS, {path_of(name): torch.as_tensor(t) for name, t in tables.items()})
+by_hand = functools.partial(made_by_hand, "l2c")
 
 
 def random_tables(seed=0):

@@ -11,14 +11,9 @@ from cache4diffusion.calibration.observer import Observer
 from cache4diffusion.errors import CalibrationError, SettingError
 from cache4diffusion.predictors import LearnedCombination
 from cache4diffusion.predictors.learned import solved
-from small_denoisers import accelerated, differences, flux, flux_inputs, sample
+from small_denoisers import accelerated, differences, flux_inputs, sample
 
 STEPS = 9
-
-
-@pytest.fixture(scope="module")
-def model():
-    return flux()
 
 
 def gram_of(trajectories):

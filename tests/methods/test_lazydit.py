@@ -1,8 +1,10 @@
 """LazyDiT: per-row decisions of every part against a slow reference; its training against the card's, written out."""
 
+import functools
+
 import pytest
 import torch
-from slow_training import NAMES, Slow, adam, assert_same_numbers, blend, train, update
+from slow_training import NAMES, Slow, adam, assert_same_numbers, blend, by_step, train, update
 
 import cache4diffusion as c4d
 from cache4diffusion.calibration import Calibration
@@ -12,7 +14,7 @@ from cache4diffusion.errors import CalibrationError, CompositionError
 from cache4diffusion.gates import score_of
 from small_denoisers import (
     FLUX_PARTS,
-    Plainly,
+    Alike,
     SlowFlux,
     accelerated,
     differences,
@@ -20,17 +22,13 @@ from small_denoisers import (
     dit_inputs,
     flux,
     flux_inputs,
-    path_of,
+    made_by_hand,
     rows_of,
     sample,
 )
 
 STEPS, WIDTH = 8, 32
-
-
-@pytest.fixture(scope="module")
-def model():
-    return flux()
+by_hand = functools.partial(made_by_hand, "lazydit")
 
 
 def channels(name):
@@ -42,11 +40,6 @@ def random_weights(scale, seed=0):
     return {name: scale * torch.randn(STEPS, channels(name), generator=g) for name in NAMES}
 
 
-def by_hand(weights, steps=STEPS, **settings):
-    fit = {path_of(name): table.double() for name, table in weights.items()}
-    return Calibration.by_hand("lazydit", steps, fit, **settings)
-
-
 def score(w, entering):
     """The card's: a sum over tokens of z @ w."""
     begin, total = 0, 0
@@ -56,7 +49,7 @@ def score(w, entering):
     return torch.sigmoid(total)
 
 
-class Lazily(Plainly):
+class Lazily(Alike):
     """The card's inference, row by row; remembers which rows were computed."""
 
     def __init__(self, weights, threshold=0.5):
@@ -65,7 +58,7 @@ class Lazily(Plainly):
     def begin(self, step):
         self.step = step
 
-    def give(self, name, entering, compute):
+    def give(self, name, kind, entering, compute):
         out = compute()
         out = list(out) if isinstance(out, tuple) else [out]
         mask = torch.ones(len(out[0]), dtype=torch.bool)
@@ -76,15 +69,6 @@ class Lazily(Plainly):
         self.kept[name] = out
         self.computed[self.step, name] = mask.tolist()
         return tuple(out) if len(out) > 1 else out[0]
-
-    def attn(self, name, block, image, text, rope):
-        return self.give(name, [image, text], lambda: super(Lazily, self).attn(name, block, image, text, rope))
-
-    def ffn(self, name, module, x, layer, stream):
-        return self.give(name, [x], lambda: module(x))
-
-    def fused(self, name, block, x, rope, layer):
-        return self.give(name, [x], lambda: super(Lazily, self).fused(name, block, x, rope, layer))
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -145,7 +129,7 @@ def test_deciding_for_the_batch_goes_by_the_mean_and_any_by_the_largest(model):
     rows = {}
     for decide in ("batch", "any", "row"):
         _, trace, _ = accelerated(
-            model, flux_inputs(3), 2, "lazydit", calibration=by_hand(weights, 8), decide=decide, resample=True
+            model, flux_inputs(3), 2, "lazydit", calibration=by_hand(weights), decide=decide, resample=True
         )
         rows[decide] = trace.of()[1].cached
     assert rows["any"] <= rows["row"]
@@ -233,11 +217,7 @@ def slow_training(model, steps, runs, rate, price, batch):
                 loss = ((y - mixed) ** 2).mean() + price * torch.stack(lazy).sum(0).mean()
                 update(optimizers[s], loss, w[s].values())
             x = x - y / steps
-    tables = {name: torch.zeros(steps, channels(name)) for name in NAMES}
-    for s in w:
-        for name in NAMES:
-            tables[name][s] = w[s][name].detach()
-    return tables
+    return by_step(w, steps)
 
 
 @pytest.mark.parametrize(("batch", "price"), [(1, 0.0), (2, 1e-3)])

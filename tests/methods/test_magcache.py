@@ -12,14 +12,9 @@ from cache4diffusion.data import magcache_ratios
 from cache4diffusion.errors import SettingError, UnknownNameError
 from cache4diffusion.gates import MagnitudeError, Step
 from cache4diffusion.gates.magnitude import resampled
-from small_denoisers import accelerated, differences, dit, dit_inputs, flux, flux_inputs, sample
+from small_denoisers import accelerated, differences, dit, dit_inputs, flux_inputs, sample
 
 FLUX = magcache_ratios("flux")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return flux()
 
 
 def strip(gate, num_steps):

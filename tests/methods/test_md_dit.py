@@ -1,10 +1,11 @@
 """MD-DiT on a frozen denoiser: the tokens that are routed, and the training of routers, against slow references."""
 
+import functools
 import math
 
 import pytest
 import torch
-from slow_training import Slow, adam, assert_same_numbers, blend, train, update
+from slow_training import Slow, adam, assert_same_numbers, blend, by_step, train, update
 
 import cache4diffusion as c4d
 from cache4diffusion.calibration import Calibration
@@ -20,29 +21,19 @@ from small_denoisers import (
     differences,
     dit,
     dit_inputs,
-    flux,
     flux_inputs,
-    path_of,
+    made_by_hand,
     sample,
 )
 
 STEPS, WIDTH = 7, 32
 ROUTED = [name for name, kind in FLUX_PARTS.items() if kind != "attn"]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return flux()
+by_hand = functools.partial(made_by_hand, "md-dit")
 
 
 def random_routers(seed=0, steps=STEPS):
     g = torch.Generator().manual_seed(seed)
     return {name: torch.randn(steps, WIDTH, generator=g) for name in ROUTED}
-
-
-def by_hand(routers, steps=STEPS, **options):
-    fit = {path_of(name): table.double() for name, table in routers.items()}
-    return Calibration.by_hand("md-dit", steps, fit, **options)
 
 
 class Routed(Plainly):
@@ -187,10 +178,7 @@ def slow_training(model, steps, runs, rate, price, capacity):
                 mixed = slow.taught(student, x, s, steps, inputs)
                 update(optimizers[s], ((y - mixed) ** 2).mean() + price * sum(cost), w[s].values())
             x = x - y / steps
-    tables = {name: torch.zeros(steps, WIDTH) for name in ROUTED}
-    for s, name in ((s, name) for s in w for name in ROUTED):
-        tables[name][s] = w[s][name].detach()
-    return tables
+    return by_step(w, steps)
 
 
 def test_routers_are_trained_as_the_docstring_says(model):

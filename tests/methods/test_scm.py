@@ -8,14 +8,9 @@ from cache4diffusion.errors import SettingError
 from cache4diffusion.gates import StepMask
 from cache4diffusion.gates.step_mask import step_mask
 from cache4diffusion.methods import SCM
-from small_denoisers import accelerated, differences, flux, flux_inputs, sample
+from small_denoisers import accelerated, differences, flux_inputs, sample
 
 PRESETS = ("slow", "medium", "fast", "ultra")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return flux()
 
 
 def strip(mask, num_steps):

@@ -11,14 +11,9 @@ import cache4diffusion as c4d
 from cache4diffusion.engine.observers.spectral import grid_of, wiener
 from cache4diffusion.engine.state import BranchState, Context
 from cache4diffusion.gates import Step
-from small_denoisers import accelerated, differences, flux, flux_inputs, rows_of, sample
+from small_denoisers import accelerated, differences, flux_inputs, rows_of, sample
 
 STEPS = 12
-
-
-@pytest.fixture(scope="module")
-def model():
-    return flux()
 
 
 def filtered(x, a, b, power):

@@ -10,14 +10,9 @@ from cache4diffusion.calibration.observer import Observer
 from cache4diffusion.cost import summarise
 from cache4diffusion.errors import CalibrationError
 from cache4diffusion.methods.smoothcache import smooth_schedule
-from small_denoisers import Plainly, SlowFlux, accelerated, differences, flux, flux_inputs, sample
+from small_denoisers import Alike, SlowFlux, accelerated, differences, flux, flux_inputs, sample
 
 STEPS = 12
-
-
-@pytest.fixture(scope="module")
-def model():
-    return flux()
 
 
 def listing(errors, alpha, num_steps, lookahead):
@@ -69,7 +64,7 @@ def by_hand(**errors):
 DIFFERING = {"attn": (0.1, 0.2, 0.3), "ffn": (0.1, 0.9, 0.9), "fused": (0.9, 0.9, 0.9)}
 
 
-class PerKind(Plainly):
+class PerKind(Alike):
     """Every kind has its full steps; on others its outputs are those of the last full one."""
 
     def __init__(self, full):
@@ -78,20 +73,11 @@ class PerKind(Plainly):
     def begin(self, step):
         self.step = step
 
-    def give(self, kind, name, compute):
+    def give(self, name, kind, entering, compute):
         if self.step in self.full[kind]:
             self.kept[name] = compute()
             self.computed.append((self.step, name))
         return self.kept[name]
-
-    def attn(self, name, block, image, text, rope):
-        return self.give("attn", name, lambda: super(PerKind, self).attn(name, block, image, text, rope))
-
-    def ffn(self, name, module, x, layer, stream):
-        return self.give("ffn", name, lambda: module(x))
-
-    def fused(self, name, block, x, rope, layer):
-        return self.give("fused", name, lambda: super(PerKind, self).fused(name, block, x, rope, layer))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_taylorseer import TaylorParts
+from slow_references import TaylorParts
 
 import cache4diffusion as c4d
 from cache4diffusion.gates import Schedule
@@ -16,9 +16,7 @@ from small_denoisers import (
     SlowFlux,
     accelerated,
     differences,
-    dit,
     dit_inputs,
-    flux,
     flux_inputs,
     rows_of,
     sample,
@@ -28,16 +26,6 @@ STEPS = 24
 # Thresholds at which the small random denoisers show every kind of cycle.
 FLUX = {"threshold": 1.6, "decay": 0.6, "min_run": 2, "max_run": 6, "order": 2, "warmup": 3, "floor": 0.1}
 DIT = {"threshold": 0.14, "decay": 0.8, "min_run": 2, "max_run": 5, "order": 2, "warmup": 3, "floor": 0.01}
-
-
-@pytest.fixture(scope="module")
-def model():
-    return flux()
-
-
-@pytest.fixture(scope="module")
-def class_model():
-    return dit()
 
 
 class SpecaParts(TaylorParts):

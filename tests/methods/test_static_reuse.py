@@ -11,35 +11,21 @@ import cache4diffusion as c4d
 from cache4diffusion.cost import summarise
 from cache4diffusion.gates import Step
 from cache4diffusion.sites import MixedScore
-from small_denoisers import Plainly, SlowFlux, accelerated, differences, dit, dit_inputs, flux, flux_inputs, sample
+from small_denoisers import Alike, SlowFlux, accelerated, differences, dit, dit_inputs, flux_inputs, sample
 
 STEPS = 12
 
 
-@pytest.fixture(scope="module")
-def model():
-    return flux()
-
-
-class Keeping(Plainly):
+class Keeping(Alike):
     """Every part's output is kept on full steps and handed out again on others."""
 
     def __init__(self):
         self.is_full, self.kept = True, {}
 
-    def give(self, name, compute):
+    def give(self, name, kind, entering, compute):
         if self.is_full:
             self.kept[name] = compute()
         return self.kept[name]
-
-    def attn(self, name, block, image, text, rope):
-        return self.give(name, lambda: super(Keeping, self).attn(name, block, image, text, rope))
-
-    def ffn(self, name, module, x, layer, stream):
-        return self.give(name, lambda: module(x))
-
-    def fused(self, name, block, x, rope, layer):
-        return self.give(name, lambda: super(Keeping, self).fused(name, block, x, rope, layer))
 
 
 class SlowFRDiff:

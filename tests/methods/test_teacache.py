@@ -8,14 +8,9 @@ from slow_references import DiTBlocks, FluxBlocks, SlowTeaCache, relative
 
 import cache4diffusion as c4d
 from cache4diffusion.gates import AccumulatedChange
-from small_denoisers import accelerated, differences, dit, dit_inputs, flux, flux_inputs, rows_of, sample
+from small_denoisers import accelerated, differences, dit, dit_inputs, flux_inputs, rows_of, sample
 
 STEPS = 16
-
-
-@pytest.fixture(scope="module")
-def model():
-    return flux()
 
 
 @pytest.mark.parametrize("coefficients", [(1.0, 0.0), (40.0, -3.0, 0.9, 0.01), (0.09,)])

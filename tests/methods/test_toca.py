@@ -25,18 +25,12 @@ from small_denoisers import (
     differences,
     dit,
     dit_inputs,
-    flux,
     flux_inputs,
     sample,
 )
 
 STEPS = 12
 GATE = FixedInterval(4, anchor="warmup", warmup=3)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return flux()
 
 
 IMAGE_ONLY = (Segment("image", 0, 20),)

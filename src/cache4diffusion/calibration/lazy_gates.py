@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cache4diffusion.calibration.calibrator import Shape
-from cache4diffusion.calibration.training import Leaves, Numbers, Reached, Spot, Training, mixed
+from cache4diffusion.calibration.training import Leaves, Numbers, Reached, Spot, VectorTraining, mixed
 from cache4diffusion.gates import score_of
 from cache4diffusion.settings import setting
 from cache4diffusion.sites import Parts
@@ -21,7 +20,7 @@ THRESHOLD = 0.5  # published: computed while sampling iff the score is 0.5 or mo
 
 
 @dataclass(frozen=True)
-class LazyGates(Training):
+class LazyGates(VectorTraining):
     """A vector ``w`` per part and taught step; ``s = sigmoid(sum over tokens of z @ w)`` for each row of the batch.
 
     ``z`` is the part's normalised and modulated input (of both streams, one after the other, where it has two). The
@@ -49,10 +48,6 @@ class LazyGates(Training):
             step: {spot.name: [torch.zeros(sum(spot.entering))] for spot in spots} for step in range(1, num_steps, 2)
         }
 
-    def is_taught(self, numbers: Numbers, step: int) -> bool:
-        """The second step of every pair."""
-        return step in numbers
-
     @staticmethod
     def scores(numbers: Numbers, reached: Reached) -> Tensor:
         """``s`` of every row."""
@@ -70,16 +65,3 @@ class LazyGates(Training):
         if not is_computed.any():
             return reached.cached, 1.0
         return mixed(is_computed, reached.compute(), reached.cached), 1 - float(is_computed.float().mean())
-
-    def tensors(self, numbers: Numbers, num_steps: int) -> dict[str, Tensor]:
-        """``w`` by step, for every part; 0 where it was not taught."""
-        found: dict[str, Tensor] = {}
-        for step, sites in numbers.items():
-            for name, (weights,) in sites.items():
-                found.setdefault(name, torch.zeros(num_steps, len(weights)))
-                found[name][step] = weights.detach().cpu()
-        return found
-
-    def shapes(self, num_steps: int) -> Mapping[str, Shape]:
-        """A row of channels per step."""
-        return {"*": (num_steps, None)}

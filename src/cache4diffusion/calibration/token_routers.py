@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cache4diffusion.calibration.calibrator import Shape
-from cache4diffusion.calibration.training import Leaves, Numbers, Reached, Spot, Training, mixed
+from cache4diffusion.calibration.training import Leaves, Numbers, Reached, Spot, VectorTraining, mixed
 from cache4diffusion.gates import FixedInterval, Step
 from cache4diffusion.settings import setting
 from cache4diffusion.sites import Parts
@@ -17,7 +16,7 @@ from cache4diffusion.tokens import routed_count
 
 
 @dataclass(frozen=True)
-class TokenRouters(Training):
+class TokenRouters(VectorTraining):
     """A vector ``w`` per tokenwise part and cached step; ``s_n = sigmoid(z_n @ w)`` for each token.
 
     ``z_n`` is what enters the part; the student goes on with ``s_n f(z)_n + (1 - s_n) F_n``, where ``F`` is what the
@@ -47,10 +46,6 @@ class TokenRouters(Training):
         routed = [spot for spot in spots if spot.is_tokenwise and spot.kind in ("ffn", "fused")]
         return {i: {spot.name: [torch.zeros(spot.entering[0])] for spot in routed} for i in cached} if routed else {}
 
-    def is_taught(self, numbers: Numbers, step: int) -> bool:
-        """Where tokens are routed."""
-        return step in numbers
-
     def answer(self, numbers: Numbers, reached: Reached) -> Leaves:
         """``s f + (1 - s) F`` per token; attention is cached."""
         scores = self._scores(numbers, reached)
@@ -73,20 +68,7 @@ class TokenRouters(Training):
         is_computed = torch.zeros_like(scores).scatter_(1, scores.topk(k, dim=1).indices, 1.0)
         return mixed(is_computed, reached.compute(), reached.cached), 1 - k / scores.shape[1]
 
-    def tensors(self, numbers: Numbers, num_steps: int) -> dict[str, Tensor]:
-        """``w`` by step, for every routed part; 0 at full steps."""
-        found: dict[str, Tensor] = {}
-        for step, sites in numbers.items():
-            for name, (weights,) in sites.items():
-                found.setdefault(name, torch.zeros(num_steps, len(weights)))
-                found[name][step] = weights.detach().cpu()
-        return found
-
     @property
     def nothing_words(self) -> str:
         """What to do where nothing is routed."""
         return "It needs parts that map every token by itself (MLPs), and more steps than the interval."
-
-    def shapes(self, num_steps: int) -> Mapping[str, Shape]:
-        """A row of channels per step."""
-        return {"*": (num_steps, None)}

@@ -29,7 +29,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cache4diffusion.calibration.calibrator import Calibrator, Fit, Sums
+from cache4diffusion.calibration.calibrator import Calibrator, Fit, Shape, Sums
 from cache4diffusion.calibration.figure import Figure
 from cache4diffusion.calibration.quality import GOOD, POOR, Quality
 from cache4diffusion.calibration.statistic import Statistic
@@ -197,6 +197,28 @@ class Training(Calibrator):
             for name, key in (("loss", "losses"), ("error", "errors"))
         }
         return Figure("run", "mean over the trained steps", lines=lines)
+
+
+@dataclass(frozen=True)
+class VectorTraining(Training):
+    """Base of trainings whose numbers are one vector of channels per site, at the taught steps only."""
+
+    def is_taught(self, numbers: Numbers, step: int) -> bool:
+        """Where there are vectors."""
+        return step in numbers
+
+    def tensors(self, numbers: Numbers, num_steps: int) -> dict[str, Tensor]:
+        """The vectors by step, for every site; 0 where there is none."""
+        found: dict[str, Tensor] = {}
+        for step, sites in numbers.items():
+            for name, (vector,) in sites.items():
+                found.setdefault(name, torch.zeros(num_steps, len(vector)))
+                found[name][step] = vector.detach().cpu()
+        return found
+
+    def shapes(self, num_steps: int) -> Mapping[str, Shape]:
+        """A row of channels per step."""
+        return {"*": (num_steps, None)}
 
 
 def _trend(losses: Tensor) -> str:

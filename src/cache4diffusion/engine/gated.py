@@ -14,7 +14,9 @@ from torch import Tensor
 from cache4diffusion.engine.driver import Inner, Rested
 from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.leaves import merge_rows, select_rows, take_apart
-from cache4diffusion.engine.parts import PartsDriver, PartSite, RestingModule, entering_of, entrance_of, shapes_of
+from cache4diffusion.engine.part_lookup import entering_of, entrance_of
+from cache4diffusion.engine.part_sites import PartSite, RestingModule, shapes_of
+from cache4diffusion.engine.parts import PartsDriver
 from cache4diffusion.engine.state import Context, Verdict
 from cache4diffusion.errors import RunError
 from cache4diffusion.sites import GatedParts

@@ -1,17 +1,14 @@
 """The part sites: residual sub-layers of every block, predicted before their adaLN gate.
 
-A part's ``forward`` is wrapped, and so are the modules that run only to feed parts. All wrappers of a denoiser read one
-shared `Switch`; inside a compiled block nothing else is read but attributes of the site itself, so that every block of
-a class shares one graph per mode.
+A part's ``forward`` is wrapped, and so are the modules that run only to feed parts (`part_sites`). The driver sets the
+switch that the wrappers read, and keeps and predicts what they ask for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cache4diffusion.anatomy import Anatomy, Block, Inner, Part
 from cache4diffusion.anatomy.facts import InnerRole
@@ -19,230 +16,16 @@ from cache4diffusion.engine.decide import prediction_error
 from cache4diffusion.engine.driver import Driver, Rested
 from cache4diffusion.engine.driver import Inner as InnerCall
 from cache4diffusion.engine.host import Host
-from cache4diffusion.engine.leaves import Layout, Place, get_argument, get_output, own, take_apart
+from cache4diffusion.engine.leaves import get_output, own, take_apart
+from cache4diffusion.engine.part_lookup import blocks_of, parts_of
+from cache4diffusion.engine.part_sites import PartSite, RestingModule, Switch
 from cache4diffusion.engine.state import BranchState, Context
 from cache4diffusion.engine.tokens import TokenDriver
 from cache4diffusion.errors import AnatomyError
 from cache4diffusion.gates import Verification
-from cache4diffusion.predictors import Corrector, Predictor
+from cache4diffusion.predictors import Predictor
 from cache4diffusion.predictors.corrector import paired
 from cache4diffusion.sites import Parts
-from cache4diffusion.wrap import ForwardWrapper
-
-
-class Switch:
-    """What all wrappers of one denoiser read. Inside a compiled block: the two flags, and nothing else of it."""
-
-    def __init__(self) -> None:
-        self.is_on = False  # off: as if the wrappers were not there
-        self.is_cached = False  # predict; else compute and keep
-        self.is_watching = False  # what is computed is kept for a comparison, not as the feature of a full step
-        self.context: Context | None = None  # the call in progress
-
-    def turn(self, *, on: bool, cached: bool = False) -> None:
-        """Say what the wrappers do from here on."""
-        self.is_on, self.is_cached, self.is_watching = on, cached, False
-
-
-class PartSite:
-    """One part of one block: its wrapper, and where its feature comes from and goes to in the call in progress.
-
-    In an eager block the feature is recorded and predicted while the block runs. A compiled block is one graph with no
-    way out, so there it is left at ``fresh`` for the driver to collect after the call, and found at ``prepared``, made
-    before the call. Whether a block is compiled shows in where its feature was left at the last full step.
-    """
-
-    def __init__(self, name: str, part: Part, position: int, module: nn.Module, driver: PartsDriver, key: int) -> None:
-        self.name, self.part, self.position, self.module, self.key = name, part, position, module, key
-        self.driver, self.switch = driver, driver.switch
-        self.fresh: Any = None  # output computed in the call in progress
-        self.prepared: Any = None  # output predicted for the call in progress
-        self.is_traced = False
-        self.must_run = False  # its decision is another than that of the parts that are predicted in this call
-        self.corrector = driver.predictor if isinstance(driver.predictor, Corrector) else None
-        self.layout: Layout | None = None  # of the output, for a corrector in a compiled block
-        self.pairs: tuple[int, ...] = ()  # which of the inputs each of the output's tensors is made from
-        self.fresh_seen: list[Tensor] = []  # what entered with ``fresh``
-        self.entered: Any = None  # what entered in front of it in the call in progress, where a module there rests
-        self.is_fed = False  # whether one does
-        self._inputs = [Place.of(module, path) for path in part.inputs] if driver.sees_input else []
-        self.wrapper = ForwardWrapper(module, self._make)
-
-    def _make(self, found: Callable[..., Any]) -> Callable[..., Any]:
-        site, switch, tokens = self, self.switch, self.driver.tokens
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if switch.is_cached and not site.must_run:
-                output = site.given(args, kwargs)
-                if output is not None:
-                    return output
-            seen = site.seen(args, kwargs) if switch.is_on else []
-            output = found(*args, **kwargs)
-            if switch.is_on:
-                site.take(output, seen)
-            return output
-
-        if tokens is None:
-            return forward
-        is_captured = tokens.captures(self.part.kind)
-
-        def forward_with_tokens(*args: Any, **kwargs: Any) -> Any:
-            if switch.is_cached and site.is_known:
-                return tokens.run(site, found, args, kwargs) if tokens.handles(site) else site.given(args, kwargs)
-            if not switch.is_on or not is_captured:
-                return forward(*args, **kwargs)
-            output = tokens.capture(site.position, site.part.kind, found, args, kwargs)
-            site.take(output, [])
-            return output
-
-        return forward_with_tokens
-
-    def seen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """What a corrector sees of this call: all that enters the part, or what enters the module in front of it."""
-        if self.is_fed:
-            entered, self.entered = self.entered, None
-            return [entered]
-        values = [place.get(args, kwargs) for place in self._inputs]
-        return [value for value in values if isinstance(value, Tensor)]
-
-    @property
-    def is_known(self) -> bool:
-        """Whether there is anything to predict from."""
-        context = self.switch.context
-        return context is not None and self.name in context.state.sites
-
-    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The output of this cached step; None if there is nothing to predict from, and the part must run."""
-        if torch.compiler.is_compiling() or self.prepared is not None:
-            if self.corrector is None or self.prepared is None:
-                return self.prepared
-            seen = self.seen(args, kwargs)
-            assert self.layout is not None
-            return self.layout.fill(self.corrector.correct(self.prepared, [seen[i] for i in self.pairs]))
-        return self.driver.predict(self, self.seen(args, kwargs)) if self.is_known else None
-
-    def take(self, output: Any, seen: list[Tensor]) -> None:
-        """Keep what was computed, and what entered."""
-        if torch.compiler.is_compiling() or self.switch.is_watching:
-            self.fresh = output
-            if seen:
-                self.fresh_seen = seen
-        else:
-            self.driver.record(self, output, seen)
-
-    def rebuild(self, tensors: Sequence[Tensor]) -> Any:
-        """The part's output around its tensors."""
-        context = self.switch.context
-        assert context is not None
-        return context.state.layouts[self.name].fill(tensors)
-
-
-class RestingModule:
-    """A module that runs only to feed parts: on cached steps it hands out a placeholder that costs nothing.
-
-    Either a zero-width tensor, which vanishes in a concatenation along the width, or one token of NaN, which broadcasts
-    through scale and shift. Any leak is a shape error or a NaN that the guard catches.
-    """
-
-    def __init__(self, inner: Inner, module: nn.Module, driver: PartsDriver) -> None:
-        self.inner, self.driver, self.switch = inner, driver, driver.switch
-        self.fed = [site for site in driver.sites if site.part.path in inner.feeds]
-        self.shapes: tuple[tuple[int, ...], ...] = ()  # of the output's tensors, at the last full step
-        self.blank: Any = (
-            None  # for compiled blocks: made before the call, as sizes kept in numbers would be compiled in
-        )
-        self.must_run = False  # a part that it feeds has nothing to predict from
-        self.shows: PartSite | None = None  # the part whose input is what enters here
-        self.wrapper = ForwardWrapper(module, self._make)
-
-    def _make(self, found: Callable[..., Any]) -> Callable[..., Any]:
-        rest, switch, tokens = self, self.switch, self.driver.tokens
-        is_norm = self.inner.role == "nan_token"
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if switch.is_on and rest.shows is not None:
-                rest.shows.entered = first_tensor(args, kwargs)
-            if switch.is_cached and not rest.must_run:
-                return rest.placeholder(args, kwargs)
-            output = found(*args, **kwargs)
-            if switch.is_on and not is_norm:
-                rest.shapes = shapes_of(output)
-            return output
-
-        if tokens is None:
-            return forward
-        is_captured = tokens.captures(self.inner.kind)
-
-        def forward_with_tokens(*args: Any, **kwargs: Any) -> Any:
-            if switch.is_cached and not rest.must_run:
-                return tokens.run_inner(rest, found, args, kwargs)
-            if not switch.is_on or is_norm:
-                return found(*args, **kwargs)
-            position = tokens.position_of(rest) if is_captured else None
-            if position is None:
-                output = found(*args, **kwargs)
-            else:
-                output = tokens.capture(position, rest.inner.kind, found, args, kwargs)
-            rest.shapes = shapes_of(output)
-            tokens.took_inner(rest, output)
-            return output
-
-        return forward_with_tokens
-
-    def placeholder(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What stands for the output."""
-        x = first_tensor(args, kwargs)
-        if self.inner.role == "nan_token":
-            return x.new_full((x.shape[0], 1, x.shape[-1]), float("nan"))
-        if torch.compiler.is_compiling():
-            return self.blank
-        return self.blanks(x, x.shape[0])
-
-    def blanks(self, like: Tensor, rows: int) -> Any:
-        """Zero-width tensors in place of the output's."""
-        found = [like.new_empty((rows, *shape[1:-1], 0)) for shape in self.shapes]
-        return found[0] if len(found) == 1 else tuple(found)
-
-
-def first_tensor(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
-    """The tokens that a module of one input is called with."""
-    return args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
-
-
-def blocks_of(host: Host) -> list[tuple[int, Block]]:
-    """The blocks of an examined denoiser in which parts are cached, in order, each with its position.
-
-    Blocks in front of a gate's watch point always run, so they are left alone.
-    """
-    assert host.anatomy is not None
-    main = [block for stack in host.anatomy.main for block in stack.blocks]
-    nested = [block for stack in host.anatomy.stacks if not stack.is_main for block in stack.blocks]
-    if main and not host.is_unet:
-        nested = []
-    return list(enumerate(main))[host.watched_blocks :] + [(len(main) + i, block) for i, block in enumerate(nested)]
-
-
-def parts_of(block: Block, site: Parts) -> list[Part]:
-    """The parts of a block that a site has."""
-    return [part for part in block.parts if part.kind in site.kinds and part.calls == 1]
-
-
-def entrance_of(part: Part) -> Inner | None:
-    """The module that reads the part's modulated input first, if it is none of the part's own: in a fused block."""
-    return next((inner for inner in part.inner if inner.role == "zero_width"), None)
-
-
-def entering_of(part: Part, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The modulated inputs of a part, one per stream, from the arguments of its `entrance_of` or, if none, its own."""
-    if entrance_of(part) is not None:
-        return [first_tensor(args, kwargs)]
-    found = [get_argument(module, args, kwargs, path) for path in part.inputs]
-    return [value for value in found if isinstance(value, Tensor)]
-
-
-def shapes_of(output: Any) -> tuple[tuple[int, ...], ...]:
-    """Shapes of the tensors of an output."""
-    return (tuple(output.shape),) if isinstance(output, Tensor) else tuple(tuple(leaf.shape) for leaf in output)
 
 
 class PartsDriver(Driver):

@@ -26,7 +26,8 @@ from cache4diffusion.tokens import Segment, TokenPlace, TokenRule
 from cache4diffusion.wrap import ForwardWrapper
 
 if TYPE_CHECKING:
-    from cache4diffusion.engine.parts import PartsDriver, PartSite, RestingModule
+    from cache4diffusion.engine.part_sites import PartSite, RestingModule
+    from cache4diffusion.engine.parts import PartsDriver
 
 # Denoisers whose two-stream blocks attend to [image, text]; the others to [text, image].
 _IMAGE_FIRST = ("HunyuanVideo", "Mochi", "SD3")
