@@ -8,7 +8,7 @@ OUT ?= out
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install demo test test-slow test-floor lint format bench bench-gpu matrix adaptive clean
+.PHONY: install demo test test-slow test-floor lint format bench bench-gpu matrix adaptive calibrations everything clean
 
 install: $(BIN)/.installed
 
@@ -52,6 +52,14 @@ matrix: install  ## every invariant for every method on tiny pipelines: docs/ben
 
 adaptive: install  ## thresholds and rows of adaptive methods on the reference model: docs/benchmarks/adaptive.json and .md
 	$(BIN)/python benchmarks/adaptive.py
+
+calibrations: install  ## on the reference model, and beside what needs none: docs/benchmarks/calibrated.json and .md
+	$(BIN)/python benchmarks/calibrations.py
+	$(BIN)/python benchmarks/calibrated.py
+
+everything: calibrations  ## every method from gentle to hard, then the front: docs/benchmarks/all-methods*
+	$(BIN)/python benchmarks/everything.py
+	$(BIN)/python benchmarks/everything.py --front
 
 clean:
 	rm -rf $(VENV) .venv-floor $(OUT) .pytest_cache .ruff_cache .hypothesis

@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from cache4diffusion.measure import MeasureError, MissingExtraError, bench, cost, generators, write_report
+from cache4diffusion.measure import (
+    MeasureError,
+    MissingExtraError,
+    bench,
+    cost,
+    generators,
+    markdown_table,
+    write_report,
+)
 
 CAPTIONS = [f"{'dark' if i % 2 else 'bright'} scene {i}" for i in range(10)]
 STEPS = 12
@@ -350,3 +358,27 @@ def test_progress_goes_to_stderr_and_nothing_to_stdout(pipeline, capsys):
 def test_one_step_has_no_fewer_steps(pipeline):
     results = bench([], pipeline, CAPTIONS[:2], steps=1, progress=False).results
     assert [row.method for row in results.rows] == ["uncached"]
+
+
+class Broken(Skip):
+    @contextlib.contextmanager
+    def attach(self):
+        raise ValueError("no blocks\n  here")
+        yield
+
+
+def test_what_fails_is_left_out_with_the_reason_if_asked_for():
+    pipeline = Pipeline()
+    variants = [Broken(pipeline, 2, name="broken"), Skip(pipeline, 3)]
+    with pytest.raises(MeasureError, match="broken failed"):
+        bench(variants, pipeline, CAPTIONS, steps=STEPS, progress=False)
+    made = bench(variants, pipeline, CAPTIONS, steps=STEPS, progress=False, keep_going=True)
+    alone = bench(variants[1:], pipeline, CAPTIONS, steps=STEPS, progress=False)
+    assert made.results.conditions.left_out == {"broken": "no blocks here"}
+    assert alone.results.conditions.left_out == {}
+    assert [row.name for row in made.results.rows] == [row.name for row in alone.results.rows]
+    assert made.results.row("skip").psnr_per_caption == alone.results.row("skip").psnr_per_caption
+    text = markdown_table(made.results)
+    assert "- left out: broken: no blocks here\n" in text
+    nothing = bench(variants[:1], pipeline, CAPTIONS, steps=STEPS, progress=False, keep_going=True).results
+    assert [row.name for row in nothing.rows] == ["uncached"]

@@ -21,11 +21,11 @@ from cache4diffusion.calibration.observer import Forgetting, Listening
 from cache4diffusion.calibration.stage import Forward, Stage
 from cache4diffusion.calibration.store import Entry
 from cache4diffusion.calibration.training import Answer, Leaves, Numbers, Reached, Training
+from cache4diffusion.composition import Composition
 from cache4diffusion.engine.driver import Inner
 from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.leaves import take_apart
 from cache4diffusion.errors import CalibrationError
-from cache4diffusion.method import Composition
 from cache4diffusion.run import RunTracker
 from cache4diffusion.trace import Trace
 from cache4diffusion.wrap import CallWrapper

@@ -50,7 +50,7 @@ class ABCache(Method):
         off={"interval": 1},
         family="forecasting",
         when="whole steps should be skipped on any denoiser and solver, and a moderate speed-up is enough",
-        ladder=({"interval": 2}, {"interval": 6, "warmup": 10}, {"interval": 8}),
+        ladder=({"interval": 2}, {"interval": 6, "warmup": 10}, {"interval": 7}),
         citation="Yu et al., AB-Cache: Training-Free Acceleration of Diffusion Models via Adams-Bashforth Cached "
         "Feature Reuse, 2025",
         published={

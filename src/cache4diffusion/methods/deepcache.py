@@ -51,7 +51,7 @@ class DeepCache(Method):
         off={"interval": 1},
         family="U-Net",
         when="the denoiser is a U-Net (Stable Diffusion 1.5, SDXL, SVD)",
-        ladder=({"interval": 2}, {}, {"interval": 10}),
+        ladder=({"interval": 2}, {"interval": 3}, {"interval": 6}),
         citation="Ma et al., DeepCache: Accelerating Diffusion Models for Free, CVPR 2024",
         published={
             "Stable Diffusion, demo": {

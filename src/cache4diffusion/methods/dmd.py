@@ -47,7 +47,7 @@ class DMD(Method):
         off={"interval": 1},
         family="forecasting",
         when="a flow-matching run is long and its full steps lie at equal distances",
-        ladder=({"interval": 2}, {"interval": 6, "warmup": 10}, {"interval": 8}),
+        ladder=({"interval": 2}, {"interval": 6, "warmup": 10}, {"interval": 7}),
         citation="cache-dit's DMD calibrator; HiCache++, engrXiv 7309",
         published={
             "cache-dit": {"history": 6, "rank": 0, "ridge": 1e-8},

@@ -49,7 +49,7 @@ class FeMO(Method):
         off={"interval": 1},
         family="forecasting",
         when="TaylorSeer fits, but single differences are noisy",
-        ladder=({"interval": 2}, {"interval": 6, "warmup": 10}, {"interval": 8}),
+        ladder=({"interval": 2}, {"interval": 6, "warmup": 10}, {"interval": 7}),
         citation="FeMO: Feature Momentum, submission 13027 to ICLR 2026",
         published={
             "order 1": {"interval": 10, "order": 1},

@@ -46,7 +46,7 @@ class FoCa(Method):
         off={"interval": 1},
         family="forecasting",
         when="TaylorSeer of order 1 fits, but its first steps after a full one are too bold",
-        ladder=({"interval": 2}, {"interval": 6, "warmup": 10}, {"interval": 8}),
+        ladder=({"interval": 2}, {"interval": 6, "warmup": 10}, {"interval": 7}),
         citation="Zheng et al., Forecast then Calibrate: Feature Caching as ODE for Efficient Diffusion Transformers, "
         "AAAI 2026",
         published={

@@ -46,7 +46,7 @@ class FreqCa(Method):
         off={"interval": 1},
         family="forecasting",
         when="intervals are long, and memory is for a few hidden features only",
-        ladder=({"interval": 2}, {"interval": 6, "warmup": 10}, {"interval": 8}),
+        ladder=({"interval": 2}, {"interval": 6, "warmup": 10}, {"interval": 7}),
         citation="Liu et al., FreqCa: Accelerating Diffusion Models via Frequency-Aware Caching, 2025",
         published={
             "FLUX.1-dev": {"interval": 6, "order": 2, "low_order": 0, "sigma": 0.71, "transform": "dct", "warmup": 3},

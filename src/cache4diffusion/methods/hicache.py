@@ -42,7 +42,7 @@ class HiCache(Method):
         off={"interval": 1},
         family="forecasting",
         when="intervals are long, and following the whole slope overshoots",
-        ladder=({"interval": 2}, {"interval": 6, "warmup": 10}, {"interval": 8}),
+        ladder=({"interval": 2}, {"interval": 6, "warmup": 10}, {"interval": 7}),
         citation="Feng et al., HiCache: Training-free Acceleration of Diffusion Models via Hermite Polynomial-based "
         "Feature Caching, 2025",
         published={

@@ -51,7 +51,7 @@ class L2P(Method):
         off={"interval": 1},
         family="forecasting",
         when="cached steps must cost next to nothing and you always sample with the same steps",
-        ladder=({"interval": 2}, {"interval": 6, "warmup": 10}, {"interval": 8}),
+        ladder=({"interval": 2}, {"interval": 6, "warmup": 10}, {"interval": 7}),
         citation="L2P: learnable linear prediction of cached features, 2026",
         needs_calibration=True,
     )

@@ -6,7 +6,7 @@ Source: arXiv:2601.19961 (ICLR 2026); released code UnicomAI/MeanCache.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from cache4diffusion.gates import ScaledSchedule
 from cache4diffusion.method import Composition, Method, MethodInfo
@@ -16,6 +16,14 @@ from cache4diffusion.sites import Trajectory
 
 _QWEN_17 = (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 17, 24, 31, 38, 45, 48, 49)
 _QWEN_25 = (*range(17), 24, 32, 40, 43, 45, 47, 48, 49)
+_PUBLISHED: dict[str, dict[str, Any]] = {
+    "Qwen-Image, 50 steps, 25 full": {"full_steps": _QWEN_25, "look_back": (1,) * 19 + (5, 5, 5, 1, 1)},
+    "Qwen-Image, 50 steps, 17 full": {"full_steps": _QWEN_17},
+    "Qwen-Image, 50 steps, 10 full": {
+        "full_steps": (0, 1, 3, 7, 14, 21, 28, 35, 42, 49),
+        "look_back": (1, 2, 1, 1, 1, 1, 1, 1, 4),
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -49,14 +57,8 @@ class MeanCache(Method):
         when="a flow-matching run has about 50 steps, as the published schedules do",
         citation="MeanCache: From Instantaneous to Average Velocity for Accelerating Flow Matching Inference, "
         "ICLR 2026",
-        published={
-            "Qwen-Image, 50 steps, 25 full": {"full_steps": _QWEN_25, "look_back": (1,) * 19 + (5, 5, 5, 1, 1)},
-            "Qwen-Image, 50 steps, 17 full": {"full_steps": _QWEN_17},
-            "Qwen-Image, 50 steps, 10 full": {
-                "full_steps": (0, 1, 3, 7, 14, 21, 28, 35, 42, 49),
-                "look_back": (1, 2, 1, 1, 1, 1, 1, 1, 4),
-            },
-        },
+        published=_PUBLISHED,
+        ladder=tuple(_PUBLISHED.values()),
     )
 
     def compose(self) -> Composition:

@@ -38,7 +38,7 @@ class Newton(Method):
         off={"interval": 1},
         family="forecasting",
         when="TaylorSeer fits, but features bend: order 2 follows a parabola exactly",
-        ladder=({"interval": 2}, {"interval": 6, "warmup": 10}, {"interval": 8}),
+        ladder=({"interval": 2}, {"interval": 6, "warmup": 10}, {"interval": 7}),
         citation="cache4diffusion",
     )
 

@@ -46,7 +46,7 @@ class TaylorSeer(Method):
         off={"interval": 1},
         family="forecasting",
         when="the speed-up should be high at good quality, and memory for every part's output is at hand",
-        ladder=({"interval": 2}, {"interval": 6, "warmup": 10}, {"interval": 8}),
+        ladder=({"interval": 2}, {"interval": 6, "warmup": 10}, {"interval": 7}),
         citation="Liu et al., From Reusing to Forecasting: Accelerating Diffusion Models with TaylorSeers, ICCV 2025",
         published={
             "FLUX.1-dev": {"interval": 6, "order": 1, "warmup": 3},

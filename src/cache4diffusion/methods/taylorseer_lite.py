@@ -43,7 +43,7 @@ class TaylorSeerLite(Method):
         off={"interval": 1},
         family="forecasting",
         when="a cached step should cost next to nothing, on any denoiser, at almost no memory",
-        ladder=({"interval": 2}, {"interval": 6, "warmup": 10}, {"interval": 8}),
+        ladder=({"interval": 2}, {"interval": 6, "warmup": 10}, {"interval": 7}),
         citation="Liu et al., From Reusing to Forecasting: Accelerating Diffusion Models with TaylorSeers, ICCV 2025",
         published={
             "HunyuanImage-2.1, fast": {"interval": 5, "order": 2, "warmup": 3},

@@ -94,7 +94,7 @@ class ToCa(Method):
         off={"interval": 1},
         family="tokens",
         when="there are many tokens, and those the image looks at most should be fresh on every step",
-        ladder=({"interval": 2}, {}, {"interval": 8}),
+        ladder=({"interval": 2}, {}, {"interval": 7}),
         citation="Zou et al., Accelerating Diffusion Transformers with Token-wise Feature Caching, ICLR 2025",
         published={
             "FLUX.1-dev (intervals 4 to 6)": {"interval": 4, "recompute_ratio": 0.1, "schedule": "flux", "warmup": 3},

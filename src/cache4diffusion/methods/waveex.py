@@ -50,7 +50,7 @@ class WaveEx(Method):
         ladder=(
             {"full_steps": tuple(range(0, 40, 2))},
             {"full_steps": (0, 1, 2, 3, 4, 5, 6, 8, 11, 15, 20, 26, 33)},
-            {"full_steps": (0, 1, 2, 5, 10, 20, 30)},
+            {"full_steps": (0, 1, 2, 4, 7, 12, 18, 25, 32)},
         ),
         citation="WaveEx, AAAI 2026 (article 40490)",
         published={

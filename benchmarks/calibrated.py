@@ -1,0 +1,206 @@
+"""Calibrated methods beside what needs no calibration, at equal FLOPs: was it worth it, and did the verdict say so?
+
+    python benchmarks/calibrated.py                           # docs/benchmarks/calibrated.json and .md
+    python benchmarks/calibrated.py --methods l2c,lazydit
+
+Each method runs with a calibration made by ``c4d calibrate`` (see `calibrations.py`) beside its *counterpart*: the same
+method with numbers that were not measured here, or else the nearest uncalibrated one. Of the counterpart's settings the
+one is taken whose FLOPs, counted on two captions, are closest. A method *loses* where half of the captions or fewer are
+closer to the uncached image than with its counterpart; then its verdict must not have called it sound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cache4diffusion as c4d
+from cache4diffusion import reference
+from cache4diffusion.calibration import load_calibration
+from cache4diffusion.cli.models import load_model
+from cache4diffusion.compare import compare
+from cache4diffusion.files import check_writable, write_whole
+from cache4diffusion.measure import Results, Row, wilson_interval
+from cache4diffusion.measure.table import decibels, percent, points, speedup
+
+SCHEMA = 1
+SOUND = 0.9  # the share above which a verdict speaks of a sound basis
+REUSE = [
+    *(("fora", {"interval": interval, "warmup": 50 - left}) for interval in (2, 3, 4) for left in range(4, 50, 2)),
+    *(("fora", {"interval": interval}) for interval in range(2, 7)),
+]
+PAIRS: dict[str, tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]] = {
+    "smoothcache": ({"threshold": 0.15}, REUSE),
+    "icc": ({"interval": 2}, REUSE),
+    "l2c": ({}, REUSE),
+    "lazydit": ({}, REUSE),
+    "teacache": ({"threshold": 0.2}, [("teacache", {"threshold": 0.02 * 1.15**i}) for i in range(28)]),
+    "magcache": ({"threshold": 0.12}, [("magcache", {"threshold": 0.01 * 1.25**i}) for i in range(24)]),
+    "fastcache": ({"threshold": 0.2}, [("fbcache", {"threshold": 0.01 * 1.2**i}) for i in range(24)]),
+}
+"""A method: its settings, and what it is held against, the cheapest last."""
+
+
+def closest(loaded: Any, target: Any, others: Sequence[tuple[str, dict[str, Any]]]) -> tuple[str, dict[str, Any]]:
+    """The counterpart whose FLOPs are closest to the target's, by bisection: FLOPs fall along the list."""
+    wanted = speedups(loaded, [target])[0]
+    known: dict[int, float] = {}
+
+    def at(index: int) -> float:
+        if index not in known:
+            name, settings = others[index]
+            known[index] = speedups(loaded, [c4d.method(name, **settings)])[0]
+        return known[index]
+
+    low, high = 0, len(others) - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if at(middle) < wanted else (low, middle)
+    return others[min((low, high), key=lambda index: abs(at(index) - wanted))]
+
+
+def speedups(loaded: Any, methods: Sequence[Any]) -> list[float]:
+    """FLOPs speed-ups on two captions that are not measured later."""
+    made = _compare(loaded, methods, reference.held_out_captions(2, 1000), 1000, batch=2, fewer_steps=False)
+    return [row.flops_speedup for row in made.methods]
+
+
+def _compare(loaded: Any, methods: Sequence[Any], captions: list[str], seed: int, **options: Any) -> Results:
+    return compare(
+        loaded.pipe,
+        captions,
+        list(methods),
+        seeds=seed,
+        steps=loaded.steps,
+        judge=loaded.judge,
+        family=loaded.family,
+        name=loaded.name,
+        call=loaded.call,
+        progress=False,
+        flops_captions=2,
+        **options,
+    ).results
+
+
+def measure(loaded: Any, name: str, captions: int, folder: Path) -> dict[str, Any]:
+    """A method and its counterpart on the same captions."""
+    settings, others = PAIRS[name]
+    file = folder / f"{name}.safetensors"
+    chosen = c4d.method(name, **settings, calibration=str(file))
+    other, rest = closest(loaded, chosen, sorted(others, key=_cost))
+    results = _compare(
+        loaded, [chosen, c4d.method(other, **rest)], reference.held_out_captions(captions, 0), 0, batch=16
+    )
+    mine, theirs = results.methods
+    assert mine.psnr_per_caption is not None and theirs.psnr_per_caption is not None
+    wins = sum(a > b for a, b in zip(mine.psnr_per_caption, theirs.psnr_per_caption, strict=True))
+    quality = next(iter(load_calibration(file).entries.values())).quality
+    return {
+        "method": name,
+        "settings": settings,
+        "r2": quality.r2,
+        "verdict": quality.verdict,
+        "calibrated": facts_of(mine),
+        "counterpart": {"method": other, "settings": rest, **facts_of(theirs)},
+        "wins": wins / captions,
+        "wins_interval": list(wilson_interval(wins, captions, 0.95)),
+        "conditions": results.conditions.caption(),
+    }
+
+
+def _cost(other: tuple[str, dict[str, Any]]) -> float:
+    """Falls with FLOPs."""
+    settings = other[1]
+    if "threshold" in settings:
+        return settings["threshold"]
+    warmup, interval = settings.get("warmup", 0), settings["interval"]
+    return -(warmup + (50 - warmup) / interval)
+
+
+def facts_of(row: Row) -> dict[str, Any]:
+    return {
+        "flops_speedup": row.flops_speedup,
+        "latency_speedup": row.latency_speedup,
+        "psnr": row.psnr,
+        "accuracy_difference": row.accuracy_difference,
+        "accuracy_difference_interval": row.accuracy_difference_interval,
+        "psnr_wins": row.psnr_wins,
+        "strip": row.strip,
+    }
+
+
+def contradicts(pair: dict[str, Any]) -> bool:
+    """Whether a method loses that its verdict called sound."""
+    return pair["wins"] <= 0.5 and (pair["r2"] or 0.0) > SOUND
+
+
+def page(result: dict[str, Any]) -> str:
+    """The result as markdown."""
+    lines = [
+        "# Calibrated methods beside what needs no calibration",
+        "",
+        "Each with a calibration made by `c4d calibrate`, beside the same method with numbers that were not measured "
+        "here, or else the nearest uncalibrated one, at the setting whose FLOPs are closest. *Wins*: share of captions "
+        "whose image is closer to the uncached one than the counterpart's, with its 95 % interval. Written by "
+        "`benchmarks/calibrated.py`.",
+        "",
+        result["pairs"][0]["conditions"],
+        "",
+        "| method | R² | FLOPs | PSNR dB | Δ points | counterpart | FLOPs | PSNR dB | Δ points | wins |",
+        "| --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for pair in result["pairs"]:
+        cells = [_called(pair["method"], pair["settings"]), "-" if pair["r2"] is None else f"{pair['r2']:.3f}"]
+        for side in (pair["calibrated"], pair["counterpart"]):
+            if side is pair["counterpart"]:
+                cells.append(_called(side["method"], side["settings"]))
+            cells += [speedup(side["flops_speedup"]), decibels(side["psnr"])]
+            cells.append(points(side["accuracy_difference"], side["accuracy_difference_interval"]))
+        low, high = pair["wins_interval"]
+        cells.append(f"{percent(pair['wins'])} [{100 * low:.0f}, {100 * high:.0f}]")
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "## What the tool said", ""]
+    lines += [f"- `{pair['method']}`: {pair['verdict']}" for pair in result["pairs"]]
+    wrong = [pair["method"] for pair in result["pairs"] if contradicts(pair)]
+    lost = [pair["method"] for pair in result["pairs"] if pair["wins"] <= 0.5]
+    lines += ["", f"Lost to its counterpart: {', '.join(f'`{name}`' for name in lost) or 'none'}."]
+    lines += [f"**Called sound, and lost: {', '.join(f'`{name}`' for name in wrong)}.**" for _ in range(bool(wrong))]
+    return "\n".join(lines) + "\n"
+
+
+def _called(name: str, settings: dict[str, Any]) -> str:
+    words = ", ".join(f"{key}={round(v, 4) if isinstance(v, float) else v}" for key, v in settings.items())
+    return f"`{name}({words})`"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="scenes-flux", help="a reference model")
+    parser.add_argument("--methods", default=",".join(PAIRS), help="comma-separated")
+    parser.add_argument("--captions", type=int, default=64)
+    parser.add_argument("--calibrations", type=Path, default=Path("out/calibrations"), help="a folder")
+    parser.add_argument("--write", metavar="STEM", default="docs/benchmarks/calibrated", help="STEM.json and STEM.md")
+    options = parser.parse_args(arguments)
+    names = options.methods.split(",")
+    unknown = [name for name in names if name not in PAIRS]
+    if unknown:
+        parser.error(f"--methods {','.join(unknown)}: use some of {', '.join(PAIRS)}")
+    file = Path(f"{options.write}.json")
+    check_writable(file)
+    loaded = load_model(options.model)
+    known = {pair["method"]: pair for pair in json.loads(file.read_text())["pairs"]} if file.exists() else {}
+    for name in names:
+        known[name] = measure(loaded, name, options.captions, options.calibrations)
+        result = {"schema": SCHEMA, "pairs": [known[each] for each in PAIRS if each in known]}
+        write_whole(file, json.dumps(result, indent=1) + "\n")
+        file.with_suffix(".md").write_text(page(result), encoding="utf-8")
+        print(f"{name}: measured", file=sys.stderr)
+    return int(any(contradicts(pair) for pair in result["pairs"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

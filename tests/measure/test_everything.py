@@ -1,0 +1,68 @@
+"""benchmarks/everything.py: parts put together, and what its page says of them."""
+
+import itertools
+
+import pytest
+
+from cache4diffusion.measure import MeasureError, Results
+from scripts import script
+
+everything = script("everything")
+
+
+def with_rows(results, rows):
+    return results.model_copy(update={"rows": [results.baseline, *results.fewer_steps, *rows]})
+
+
+def test_no_row_of_the_front_is_beaten_and_every_other_is(made_up):
+    rows = [*made_up[0].fewer_steps, *made_up[0].methods]
+    front = everything.front_of(rows)
+
+    def beats(a, b):
+        return (a.flops_speedup >= b.flops_speedup and a.psnr >= b.psnr) and (
+            a.flops_speedup > b.flops_speedup or a.psnr > b.psnr
+        )
+
+    assert not any(beats(a, b) for a, b in itertools.permutations(front, 2))
+    assert all(any(beats(a, b) for a in front) for b in rows if b not in front)
+    assert [row.flops_speedup for row in front] == sorted(row.flops_speedup for row in front)
+    assert everything.front_of(reversed(rows)) == front
+
+
+def test_parts_make_the_whole(made_up):
+    whole = made_up[0]
+    first, second = with_rows(whole, whole.methods[:3]), with_rows(whole, whole.methods[3:])
+    assert everything.merged([first, second]) == whole
+    left_out = second.conditions.model_copy(update={"left_out": {"deepcache": "no levels"}})
+    joined = everything.merged([first, second.model_copy(update={"conditions": left_out})])
+    assert joined.conditions.left_out == {"deepcache": "no levels"}
+
+
+@pytest.mark.parametrize("changed", ["steps", "seeds"])
+def test_parts_of_other_conditions_are_refused(made_up, changed):
+    other = {"steps": 12, "seeds": [7] * made_up[0].conditions.captions}[changed]
+    conditions = made_up[0].conditions.model_copy(update={changed: other})
+    with pytest.raises(MeasureError, match="conditions differ"):
+        everything.merged([made_up[0], made_up[0].model_copy(update={"conditions": conditions})])
+
+
+def test_parts_of_other_uncached_images_are_refused(made_up):
+    baseline = made_up[0].baseline
+    changed = baseline.model_copy(update={"correct_per_caption": [True]})
+    with pytest.raises(MeasureError, match="uncached images differ"):
+        everything.merged([made_up[0], made_up[0].model_copy(update={"rows": [changed, *made_up[0].rows[1:]]})])
+
+
+def test_the_page_has_every_method_and_says_what_breaks(made_up):
+    text = everything.page(made_up[0])
+    for row in made_up[0].methods:
+        assert f"| `{row.method}` | {row.fidelity} | " in text
+    worst = min(made_up[0].methods, key=lambda row: row.psnr_wins)
+    assert everything.is_broken(worst) == (worst.psnr_wins <= 0.5 or worst.accuracy_difference_interval[1] < 0)
+
+
+def test_a_page_is_written_anew_from_its_file(made_up, tmp_path):
+    made_up[0].save(tmp_path / "all.json")
+    assert everything.main(["--page", "--write", str(tmp_path / "all"), "--parts", str(tmp_path / "none")]) == 0
+    assert Results.load(tmp_path / "all.json") == made_up[0]
+    assert (tmp_path / "all.md").read_text() == everything.page(made_up[0])
