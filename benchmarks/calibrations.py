@@ -32,11 +32,12 @@ CAPTIONS = 16
 TRAINED = 4
 OPTIONS: dict[str, dict[str, Any]] = {
     "l2c": {"runs": 16, "rate": 0.2, "price": 1e-4},
-    "lazydit": {"runs": 16, "rate": 1e-3, "price": 1e-2},
-    "harmonica": {"runs": 16, "rate": 0.2, "price": 1e-4, "refresh": 8},
+    "lazydit": {"runs": 16, "rate": 1e-3, "price": 1e-3},
+    "harmonica": {"runs": 16, "rate": 0.2, "price": 1e-5, "refresh": 8},
     "block-caching": {"runs": 12, "rate": 0.02, "threshold": 0.2},
     "md-dit": {"runs": 12, "rate": 0.02},
     "l2p": {"interval": 6, "warmup": 10},
+    "icc": {"rank": 32},
 }
 # What ships, the most wanted first, as long as there is room.
 WANTED = ("smoothcache", "teacache", "magcache", "l2c", "lazydit", "fastcache", "icc")

@@ -14,6 +14,9 @@ TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(python|diff) file=(\S+)\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
 
 
+EXAMPLES = next(body for _, name, body in BLOCKS if name == "tests/test_late_stripes.py")
+
+
 def insert(text: str, diff: str) -> str:
     """Insert the ``+`` lines of a diff behind the line before them."""
     lines, at = text.splitlines(), -1
@@ -65,16 +68,17 @@ def test_there_is_an_example_for_every_axis():
 
 def test_the_examples_work_and_the_general_tests_find_them(copy):
     """The new predictor, gate and rule take part in the tables of the other tests without a word there."""
-    run(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "tests/test_late_stripes.py")
     found = run(
         copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "-rA",
         "-k", "late or stripes or damped or one_module",  # what is not new was run where it lies
+        "tests/test_late_stripes.py",
         "tests/test_gates.py::test_propose_is_pure_and_the_first_step_is_full",
         "tests/test_predictors.py::test_every_predictor_of_the_table_keeps_the_contract",
         "tests/methods/test_toca.py::test_every_token_rule_of_the_table_keeps_the_contract",
         "tests/test_composition.py::test_a_pair_is_made_or_refused_as_the_table_says",
         "tests/test_composition.py::test_every_method_is_one_of_these_combinations",
     )  # fmt: skip
+    assert found.count("PASSED tests/test_late_stripes.py") == len(re.findall(r"^def test_", EXAMPLES, re.MULTILINE))
     for name in ("late", "damped", "stripes", "late-stripes"):
         assert re.search(rf"^PASSED .*\[(.*-)?{name}(-.*)?\]$", found, flags=re.MULTILINE), name
 
