@@ -126,7 +126,7 @@ class Stage:
         driver = BlocksDriver(self.host, site)  # type: ignore[arg-type] - as in the table of drivers
         driver.install(self.host.anatomy)  # only looks: every block's output must be one that can be rebuilt
         for stretch in driver.stretches:
-            module, kept = self.host.modules[stretch.first], driver.kept(stretch)
+            module, kept = self.host.modules[stretch.first], driver.kept(stretch.last)
             handler = self._adding(stretch.name, stretch.first, self.host.blocks[stretch.first], kept)
             self._wrappers.append(CallWrapper(module, handler))
 

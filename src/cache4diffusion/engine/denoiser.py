@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -44,7 +45,7 @@ class OutputMemory:
         tensors, layout = take_apart(output)
         context.state.extra.setdefault("layouts", {})[self._kind(context)] = layout
         if base is not None:
-            tensors = [shifted(tensor, base, -1) for tensor in tensors]
+            tensors = [shifted(tensor, row, -1) for tensor, row in zip(tensors, _rows_of(base, tensors), strict=True)]
         if not isinstance(self.predictor, Corrector):
             take_in(self.predictor, context, self.name, tensors, store=self.store)
             return
@@ -67,8 +68,14 @@ class OutputMemory:
             seen = [context.latent for _ in context.state.extra["pairs"]]
         tensors = go_on_with(self.predictor, context, self.name, seen)
         if base is not None:
-            tensors = [shifted(tensor, base, 1) for tensor in tensors]
+            tensors = [shifted(tensor, row, 1) for tensor, row in zip(tensors, _rows_of(base, tensors), strict=True)]
         return context.state.extra["layouts"][self._kind(context)].fill(own(tensors, state))
+
+
+def _rows_of(latent: Tensor, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What of the latent belongs to each tensor of an output: all, or its row where there is one tensor per row."""
+    is_list = len(outputs) == latent.shape[0] and outputs[0].ndim == latent.ndim - 1
+    return latent.unbind() if is_list else [latent] * len(outputs)
 
 
 def shifted(output: Tensor, latent: Tensor, sign: int) -> Tensor:

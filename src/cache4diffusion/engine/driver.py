@@ -173,6 +173,10 @@ class Driver(ABC):
         """Main blocks that only hand on what enters them once this decision is to cache: nobody looks at them."""
         return frozenset()
 
+    def was_followed(self, context: Context) -> bool:
+        """After a call with predictions: whether the host called what it did when they were recorded."""
+        return True
+
     def on_decided(self, context: Context, key: int) -> None:  # noqa: B027 - optional step
         """A verdict that was pending when the call began has been reached."""
 

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from cache4diffusion.engine.leaves import get_argument, parameter_names, take_apart
+from cache4diffusion.engine.leaves import get_argument, parameter_names, take_apart, with_arguments
 from cache4diffusion.errors import AnatomyError
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "time_step", "sigma", "sigmas", "noise_labels", "timestep_r")
@@ -45,18 +47,43 @@ class Inputs:
     def split(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Tensor, list[Tensor]]:
         """Timestep, latent and conditioning tensors of one call.
 
+        A latent that comes as a list with an entry per row (Z-Image) is stacked: its first axis is the batch.
+
         Raises:
-            AnatomyError: the latent is no tensor.
+            AnatomyError: the latent is neither a tensor nor such a list.
         """
-        latent = get_argument(self.module, args, kwargs, (self.latent,))
-        if not isinstance(latent, Tensor):
-            raise AnatomyError(f"{type(self.module).__name__}: argument {self.latent!r} should be the latent tensor.")
+        latent = _stacked(get_argument(self.module, args, kwargs, (self.latent,)))
+        if latent is None:
+            raise AnatomyError(
+                f"{type(self.module).__name__}: argument {self.latent!r} should be the latent: a tensor, or a list with "
+                "one for each row of the batch."
+            )
         tensors: list[Tensor] = []
         for name in self.conditioning:
             value = get_argument(self.module, args, kwargs, (name,))
             if value is not None:
                 tensors += take_apart(value)[0]
         return get_argument(self.module, args, kwargs, (self.timestep,)), latent, tensors
+
+    def at(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], timestep: Any, latent: Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same call with another timestep and latent; as a list of rows, if that is how it came."""
+        is_list = not isinstance(get_argument(self.module, args, kwargs, (self.latent,)), Tensor)
+        given = list(latent.unbind()) if is_list else latent
+        return with_arguments(self.module, args, kwargs, {(self.latent,): given, (self.timestep,): timestep})
+
+
+def _stacked(latent: Any) -> Tensor | None:
+    """One tensor of a latent, or None if it is none; rows of different shapes are laid flat and filled up with 0."""
+    if isinstance(latent, Tensor):
+        return latent
+    rows = [take_apart(row)[0] for row in latent] if isinstance(latent, (list, tuple)) else []
+    if not rows or not all(rows):
+        return None
+    if all(len(row) == 1 and row[0].shape == rows[0][0].shape for row in rows):
+        return torch.stack([row[0] for row in rows])
+    return pad_sequence([torch.cat([leaf.flatten() for leaf in row]) for row in rows], batch_first=True)
 
 
 def inputs_of(denoiser: nn.Module) -> Inputs:

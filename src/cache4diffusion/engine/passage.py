@@ -56,8 +56,8 @@ class Passage:
 
     def end(self) -> bool:
         """Behind the last block: whether what was seen is what it was, so that `residual` can be told."""
-        versions = [version(stream) for stream in self.entered]
-        self.is_spoilt = self.is_spoilt or versions != self._entered_versions
+        for streams, versions in ((self.entered, self._entered_versions), (self.left, self._left_versions)):
+            self.is_spoilt = self.is_spoilt or [version(stream) for stream in streams] != versions
         return not self.is_spoilt
 
     def residual(self, i: int) -> Tensor:

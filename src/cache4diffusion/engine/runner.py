@@ -21,6 +21,8 @@ from cache4diffusion.gates import Place, Remarking
 from cache4diffusion.sites import Site
 from cache4diffusion.trace import CACHED, FULL, MIXED, PARTIAL, Record
 
+NOT_FINITE = "not finite"
+
 
 class SiteRunner:
     """Runs calls of a denoiser through one site. What is remembered between calls is in the context's state.
@@ -68,9 +70,9 @@ class SiteRunner:
                 self.decisions.take_all(context, self.observer.look(context))
             output = self._dispatch(context, inner, args, kwargs)
             self._check_reached(context)
-            is_predicted = any(not verdict.is_full for verdict in context.verdicts.values())
-            if is_predicted and not self.finite.passes(state, [x for x in flatten(output)[0] if isinstance(x, Tensor)]):
-                output = self._recompute(context, inner, args, spare)
+            reason = self._flaw(context, output)
+            if reason is not None:
+                output = self._recompute(context, inner, args, spare, reason)
             self.observer.finish(context, output)
         finally:
             self._active = None
@@ -85,15 +87,26 @@ class SiteRunner:
         call = context.call
         return Place(context.step.num_steps, call.run.timesteps, call.branch, self.driver.name_of(key))
 
-    def _forget(self, context: Context) -> None:
-        self.host.note("a predicted output was not finite; its history was cleared.")
+    def _forget(self, context: Context, flaw: str = NOT_FINITE) -> None:
+        self.host.note(f"a predicted output was {flaw}; its history was cleared.")
         context.state.forget_features()
 
-    def _recompute(self, context: Context, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._forget(context)
-        self.decisions.revoke(context, "not finite, recomputed")
+    def _flaw(self, context: Context, output: Any) -> str | None:
+        """What is wrong with what was predicted, if anything."""
+        if all(verdict.is_full for verdict in context.verdicts.values()):
+            return None
+        if not self.driver.was_followed(context):
+            return "made for other blocks than the host called"
+        leaves = [leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor)]
+        return None if self.finite.passes(context.state, leaves) else NOT_FINITE
+
+    def _recompute(
+        self, context: Context, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any], flaw: str
+    ) -> Any:
+        self._forget(context, flaw)
+        self.decisions.revoke(context, f"{flaw}, recomputed")
         context.rows, context.is_checked, context.scratch, context.is_recomputed = None, False, {}, True
-        context.passing = frozenset()
+        context.passing, context.passed = frozenset(), 0
         self._active = context
         return self.driver.run(context, inner, args, kwargs)
 
@@ -136,6 +149,7 @@ class SiteRunner:
         if context is None:
             return inner(*args, **kwargs)
         if position in context.passing:
+            context.passed += 1
             return self.host.pass_through(position, args, kwargs)
         self.observer.before(context, position, inner, args, kwargs)
         output = self.driver.on_block(context, position, inner, args, kwargs)

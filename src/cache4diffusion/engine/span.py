@@ -66,6 +66,9 @@ class SpanDriver(Driver):
 
     The residual is ``last_out - first_in - glue``: the sum of the *blocks' own* residuals. What the host adds between
     two blocks (noticed because the tensor is another one) is added by the host again on cached steps.
+
+    A host may leave blocks out in one of its branches (skip-layer guidance): then the feature is the residual of those
+    that it calls, and their positions, the *route*, are remembered with it.
     """
 
     needs_blocks = splits_rows = True
@@ -75,7 +78,7 @@ class SpanDriver(Driver):
         super().__init__(host, site)
         self.stretches: list[Stretch] = []
         self._by_position: dict[int, Stretch] = {}
-        self._passing: dict[int, frozenset[int]] = {}  # by decision
+        self._passing: dict[tuple[Any, ...], frozenset[int]] = {}  # by decision and stretches
         self.form: str = getattr(site, "form", "residual")
         self._rested: dict[Any, Rested] = {}  # by what rested: one object for many records
 
@@ -131,14 +134,26 @@ class SpanDriver(Driver):
 
     def passing(self, context: Context, key: int) -> frozenset[int]:
         """All blocks of its stretches but the last ones, which go on with what is predicted."""
-        if key not in self._passing:
-            self._passing[key] = self._inside([stretch for stretch in self.stretches if stretch.key == key])
-        return self._passing[key]
+        mine = [stretch for stretch in self.active(context) if stretch.key == key]
+        if context.state.routes:
+            return self._inside(context, mine)
+        known = (key, *(stretch.name for stretch in mine))
+        if known not in self._passing:
+            self._passing[known] = self._inside(context, mine)
+        return self._passing[known]
 
-    def _inside(self, chosen: Sequence[Stretch]) -> frozenset[int]:
+    def _inside(self, context: Context, chosen: Sequence[Stretch]) -> frozenset[int]:
         """Blocks of stretches that nobody looks at: a corrector is shown what enters the first one."""
         shown = int(self.sees_input)
-        return frozenset(p for stretch in chosen for p in range(stretch.first + shown, stretch.last))
+        return frozenset(p for stretch in chosen for p in self._route(context, stretch)[shown:-1])
+
+    def _route(self, context: Context, stretch: Stretch) -> Sequence[int]:
+        """The blocks of a stretch whose residual is recorded."""
+        return context.state.routes.get(stretch.name, range(stretch.first, stretch.last + 1))
+
+    def _called(self, context: Context, stretch: Stretch) -> list[int]:
+        """The blocks of a stretch that came by in this call (on a cached one, those that pass are only counted)."""
+        return context.scratch.setdefault(("called", stretch.name), [])
 
     def path_of(self, site: str) -> str:
         """The last block's."""
@@ -165,12 +180,36 @@ class SpanDriver(Driver):
         return bool(mine) and all(s.name in sites and self.host.predictor.is_ready(sites[s.name]) for s in mine)
 
     def run(self, context: Context, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The host's own code runs; everything happens in the blocks."""
-        return inner(*args, **kwargs)
+        """The host's own code runs; everything happens in the blocks.
 
-    def kept(self, stretch: Stretch) -> list[int]:
-        """Indices of the last block's streams whose residual is worth keeping: somebody reads them afterwards."""
-        streams = self.host.blocks[stretch.last].streams
+        Where it left out the last block of a stretch, that the stretch is over shows only now.
+        """
+        output = inner(*args, **kwargs)
+        for stretch in self.active(context):
+            called = context.scratch.get(("called", stretch.name))
+            if called and called[-1] != stretch.last and context.verdicts[stretch.key].is_full:
+                self._record(context, stretch, context.scratch[stretch.name])
+        return output
+
+    def was_followed(self, context: Context) -> bool:
+        """Whether the blocks that were called are those whose residual was added."""
+        expected, by = 0, context.passed
+        for stretch in self.active(context):
+            verdict = context.verdicts.get(stretch.key)
+            if verdict is not None and not verdict.is_full:
+                route, called = self._route(context, stretch), self._called(context, stretch)
+                if not set(called) <= set(route):
+                    return False
+                expected, by = expected + len(route), by + len(called)
+        return expected == by
+
+    def kept(self, position: int) -> list[int]:
+        """Indices of a stretch's last block's streams whose residual is worth keeping: somebody reads them later on.
+
+        Args:
+            position: of that block.
+        """
+        streams = self.host.blocks[position].streams
         kept = [i for i, s in enumerate(streams) if s.output is not None and s.feeds_output]
         return kept or [i for i, s in enumerate(streams) if s.output is not None]
 
@@ -182,70 +221,82 @@ class SpanDriver(Driver):
         if stretch is None:
             return inner(*args, **kwargs)
         verdict = context.verdicts[stretch.key]
+        self._called(context, stretch).append(position)
         if verdict.is_cached:
             return self._bypass(context, stretch, position, args, kwargs)
         streams = self.host.stream_inputs(position, args, kwargs)
-        passage = self._enter(context, stretch, position, streams)
+        passage = self._enter(context, stretch, streams)
         if verdict.is_full:
             output = inner(*args, **kwargs)
         else:
             output = self._some_rows(context, verdict, position, inner, args, kwargs, streams)
         passage.leave(self.host.stream_outputs(position, args, kwargs, output))
-        if position == stretch.last:
-            output = self._finish(context, stretch, passage, verdict, output)
+        if verdict.is_full and position == stretch.last:
+            self._record(context, stretch, passage)
+        elif not verdict.is_full and position == self._route(context, stretch)[-1]:
+            self._finish_rows(context, stretch, passage, verdict)
         return output
 
-    def _enter(self, context: Context, stretch: Stretch, position: int, streams: list[Tensor]) -> Passage:
-        if position == stretch.first:
+    def _enter(self, context: Context, stretch: Stretch, streams: list[Tensor]) -> Passage:
+        if stretch.name not in context.scratch:
             context.scratch[stretch.name] = self.host.passage(streams)
         else:
             context.scratch[stretch.name].enter(streams)
         return context.scratch[stretch.name]
 
-    def _finish(self, context: Context, stretch: Stretch, passage: Passage, verdict: Verdict, output: Any) -> Any:
-        is_known = self.host.is_sound(passage) or (self.form == "output" and not self.sees_input)
-        if not is_known and verdict.is_full:
-            context.state.sites.pop(stretch.name, None)
-            return output
-        features = [self._feature(passage, i) for i in self.kept(stretch)]
-        seen = self._seen(context, stretch, passage.entered)
-        if verdict.is_full:
-            if seen is None:
-                context.state.sites.pop(stretch.name, None)
-            else:
-                self.keep(context, stretch.name, features, seen)
-            return output
+    def _is_known(self, passage: Passage) -> bool:
+        """Whether what the blocks made can be told."""
+        return self.host.is_sound(passage) or (self.form == "output" and not self.sees_input)
+
+    def _record(self, context: Context, stretch: Stretch, passage: Passage) -> None:
+        """The stretch ran in full: take in its feature, and by which blocks it was made."""
+        state, called = context.state, tuple(self._called(context, stretch))
+        if called != tuple(self._route(context, stretch)):
+            state.sites.pop(stretch.name, None)
+            state.routes[stretch.name] = called
+        seen = self._seen(context, passage.entered, called[-1]) if self._is_known(passage) else None
+        if seen is None:
+            state.sites.pop(stretch.name, None)
+        else:
+            features = [self._feature(passage, i) for i in self.kept(called[-1])]
+            self.keep(context, stretch.name, features, seen)
+
+    def _finish_rows(self, context: Context, stretch: Stretch, passage: Passage, verdict: Verdict) -> None:
+        """Behind the last block, of which some rows ran: write the others' predictions into what it returned."""
+        end = self._route(context, stretch)[-1]
+        is_known, kept = self._is_known(passage), self.kept(end)
+        features = [self._feature(passage, i) for i in kept]
+        seen = self._seen(context, passage.entered, end)
         assert seen is not None  # or nothing would be ready
         rows = [context.rows[r] if context.rows else r for r in verdict.full_rows]
         cached = [context.rows[r] if context.rows else r for r in verdict.cached_rows]
         there = verdict.cached_rows
         predicted = self.forecast(context, stretch.name, [select_rows(leaf, there) for leaf in seen], cached)
-        for i, leaf in zip(self.kept(stretch), predicted, strict=True):
+        for i, leaf in zip(kept, predicted, strict=True):
             if self.form == "residual":
                 leaf = passage.out[i][there] + leaf
             passage.out[i][there] = leaf
         if is_known:
             fresh = [select_rows(feature, verdict.full_rows) for feature in features]
             self.keep(context, stretch.name, fresh, [select_rows(leaf, verdict.full_rows) for leaf in seen], rows)
-        return output
 
     def _feature(self, passage: Passage, i: int) -> Tensor:
         """What is recorded of one stream."""
         return passage.left[i] if self.form == "output" else passage.residual(i)
 
-    def _seen(self, context: Context, stretch: Stretch, entered: Sequence[Tensor]) -> list[Tensor] | None:
-        """What a corrector sees of the streams that the stretch keeps; None where it cannot be told.
+    def _seen(self, context: Context, entered: Sequence[Tensor], end: int) -> list[Tensor] | None:
+        """What a corrector sees of the streams that a stretch keeps; None where it cannot be told.
 
         Args:
             context: the call.
-            stretch: of blocks.
-            entered: what entered it, one tensor per stream.
+            entered: what entered the stretch, one tensor per stream.
+            end: position of its last block.
         """
         sees = self.host.sees
         if sees is None:
             return []
         streams = entered if sees == "input" else context.scratch.get("front_residuals")
-        return None if streams is None else [streams[i] for i in self.kept(stretch)]
+        return None if streams is None else [streams[i] for i in self.kept(end)]
 
     def _some_rows(
         self,
@@ -272,20 +323,20 @@ class SpanDriver(Driver):
     def _bypass(
         self, context: Context, stretch: Stretch, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        values = self.host.stream_inputs(position, args, kwargs)
-        if position == stretch.first and self.sees_input:  # now, for the host may write into the streams on their way
+        values, route = self.host.stream_inputs(position, args, kwargs), self._route(context, stretch)
+        if position == route[0] and self.sees_input:  # now, for the host may write into the streams on their way
             context.scratch["predicted", stretch.name] = self._predict(context, stretch, values)
-        if position != stretch.last:
+        if position != route[-1]:
             return self.host.blocks[position].rebuild(values)
         leaves = context.scratch.pop(("predicted", stretch.name), None) or self._predict(context, stretch, values)
         if self.form == "output":
             leaves = own(leaves, context.state.sites[stretch.name])
-        for i, leaf in zip(self.kept(stretch), leaves, strict=True):
+        for i, leaf in zip(self.kept(position), leaves, strict=True):
             values[i] = values[i] + leaf if self.form == "residual" else leaf
         return self.host.blocks[position].rebuild(values)
 
     def _predict(self, context: Context, stretch: Stretch, entered: Sequence[Tensor]) -> list[Tensor]:
-        seen = self._seen(context, stretch, entered)
+        seen = self._seen(context, entered, self._route(context, stretch)[-1])
         assert seen is not None  # or nothing would be ready
         return self.forecast(context, stretch.name, seen)
 
@@ -293,15 +344,14 @@ class SpanDriver(Driver):
         """The blocks of the stretches, with the share of the rows for which each did not run."""
         shares = []
         for stretch in self.active(context):
-            flags = context.verdicts[stretch.key].cached
-            if any(flags):
-                shares.append((stretch, sum(flags) / len(flags)))
+            verdict = context.verdicts.get(stretch.key)  # None: a block that decides for itself was left out
+            if verdict is not None and any(verdict.cached):
+                route = tuple(self._route(context, stretch))
+                shares.append((route, sum(verdict.cached) / len(verdict.cached)))
         key = tuple(shares)
         if key not in self._rested:
             blocks = self.host.blocks
-            self._rested[key] = tuple(
-                (blocks[p].path, share) for stretch, share in shares for p in range(stretch.first, stretch.last + 1)
-            )
+            self._rested[key] = tuple((blocks[p].path, share) for route, share in shares for p in route)
         return self._rested[key]
 
     def bypassed(self) -> list[str]:
@@ -345,10 +395,6 @@ class SwitchingSpanDriver(SpanDriver):
         """The stretch a block belongs to at this step."""
         return next((s for s in self.active(context) if s.first <= position <= s.last), None)
 
-    def passing(self, context: Context, key: int) -> frozenset[int]:
-        """Those of this side."""
-        return self._inside(self.active(context))
-
     def was_reached(self, context: Context) -> bool:
         """Whether a stretch of this side was entered."""
         return any(stretch.name in context.scratch for stretch in self.active(context))
@@ -389,6 +435,10 @@ class BlocksDriver(SpanDriver):
     def decision_of(self, site: str) -> str:
         """Its own."""
         return site
+
+    def was_followed(self, context: Context) -> bool:
+        """Each adds what is its own: one that the host leaves out is not missed."""
+        return True
 
     def bypassed(self) -> list[str]:
         """None for certain: each block decides for itself."""

@@ -69,6 +69,7 @@ class BranchState:
     layouts: dict[str, Any] = field(default_factory=dict)  # how the outputs there are made of tensors, likewise
     tokens: dict[str, Any] = field(default_factory=dict)  # token-rule states, by site name
     extra: dict[str, Any] = field(default_factory=dict)  # a driver's own
+    routes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # blocks that ran at a span, where not all did
     last_step: int | None = None  # at which the branch was called
     unread_finite: Tensor | None = None  # finite check of the last cached output, not read yet
 
@@ -92,6 +93,7 @@ class BranchState:
         self.tokens.clear()
         self.references.clear()
         self.extra.clear()
+        self.routes.clear()
 
 
 @dataclass
@@ -110,6 +112,7 @@ class Context:
     is_checked: bool = False  # whether a verification is due
     is_recomputed: bool = False  # whether this is the second attempt, in full, at a prediction that was not finite
     passing: frozenset[int] = frozenset()  # main blocks that hand on what enters them
+    passed: int = 0  # how many of them were called
     scratch: dict[Any, Any] = field(default_factory=dict)  # of this call only
 
     @property

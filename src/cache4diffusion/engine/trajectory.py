@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cache4diffusion.engine.driver import Driver, Inner
 from cache4diffusion.engine.host import Host
-from cache4diffusion.engine.leaves import Layout, Spec, take_apart, with_arguments
+from cache4diffusion.engine.leaves import Layout, Spec, take_apart
 from cache4diffusion.engine.state import BranchState, Context, Verdict
 from cache4diffusion.errors import AnatomyError, CompositionError, RunError
 from cache4diffusion.gates import LookAhead
@@ -175,7 +175,7 @@ class TrajectoryDriver(Driver):
         scale = times[pending.target] / times[context.step.index]
         moved = (timestep.double() * scale).to(timestep.dtype) if isinstance(timestep, Tensor) else timestep * scale
         ahead = ahead.to(latent.dtype).repeat(copies, *[1] * (ahead.ndim - 1))
-        return with_arguments(inputs.module, args, kwargs, {(inputs.latent,): ahead, (inputs.timestep,): moved})
+        return inputs.at(args, kwargs, moved, ahead)
 
     def _placeholder(self, context: Context, pending: Pending) -> Any:
         """Zeros of the output's kind, or NaN if the prediction is not finite: then the engine's check sees it."""

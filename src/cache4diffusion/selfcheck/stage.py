@@ -17,7 +17,6 @@ from cache4diffusion.anatomy import Anatomy
 from cache4diffusion.calls import Call, Sampling
 from cache4diffusion.composition import Composition
 from cache4diffusion.engine.inputs import inputs_of
-from cache4diffusion.engine.leaves import get_argument, with_arguments
 from cache4diffusion.errors import SettingError
 from cache4diffusion.handle import Handle
 from cache4diffusion.method import Method
@@ -178,16 +177,15 @@ class Stage:
     def _loop(self, subject: Subject) -> list[Tensor]:
         roles = inputs_of(subject.denoiser)
         args, kwargs = subject.calls[0]
-        clock = get_argument(roles.module, args, kwargs, (roles.timestep,))
-        latent, outputs = get_argument(roles.module, args, kwargs, (roles.latent,)), []
+        clock, latent, _ = roles.split(args, kwargs)
+        outputs: list[Tensor] = []
         half = latent.shape[0] // 2
         is_guided = half * 2 == latent.shape[0] and torch.equal(latent[:half], latent[half:])  # both branches at once
         for index in range(self.steps):
             time = clock * (self.steps - index) / self.steps
             if isinstance(clock, Tensor):
                 time = time.to(clock.dtype)
-            changed = {(roles.timestep,): time, (roles.latent,): latent}
-            outputs += tensors(subject.compute(with_arguments(roles.module, args, kwargs, changed)))
+            outputs += tensors(subject.compute(roles.at(args, kwargs, time, latent)))
             last = outputs[-1]
             latent = latent - 0.1 * last if last.shape == latent.shape else 0.97 * latent
             if is_guided:

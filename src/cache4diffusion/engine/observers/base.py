@@ -131,6 +131,11 @@ class Observer:
             self.keep(references, seen, verdict.full_rows)
         self.driver.on_decided(context, key)
 
+    def miss(self, context: Context, key: int) -> None:
+        """The host left out what is watched: there is no score."""
+        self.host.note(f"the host left out blocks that {self.words} watches; what it cannot see, it computes.")
+        self.meet(context, key, lambda: None)
+
     def keep(self, references: Seen, seen: Seen, rows: list[int] | None = None) -> None:
         """Compare later steps with this one, in some rows or in all."""
         for name, now in seen.items():

@@ -59,14 +59,19 @@ class FrontObserver(Observer):
         self, context: Context, position: int, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Notice where a list begins, and what the host adds between its watched blocks."""
-        scratch = context.scratch
-        if position in self._starts:
-            passage = self.host.passage(self._watched(self.host.stream_inputs(position, args, kwargs)))
-            scratch["front"] = (self._starts[position], position, passage)
-        elif "front" in scratch:
-            _, start, passage = scratch["front"]
-            if position - start < self.watch.blocks:
-                passage.enter(self._watched(self.host.stream_inputs(position, args, kwargs)))
+        start = max((start for start in self._starts if start <= position), default=None)
+        if start is None:
+            return
+        key, scratch = self._starts[start], context.scratch
+        if position - start >= self.watch.blocks:
+            if key in self.driver.keys and key not in context.verdicts:
+                self.miss(context, key)
+            return
+        streams = self._watched(self.host.stream_inputs(position, args, kwargs))
+        if "front" in scratch and scratch["front"][1] == start:
+            scratch["front"][2].enter(streams)
+        else:
+            scratch["front"] = (key, start, self.host.passage(streams))
 
     def after(
         self, context: Context, position: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

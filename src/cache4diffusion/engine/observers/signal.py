@@ -46,6 +46,8 @@ class SignalObserver(Observer):
         """At the first block."""
         if position == 0:
             self.meet(context, 0, lambda: {"signal": self.signal(context, args, kwargs)})
+        elif 0 not in context.verdicts:
+            self.miss(context, 0)
 
     def score(self, now: Seen, then: Seen) -> Tensor:
         """Its relative change."""

@@ -1,0 +1,1 @@
+"""Stock pipelines of diffusers with tiny random components, and what must hold in each of them."""
