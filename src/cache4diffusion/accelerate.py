@@ -23,7 +23,8 @@ from cache4diffusion.engine.admission import Admission
 from cache4diffusion.engine.compiling import WHOLE, forbids_compiled_blocks, hides_sites, is_compiled
 from cache4diffusion.engine.finite import NanGuard
 from cache4diffusion.engine.host import no_stack
-from cache4diffusion.engine.inputs import inputs_of
+from cache4diffusion.engine.inputs import TIMESTEP_NAMES, inputs_of
+from cache4diffusion.engine.leaves import parameter_names
 from cache4diffusion.engine.listener import Listener
 from cache4diffusion.engine.trajectory import refuse
 from cache4diffusion.errors import (
@@ -52,28 +53,42 @@ from cache4diffusion.wrap import owner_of
 
 # Where pipelines keep what they call in their loop, in the order in which two-expert pipelines use them.
 DENOISER_NAMES = ("transformer", "transformer_2", "unet", "prior", "denoiser", "dit", "model")
+_BESIDE = ("ControlNet", "Adapter", "Autoencoder")  # they may take a timestep, and are no denoisers
 _AXES = ("site", "gate", "predictor", "tokens", "cfg", "decide", "branches")
 
 
 def denoisers_of(target: Any) -> dict[str, nn.Module]:
     """The denoisers of a pipeline, by attribute name; a bare module is its own.
 
+    Those with the usual names, and every other module that is called with a timestep (Ideogram's
+    ``unconditional_transformer``): a denoiser that is overlooked would cost as much as before.
+
     Raises:
         AnatomyError: nothing that looks like a denoiser.
     """
     if isinstance(target, nn.Module):
         return {"denoiser": target}
-    found = {}
-    for name in DENOISER_NAMES:
+    found: dict[str, nn.Module] = {}
+    others = [name for name, value in getattr(target, "__dict__", {}).items() if _is_told_the_time(value)]
+    for name in dict.fromkeys((*DENOISER_NAMES, *others)):
         candidate = getattr(target, name, None)
         if isinstance(candidate, nn.Module) and candidate not in found.values():
             found[name] = candidate
     if not found:
         raise AnatomyError(
-            f"{type(target).__name__} has no denoiser: none of its attributes {', '.join(DENOISER_NAMES)} is a module. "
-            "Pass the denoiser itself: accelerate(denoiser, ...)."
+            f"{type(target).__name__} has no denoiser: none of its attributes {', '.join(DENOISER_NAMES)} is a module, "
+            "and no other one takes a timestep. Pass the denoiser itself: accelerate(denoiser, ...)."
         )
     return found
+
+
+def _is_told_the_time(value: Any) -> bool:
+    """Whether it is a module that takes a timestep, and not one beside a denoiser or a part of its pipeline."""
+    if not isinstance(value, nn.Module):
+        return False
+    kind = type(getattr(value, "_orig_mod", value))
+    names = parameter_names(kind)
+    return not any(word in kind.__name__ for word in _BESIDE) and any(name in names for name in TIMESTEP_NAMES)
 
 
 def default_method(denoiser: nn.Module) -> Method:

@@ -7,14 +7,12 @@ import pytest
 
 from pipelines.cases import CASES
 from pipelines.conformance import check, check_refused
-from small_denoisers import remember_anatomy
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    remember_anatomy(monkeypatch)
-
-
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is distilled to few steps"),  # tests/test_few_steps.py looks
+    pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning"),  # at building some autoencoders
+]
 ROWS = [
     pytest.param(name, site, id=f"{name}-{site}", marks=() if site == case.core else pytest.mark.slow)
     for name, case in CASES.items()
