@@ -18,7 +18,7 @@ class _PlainState:
 
     def __init__(self, owner: Any) -> None:
         self.owner = owner
-        self.shadows: dict[str, Shadow] = {}
+        self.shadows: dict[str, Shadow] = {}  # the newest of each attribute
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _PlainState:
         return self  # a host that copies an instance's ``__dict__`` and puts it back must put back this very object
@@ -30,16 +30,21 @@ class _PlainState:
             return state
         state = dict(state)
         state.pop(_GETSTATE, None)
-        for name, shadow in self.shadows.items():
-            if state.get(name, _MISSING) is shadow.value:
-                del state[name]
-                if shadow.found is not _MISSING and shadow.restore_in_copies:
-                    state[name] = shadow.found
+        for name, front in self.shadows.items():
+            shadow: Shadow | None = front
+            while shadow is not None:
+                if state.get(name, _MISSING) is shadow.value:
+                    del state[name]
+                    if shadow.found is not _MISSING and shadow.restore_in_copies:
+                        state[name] = shadow.found
+                shadow = shadow.behind
         return state
 
 
 class Shadow:
     """One attribute of one instance, shadowed until `remove`.
+
+    Several may lie in front of one another (two denoisers share a block) and leave in any order.
 
     Args:
         owner: the instance. Its class is not touched.
@@ -57,6 +62,7 @@ class Shadow:
         if not isinstance(guard, _PlainState):
             guard = _PlainState(owner)
             owner.__dict__[_GETSTATE] = guard
+        self.behind: Shadow | None = guard.shadows.get(name)
         guard.shadows[name] = self
         owner.__dict__[name] = value
 
@@ -66,14 +72,29 @@ class Shadow:
         return self.owner.__dict__.get(self.name, _MISSING) is self.value
 
     def remove(self) -> None:
-        """Restore what was found, if the shadow is still in front; otherwise leave the newcomer alone."""
+        """Restore what was found, if the shadow is still in front; otherwise leave the newcomer alone.
+
+        A newcomer of ours will restore what this one found.
+        """
         if self.is_in_front:
             if self.found is _MISSING:
                 del self.owner.__dict__[self.name]
             else:
                 self.owner.__dict__[self.name] = self.found
         guard = self.owner.__dict__.get(_GETSTATE)
-        if isinstance(guard, _PlainState) and guard.shadows.get(self.name) is self:
+        if not isinstance(guard, _PlainState):
+            return
+        newer = guard.shadows.get(self.name)
+        if newer is self:
             del guard.shadows[self.name]
-            if not guard.shadows:
+            if self.behind is not None:
+                guard.shadows[self.name] = self.behind
+            elif not guard.shadows:
                 del self.owner.__dict__[_GETSTATE]
+            return
+        while newer is not None and newer.behind is not self:
+            newer = newer.behind
+        if newer is not None:
+            newer.behind = self.behind
+            if newer.found is self.value:
+                newer.found = self.found

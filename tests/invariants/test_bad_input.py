@@ -1,7 +1,11 @@
 """Every mistake fails where it is made, names what is accepted, and leaves nothing attached."""
 
+import copy
+
 import pytest
 import torch
+from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LTXLatentUpsamplePipeline
+from diffusers.pipelines.ltx.modeling_latent_upsampler import LTXLatentUpsamplerModel
 from torch import nn
 
 import cache4diffusion as c4d
@@ -97,6 +101,74 @@ def test_a_second_accelerate_names_the_first(denoiser):
 def test_no_denoiser():
     with pytest.raises(AnatomyError, match="Pass the denoiser itself"):
         c4d.accelerate(object(), "fora")
+
+
+def test_a_pipeline_without_a_denoiser():
+    vae = AutoencoderKLLTXVideo(
+        block_out_channels=(8,), decoder_block_out_channels=(8,), layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1), spatio_temporal_scaling=(True,), decoder_spatio_temporal_scaling=(True,),
+        decoder_inject_noise=(False, False), upsample_residual=(False,), upsample_factor=(1,), latent_channels=4,
+        patch_size=1,
+    )  # fmt: skip
+    upsampler = LTXLatentUpsamplerModel(in_channels=4, mid_channels=32, num_blocks_per_stage=1)
+    pipe = LTXLatentUpsamplePipeline(vae=vae, latent_upsampler=upsampler)
+    before = toys.Dicts(pipe, vae)
+    with pytest.raises(AnatomyError, match="no other one takes a timestep"):
+        c4d.accelerate(pipe, "fora")
+    assert not before.changed()
+
+
+class TimedControlNet(toys.MLP):
+    """Takes a timestep beside the denoiser."""
+
+
+def test_denoisers_are_found_by_what_they_take_where_their_name_is_not_known():
+    """Ideogram has one network per branch; a ControlNet is told the time, too, and is no denoiser."""
+
+    class Two:
+        def __init__(self):
+            self.transformer, self.unconditional_transformer = toys.flux(seed=1), toys.flux(seed=2)
+            self.controlnet, self.text_encoder = TimedControlNet(), nn.Linear(3, 3)
+            self.scheduler = FlowMatchEulerDiscreteScheduler()
+
+    pipe = Two()
+    with c4d.accelerate(pipe, "taylorseer-lite", interval=3) as handle:
+        pipe.scheduler.set_timesteps(9)
+        inputs = toys.flux_inputs()
+        for t in pipe.scheduler.timesteps:
+            with torch.no_grad():
+                for denoiser in (pipe.transformer, pipe.unconditional_transformer):
+                    denoiser(**inputs, timestep=t.expand(1) / 1000)
+            pipe.scheduler.step(inputs["hidden_states"], t, inputs["hidden_states"])
+        assert handle.stats["strips"] == dict.fromkeys(
+            ("transformer/branch-0", "unconditional_transformer/branch-0"), "FFFccFccF"
+        )
+
+
+@pytest.mark.parametrize("name", ["taylorseer-lite", "fora", "taylorseer", "dbcache", "fbcache", "teacache", "toca"])
+def test_two_denoisers_that_share_blocks_are_as_two_that_do_not(name):
+    def experts(is_shared):
+        found = toys.Experts()
+        for lists in ("transformer_blocks", "single_transformer_blocks"):
+            theirs = getattr(found.transformer, lists)
+            setattr(found.transformer_2, lists, theirs if is_shared else copy.deepcopy(theirs))
+        return found
+
+    def sample(pipe):
+        return torch.as_tensor(pipe([""], num_inference_steps=14, generator=[toys.generator(0)])[0])
+
+    apart, together = experts(False), experts(True)
+    plain = sample(together)
+    assert torch.equal(sample(apart), plain)
+    with c4d.accelerate(apart, name, **toys.ACTIVE[name]):
+        truth = sample(apart)
+    before = toys.Dicts(together.transformer, together.transformer_2)
+    with c4d.accelerate(together, name, **toys.ACTIVE[name]) as handle:
+        for _ in range(2):
+            assert torch.equal(sample(together), truth)
+        assert all("c" in strip or "p" in strip for strip in handle.stats["strips"].values())
+    assert not before.changed()
+    assert torch.equal(sample(together), plain)
 
 
 def test_a_denoiser_without_a_clock():

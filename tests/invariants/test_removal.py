@@ -8,11 +8,14 @@ import weakref
 import pytest
 import torch
 from diffusers import FluxPipeline
+from torch import nn
 
 import cache4diffusion as c4d
 import toys
+from cache4diffusion.anatomy.undisturbed import plain_forward
+from cache4diffusion.engine.compiling import is_compiled
 from cache4diffusion.engine.core import Engine
-from cache4diffusion.wrap import ForwardWrapper
+from cache4diffusion.wrap import CallWrapper, ForwardWrapper
 
 methods = toys.distinct_methods
 GUIDED = toys.prompt(1, negative=2)
@@ -269,3 +272,40 @@ def test_adapters_may_come_and_go(name):
     denoiser.unload_lora()
     assert same(toys.flux_loop(denoiser, inputs, 7), plain)
     assert not wrapped(denoiser)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("first_out", [0, 1])
+def test_two_wrappers_on_one_module_leave_in_any_order(first_out, compiled):
+    """Denoisers may share a block. One that is compiled between is compiled inside of both, and stays so."""
+    module, x, seen = nn.Linear(3, 3), torch.ones(1, 3), []
+    expected = module(x)
+
+    def handler(name):
+        def handle(inner, args, kwargs):
+            seen.append(name)
+            return inner(*args, **kwargs)
+
+        return handle
+
+    def forward_of(found):
+        return lambda *args: found(*args)
+
+    calls = [CallWrapper(module, handler(i)) for i in range(2)]
+    forwards = [ForwardWrapper(module, forward_of) for _ in range(2)]
+    assert not is_compiled(module)
+    assert plain_forward(module).__func__ is nn.Linear.forward
+    assert copy.copy(module).__dict__.keys() == nn.Linear(3, 3).__dict__.keys()
+    if compiled:
+        module.compile(backend="eager")
+        assert is_compiled(module)
+    assert torch.equal(module(x), expected)
+    assert seen == [1, 0]
+    for i in (first_out, 1 - first_out):
+        calls[i].remove()
+        forwards[i].remove()
+        seen.clear()
+        assert torch.equal(module(x), expected)
+        assert seen == ([1 - first_out] if i == first_out else [])
+    assert is_compiled(module) == compiled
+    assert set(vars(module)) - {"_compiled_call_impl"} == set(vars(nn.Linear(3, 3)))

@@ -1,3 +1,3 @@
-"""Denoisers of one kind are observed once."""
+from unet_fixtures import seen_once
 
-from unet_fixtures import seen_once  # noqa: F401
+__all__ = ["seen_once"]

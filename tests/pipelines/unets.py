@@ -13,7 +13,6 @@ from pipelines.images import NEGATIVE, PROMPT, control, pixart, pixart_call
 from pipelines.parts import (
     WIDTH,
     build,
-    clip,
     clip_images,
     clip_text,
     clip_vision,
@@ -61,9 +60,7 @@ def sd_call(**more: Any) -> dict[str, Any]:
 def sd_controlnet() -> Any:
     kinds = {"down_block_types": SD["down_block_types"], "conditioning_embedding_out_channels": (4, 4)}
     shape = {name: SD[name] for name in ("block_out_channels", "layers_per_block", "norm_num_groups")}
-    return build(
-        diffusers.ControlNetModel, 2, **shape, **kinds, cross_attention_dim=WIDTH, attention_head_dim=2
-    )
+    return build(diffusers.ControlNetModel, 2, **shape, **kinds, cross_attention_dim=WIDTH, attention_head_dim=2)
 
 
 def sd_ip_adapter() -> Any:
@@ -204,7 +201,7 @@ IMAGES = (
     Case(
         "sd-img2img",
         lambda: sd_like("StableDiffusionImg2ImgPipeline"),
-        lambda: {**sd_call(image=picture(), strength=0.6), **{"height": None, "width": None}},
+        lambda: {**sd_call(image=picture(), strength=0.6), "height": None, "width": None},
         task="image-to-image",
         guidance="batched",
         steps=10,
@@ -276,7 +273,7 @@ IMAGES = (
     Case(
         "sdxl-img2img-part",
         lambda: sdxl_like("StableDiffusionXLImg2ImgPipeline"),
-        lambda: {**sd_call(image=picture(), denoising_start=0.4), **{"height": None, "width": None}},
+        lambda: {**sd_call(image=picture(), denoising_start=0.4), "height": None, "width": None},
         task="image-to-image",
         guidance="batched",
         steps=10,

@@ -82,7 +82,9 @@ def skyreels() -> Any:
     return diffusers.SkyReelsV2DiffusionForcingPipeline(
         transformer=wan_transformer(kind="SkyReelsV2Transformer3DModel"),
         vae=wan_vae(),
-        scheduler=diffusers.UniPCMultistepScheduler(flow_shift=8.0, use_flow_sigmas=True, prediction_type="flow_prediction"),
+        scheduler=diffusers.UniPCMultistepScheduler(
+            flow_shift=8.0, use_flow_sigmas=True, prediction_type="flow_prediction"
+        ),
         **t5_text(),
     )
 
@@ -296,9 +298,7 @@ OTHERS = (
     ),
     Case(
         "cogvideox-i2v",
-        lambda: cogvideox_like(
-            "CogVideoXImageToVideoPipeline", in_channels=8, use_learned_positional_embeddings=True
-        ),
+        lambda: cogvideox_like("CogVideoXImageToVideoPipeline", in_channels=8, use_learned_positional_embeddings=True),
         lambda: {**FILM, "image": picture(), "num_frames": 9},
         task="image-to-video",
         guidance="batched",

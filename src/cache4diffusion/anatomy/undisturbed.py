@@ -34,11 +34,11 @@ def plain_forward(module: nn.Module) -> Callable[..., Any]:
     if "_orig_mod" in module._modules:
         return module._modules["_orig_mod"]  # type: ignore[return-value]
     forward = module.__dict__.get("forward")
+    shadow = getattr(module.__dict__.get("__getstate__"), "shadows", {}).get("forward")
     while forward is not None:
-        shadows = getattr(module.__dict__.get("__getstate__"), "shadows", {})
-        shadow = shadows.get("forward")
         if shadow is not None and forward is shadow.value:
             forward = shadow.found if callable(shadow.found) else None
+            shadow = shadow.behind
             continue
         inner = getattr(forward, "_torchdynamo_orig_callable", None) or getattr(forward, "__wrapped__", None)
         if inner is None or isinstance(forward, types.MethodType):

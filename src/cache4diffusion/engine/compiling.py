@@ -61,10 +61,11 @@ def is_under_compile() -> bool:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether ``module.compile()`` was called, also underneath a wrapper of ours."""
+    """Whether ``module.compile()`` was called, also underneath wrappers of ours."""
     call = module.__dict__.get("_compiled_call_impl")
-    wrapper = getattr(call, "c4d_wrapper", None)
-    return (call if wrapper is None else wrapper.compiled) is not None
+    while (wrapper := getattr(call, "c4d_wrapper", None)) is not None:
+        call = wrapper.compiled
+    return call is not None
 
 
 def graphs_per_graph(composition: Composition) -> int:

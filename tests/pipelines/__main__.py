@@ -1,0 +1,5 @@
+import sys
+
+from pipelines.table import main
+
+sys.exit(main())
