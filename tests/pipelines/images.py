@@ -470,17 +470,10 @@ def sana() -> Any:
     )
 
 
-def embedded(
-    width: int = WIDTH, side: int = 16, mask_name: str = "{}prompt_attention_mask", **more: Any
-) -> dict[str, Any]:
+def embedded(side: int = 16, mask_name: str = "{}prompt_attention_mask", **more: Any) -> dict[str, Any]:
     """Two prompts as embeddings with masks."""
     ones = torch.ones(1, 5, dtype=torch.long)
-    found = {
-        "prompt_embeds": embeds(1, width),
-        "negative_prompt_embeds": embeds(2, width),
-        "height": side,
-        "width": side,
-    }
+    found = {"prompt_embeds": embeds(1), "negative_prompt_embeds": embeds(2), "height": side, "width": side}
     if mask_name:
         found |= {mask_name.format(""): ones, mask_name.format("negative_"): ones.clone()}
     return {**found, **more}

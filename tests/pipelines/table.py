@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 
 import cache4diffusion as c4d
@@ -56,7 +57,7 @@ def row_of(case: Case) -> dict[str, Any]:
                     "full": counts.full,
                     "strips": counts.strips,
                 }
-        except Exception as error:  # whatever goes wrong is a finding
+        except (Exception, pytest.fail.Exception) as error:  # whatever goes wrong is a finding
             words = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             found["sites"][site] = {"outcome": FAILED, "words": words}
     return found

@@ -171,7 +171,15 @@ def svd() -> Any:
 
 
 IMAGES = (
-    Case("sd", sd_like, sd_call, guidance="batched", sites=UNET, core="level"),
+    Case(
+        "sd",
+        sd_like,
+        sd_call,
+        guidance="batched",
+        sites=(*UNET, "span"),
+        without={"span": "has no stack of blocks that carries the latent"},
+        core="level",
+    ),
     Case(
         "sd-rows",
         sd_like,

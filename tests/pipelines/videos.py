@@ -7,9 +7,10 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.ltx2 import LTX2TextConnectors
 
 from pipelines.case import Case
-from pipelines.images import NEGATIVE, PROMPT, embedded, embeds
+from pipelines.images import NEGATIVE, PROMPT, embedded, embeds, hunyuan_image_call
 from pipelines.parts import (
     LENGTH,
     WIDTH,
@@ -25,7 +26,9 @@ from pipelines.parts import (
     picture,
     siglip_images,
     siglip_vision,
+    t5,
     t5_text,
+    tokenizer,
     wan_vae,
     without,
 )
@@ -82,9 +85,7 @@ def skyreels() -> Any:
     return diffusers.SkyReelsV2DiffusionForcingPipeline(
         transformer=wan_transformer(kind="SkyReelsV2Transformer3DModel"),
         vae=wan_vae(),
-        scheduler=diffusers.UniPCMultistepScheduler(
-            flow_shift=8.0, use_flow_sigmas=True, prediction_type="flow_prediction"
-        ),
+        scheduler=unipc(),
         **t5_text(),
     )
 
@@ -435,6 +436,166 @@ HUNYUANS = (
     ),
 )
 
+
+def hunyuan_video15() -> Any:
+    from diffusers.guiders import ClassifierFreeGuidance
+
+    return diffusers.HunyuanVideo15Pipeline(
+        transformer=build(
+            diffusers.HunyuanVideo15Transformer3DModel,
+            1,
+            in_channels=9,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=3,
+            num_refiner_layers=1,
+            mlp_ratio=2.0,
+            patch_size=1,
+            patch_size_t=1,
+            text_embed_dim=WIDTH,
+            text_embed_2_dim=WIDTH,
+            image_embed_dim=12,
+            rope_axes_dim=(2, 2, 4),
+            target_size=16,
+            task_type="t2v",
+        ),
+        vae=build(
+            diffusers.AutoencoderKLHunyuanVideo15,
+            21,
+            latent_channels=4,
+            block_out_channels=(16, 16),
+            layers_per_block=1,
+            spatial_compression_ratio=4,
+            temporal_compression_ratio=2,
+            downsample_match_channel=False,
+            upsample_match_channel=False,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        guider=ClassifierFreeGuidance(guidance_scale=3.0, start=0.0, stop=0.5),
+        **LLAMA,
+    )
+
+
+HUNYUAN15S = (
+    Case(
+        "hunyuan-video-1.5",
+        hunyuan_video15,
+        lambda: {**hunyuan_image_call(), "num_frames": 5},
+        task="text-to-video",
+        guidance="a guider, two named calls",
+        exercises="guidance that stops midway",
+    ),
+)
+
+# ---------------------------------------------------------------------- LTX-2: video and sound at once
+
+
+def ltx2() -> Any:
+    return diffusers.LTX2Pipeline(
+        transformer=build(
+            diffusers.LTX2VideoTransformer3DModel,
+            1,
+            in_channels=4,
+            out_channels=4,
+            patch_size=1,
+            patch_size_t=1,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            cross_attention_dim=16,
+            audio_in_channels=4,
+            audio_out_channels=4,
+            audio_num_attention_heads=2,
+            audio_attention_head_dim=4,
+            audio_cross_attention_dim=8,
+            num_layers=3,
+            qk_norm="rms_norm_across_heads",
+            caption_channels=WIDTH,
+            rope_double_precision=False,
+            rope_type="split",
+        ),
+        connectors=build(
+            LTX2TextConnectors,
+            2,
+            caption_channels=WIDTH,
+            text_proj_in_factor=1,
+            video_connector_num_attention_heads=4,
+            video_connector_attention_head_dim=8,
+            video_connector_num_layers=1,
+            video_connector_num_learnable_registers=None,
+            audio_connector_num_attention_heads=4,
+            audio_connector_attention_head_dim=8,
+            audio_connector_num_layers=1,
+            audio_connector_num_learnable_registers=None,
+            connector_rope_base_seq_len=32,
+            rope_theta=10000.0,
+            rope_double_precision=False,
+            causal_temporal_positioning=False,
+            rope_type="split",
+        ),
+        vae=build(
+            diffusers.AutoencoderKLLTX2Video,
+            21,
+            latent_channels=4,
+            block_out_channels=(8,),
+            decoder_block_out_channels=(8,),
+            layers_per_block=(1,),
+            decoder_layers_per_block=(1, 1),
+            spatio_temporal_scaling=(True,),
+            decoder_spatio_temporal_scaling=(True,),
+            decoder_inject_noise=(False, False),
+            downsample_type=("spatial",),
+            upsample_residual=(False,),
+            upsample_factor=(1,),
+            timestep_conditioning=False,
+            patch_size=1,
+            patch_size_t=1,
+            encoder_causal=True,
+            decoder_causal=False,
+        ),
+        audio_vae=build(
+            diffusers.AutoencoderKLLTX2Audio,
+            22,
+            base_channels=4,
+            output_channels=2,
+            ch_mult=(1,),
+            num_res_blocks=1,
+            attn_resolutions=None,
+            in_channels=2,
+            resolution=32,
+            latent_channels=2,
+            norm_type="pixel",
+            causality_axis="height",
+            dropout=0.0,
+            mid_block_add_attention=False,
+            sample_rate=16000,
+            mel_hop_length=160,
+            is_causal=True,
+            mel_bins=8,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        **without("text_encoder", "tokenizer", "vocoder"),
+    )
+
+
+LTX2S = (
+    Case(
+        "ltx2",
+        ltx2,
+        lambda: {
+            **embedded(side=32, guidance_scale=3.0),
+            "num_frames": 5,
+            "frame_rate": 25.0,
+            "stg_scale": 1.0,
+            "modality_scale": 2.0,
+            "spatio_temporal_guidance_blocks": [1],
+        },
+        task="text-to-video with sound",
+        guidance="three named calls: batched, a block perturbed, modalities apart",
+        exercises="two modalities",
+    ),
+)
+
 # ---------------------------------------------------------------------- sound
 
 
@@ -479,6 +640,38 @@ def stable_audio() -> Any:
     )
 
 
+def longcat_audio() -> Any:
+    import transformers
+
+    return diffusers.LongCatAudioDiTPipeline(
+        transformer=build(
+            diffusers.LongCatAudioDiTTransformer,
+            1,
+            dit_dim=64,
+            dit_depth=3,
+            dit_heads=4,
+            dit_text_dim=WIDTH,
+            latent_dim=8,
+            text_conv=False,
+        ),
+        vae=build(
+            diffusers.LongCatAudioDiTVae,
+            21,
+            in_channels=1,
+            channels=16,
+            c_mults=[1, 2],
+            strides=[2],
+            latent_dim=8,
+            encoder_latent_dim=16,
+            downsampling_ratio=2,
+            sample_rate=24000,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, invert_sigmas=True),
+        tokenizer=tokenizer(has_start=False),
+        text_encoder=t5(transformers.UMT5EncoderModel),
+    )
+
+
 SOUNDS = (
     Case(
         "stable-audio",
@@ -488,6 +681,14 @@ SOUNDS = (
         guidance="batched",
         core="span",
     ),
+    Case(
+        "longcat-audio",
+        longcat_audio,
+        lambda: {"prompt": "a blue star", **NEGATIVE, "guidance_scale": 4.0, "audio_duration_s": 0.002},
+        task="text-to-audio",
+        guidance="two calls without names",
+        exercises="a timestep that rises",
+    ),
 )
 
-CASES = (*WANS, *OTHERS, *HUNYUANS, *SOUNDS)
+CASES = (*WANS, *OTHERS, *HUNYUANS, *HUNYUAN15S, *LTX2S, *SOUNDS)

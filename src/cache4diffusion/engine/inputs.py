@@ -55,8 +55,8 @@ class Inputs:
         latent = _stacked(get_argument(self.module, args, kwargs, (self.latent,)))
         if latent is None:
             raise AnatomyError(
-                f"{type(self.module).__name__}: argument {self.latent!r} should be the latent: a tensor, or a list with "
-                "one for each row of the batch."
+                f"{type(self.module).__name__}: argument {self.latent!r} should be the latent: a tensor, or a list "
+                "with one for each row of the batch."
             )
         tensors: list[Tensor] = []
         for name in self.conditioning:
