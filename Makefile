@@ -8,7 +8,7 @@ OUT ?= out
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install demo test test-slow test-floor lint format bench bench-gpu matrix adaptive calibrations everything clean
+.PHONY: install demo test test-slow test-floor lint format bench bench-gpu matrix pipelines adaptive calibrations everything clean
 
 install: $(BIN)/.installed
 
@@ -49,6 +49,9 @@ bench-gpu: install  ## FLUX.1-dev at its real size with random weights, on a CUD
 
 matrix: install  ## every invariant for every method on tiny pipelines: docs/benchmarks/matrix.json and .md
 	$(BIN)/python benchmarks/matrix.py
+
+pipelines: install  ## stock pipelines by task, guidance and scheduler: docs/benchmarks/pipelines.json and .md
+	PYTHONPATH=tests $(BIN)/python -m pipelines
 
 adaptive: install  ## thresholds and rows of adaptive methods on the reference model: docs/benchmarks/adaptive.json and .md
 	$(BIN)/python benchmarks/adaptive.py
