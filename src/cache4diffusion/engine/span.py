@@ -208,6 +208,8 @@ class SpanDriver(Driver):
             context.state.sites.pop(stretch.name, None)
             return output
         features = [self._feature(passage, i) for i in self.kept(stretch)]
+        if self.sees_input:
+            self._note_broadcast(context, stretch, passage.entered, features)
         seen = self._seen(context, stretch, passage.entered)
         if verdict.is_full:
             if seen is None:
@@ -244,8 +246,24 @@ class SpanDriver(Driver):
         sees = self.host.sees
         if sees is None:
             return []
-        streams = entered if sees == "input" else context.scratch.get("front_residuals")
-        return None if streams is None else [streams[i] for i in self.kept(stretch)]
+        if sees == "front":
+            residuals = context.scratch.get("front_residuals")
+            return None if residuals is None else [residuals[i] for i in self.kept(stretch)]
+        count = len(context.rows) if context.rows is not None else context.batch
+        broadcast = context.state.layouts[stretch.name]
+        streams = zip((entered[i] for i in self.kept(stretch)), broadcast, strict=True)
+        return [leaf.expand(count, *leaf.shape[1:]) if is_one and len(leaf) == 1 else leaf for leaf, is_one in streams]
+
+    def _note_broadcast(
+        self, context: Context, stretch: Stretch, entered: Sequence[Tensor], features: Sequence[Tensor]
+    ) -> None:
+        """Note which streams enter with one row for all, such as the text of one negative prompt, and leave with many.
+
+        A map of what enters would leave as few.
+        """
+        known = context.state.layouts.get(stretch.name, (False,) * len(features))
+        pairs = zip(known, (entered[i] for i in self.kept(stretch)), features, strict=True)
+        context.state.layouts[stretch.name] = tuple(was or len(x) < len(feature) for was, x, feature in pairs)
 
     def _some_rows(
         self,
