@@ -99,3 +99,9 @@ def test_all_of_a_registry_side_by_side(monkeypatch):
 def test_calibrations_without_all_are_refused():
     with pytest.raises(SettingError, match="is for methods='all'"):
         c4d.compare(None, ["one"], ["fora"], calibrations="folder")
+
+
+@pytest.mark.parametrize("name", sorted(toys.CALIBRATED))
+def test_the_rungs_of_a_calibrated_method_are_made_from_its_calibration(name):
+    for rung in c4d.METHODS[name].info.ladder:
+        c4d.method(name, **{**toys.CALIBRATED[name], **rung}).compose()
