@@ -232,6 +232,9 @@ def test_cite_names_authors_and_source(name):
         (["selfcheck", "--model", "scene-flux"], "did you mean 'scenes-flux'?"),
         (["generate", "--prompt", "x", "--model", "./nowhere"], "There is no folder ./nowhere"),
         (["generate", "--prompt", "x", "--set", "interval=3"], "--set needs a method"),
+        (["bench", "--methods", "all", "--set", "interval=3"], "settings of its own: leave out --set"),
+        (["bench", "--methods", "all", "--cache-dtype", "fp8"], "settings of its own: leave out --set"),
+        (["bench", "--methods", "fora", "--calibrations", "x"], "--calibrations is for --methods all"),
         (["report", "nowhere.json"], "Cannot read results from nowhere.json"),
         (["demo", "--methods", "magcach"], "There is no method 'magcach'"),
         (
