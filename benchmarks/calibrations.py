@@ -33,7 +33,7 @@ TRAINED = 4
 OPTIONS: dict[str, dict[str, Any]] = {
     "l2c": {"runs": 16, "rate": 0.2, "price": 1e-4},
     "lazydit": {"runs": 16, "rate": 1e-3, "price": 1e-3},
-    "harmonica": {"runs": 16, "rate": 0.2, "price": 1e-5, "refresh": 8},
+    "harmonica": {"runs": 16, "rate": 0.2, "price": 1e-6, "refresh": 8},
     "block-caching": {"runs": 12, "rate": 0.02, "threshold": 0.2},
     "md-dit": {"runs": 12, "rate": 0.02},
     "l2p": {"interval": 6, "warmup": 10},
