@@ -40,7 +40,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "icc": {"rank": 32},
 }
 # What ships, the most wanted first, as long as there is room.
-WANTED = ("smoothcache", "teacache", "magcache", "l2c", "lazydit", "fastcache", "icc")
+WANTED = (
+    *("smoothcache", "teacache", "magcache", "l2c", "lazydit", "dpcache", "lemica", "harmonica", "l2p", "taocache"),
+    *("bacache", "md-dit", "block-caching", "fastcache", "icc"),
+)
 
 
 def made_for(pipe: Any, name: str) -> tuple[Calibration, dict[str, Any]]:
