@@ -74,6 +74,7 @@ class LinearPredictor(ABC):
     """
 
     is_row_wise: ClassVar[bool] = False  # whether the weights of rows differ although their times are the same
+    keeps_constants: ClassVar[bool] = True  # whether what never changes is predicted exactly: weights add up to 1
 
     @property
     @abstractmethod

@@ -59,6 +59,10 @@ class Case:
             "high_gain": 1.0,
         }
         known = {name: value for name, value in wanted.items() if name in self.chosen.settings}
+        for entry in dataclasses.fields(self.chosen):
+            most = entry.metadata["range"].maximum
+            if entry.name in known and most is not None:
+                known[entry.name] = min(known[entry.name], most)
         if self.chosen.is_off():
             known.pop("threshold", None)
         return dataclasses.replace(self, chosen=dataclasses.replace(self.chosen, **known))
