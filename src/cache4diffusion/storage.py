@@ -209,11 +209,11 @@ class Writes:
         Args:
             on_change: called if somebody did after all. The copy is then not what was to be kept.
         """
-        self._on_change = on_change
+        before, self._on_change = self._on_change, on_change
         try:
             yield
         finally:
-            self._on_change = None
+            self._on_change = before
 
     def take(self, ring: Ring, slot: int, leaf: Tensor) -> bool:
         """Whether the copy waits from here on; if not, it is to be made at once.

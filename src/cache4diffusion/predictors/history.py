@@ -248,7 +248,7 @@ def weighted_sums(
     return results
 
 
-def _sums(terms: Sequence[tuple[Sequence[Tensor], float]], dtype: torch.dtype) -> list[Tensor]:
+def _sums(terms: Sequence[tuple[list[Tensor], float]], dtype: torch.dtype) -> list[Tensor]:
     """The sums of snapshots of one dtype and device."""
     (newest, weight), *others = terms
     if not others and weight == 1.0:
@@ -263,7 +263,7 @@ def _sums(terms: Sequence[tuple[Sequence[Tensor], float]], dtype: torch.dtype) -
     return _converted(totals, dtype)
 
 
-def _converted(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def _converted(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Tensors of one dtype and device in another dtype (or themselves), each lying in memory as it does."""
     converted = list(tensors)
     if tensors[0].dtype == dtype:
@@ -278,7 +278,7 @@ def _converted(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         places = stacked(make, len(chosen), like.shape, orders[chosen[0]]).unbind()
         for i, place in zip(chosen, places, strict=True):
             converted[i] = place
-    torch._foreach_copy_(converted, list(tensors))
+    torch._foreach_copy_(converted, tensors)
     return converted
 
 
