@@ -52,11 +52,6 @@ def network(dtype):
     return flux().to(dtype)
 
 
-@pytest.fixture(autouse=True)
-def remembered_anatomy(monkeypatch):
-    small_denoisers.remember_anatomy(monkeypatch)
-
-
 def run(name, dtype=torch.float32, batch=2, **settings):
     denoiser, inputs = network(dtype), flux_inputs(batch=batch, dtype=dtype)
     with c4d.accelerate(denoiser, name, **settings) as handle, handle.run(num_steps=STEPS):
@@ -390,7 +385,8 @@ class Rude(Blocks):
 def test_a_host_that_writes_into_features_is_served_as_if_it_did_not(since):
     """If it is first seen to do so in mid-run, what was to be kept of that step is lost, and the next one is full."""
     torch.manual_seed(0)
-    denoiser, x, context = Rude(), torch.randn(2, 5, 4), torch.zeros(2, 1, 8)
+    tokens = 5 + since  # so that what was observed of the other one is not taken for this one's
+    denoiser, x, context = Rude(), torch.randn(2, tokens, 4), torch.zeros(2, 1, 8)
     outputs = []
     composition = c4d.Composition(c4d.sites.Parts(), c4d.gates.FixedInterval(3), Taylor(1))
     with torch.no_grad(), c4d.accelerate(denoiser, composition) as handle, handle.run(num_steps=9):
