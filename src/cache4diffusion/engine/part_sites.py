@@ -6,6 +6,7 @@ site itself, so that every block of a class shares one graph per mode.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +123,16 @@ class PartSite:
                 self.fresh_seen = seen
         else:
             self.driver.record(self, output, seen)
+
+    def distrust(self) -> None:
+        """The host has written into what this part returned, which it was not seen to do when it was examined.
+
+        So what was kept of it in this call is not its feature: nothing is. From here on it is copied at once, and the
+        host gets copies.
+        """
+        self.part = dataclasses.replace(self.part, is_mutated=True)
+        self.driver.forget(self)
+        self.driver.host.note(f"{self.name}: its output is written into later on; what was kept of it was dropped.")
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
         """The part's output around its tensors."""

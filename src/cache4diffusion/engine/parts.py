@@ -6,6 +6,8 @@ switch that the wrappers read, and keeps and predicts what they ask for.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -19,11 +21,12 @@ from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.leaves import get_output, own, take_apart
 from cache4diffusion.engine.part_lookup import blocks_of, parts_of
 from cache4diffusion.engine.part_sites import PartSite, RestingModule, Switch
+from cache4diffusion.engine.predictions import Predictions
 from cache4diffusion.engine.state import BranchState, Context
 from cache4diffusion.engine.tokens import TokenDriver
 from cache4diffusion.errors import AnatomyError
 from cache4diffusion.gates import Verification
-from cache4diffusion.predictors import Predictor
+from cache4diffusion.predictors import LinearPredictor, Predictor
 from cache4diffusion.predictors.corrector import paired
 from cache4diffusion.sites import Parts
 
@@ -139,6 +142,10 @@ class PartsDriver(Driver):
         mine = [kept[site.name] for site in self.sites if site.key == key and site.name in kept]
         return bool(mine) and all(self.predictor.is_ready(state) for state in mine)
 
+    def was_reached(self, context: Context) -> bool:
+        """Also where nothing that was recorded could be kept."""
+        return super().was_reached(context) or "is_reached" in context.scratch
+
     def run(self, context: Context, inner: InnerCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Set the switch, run the host's code, collect what compiled blocks kept."""
         switch = self.switch
@@ -154,8 +161,16 @@ class PartsDriver(Driver):
                 self.tokens.finish_full(context)
             return output
         finally:
-            switch.turn(on=False)
-            switch.context = None
+            self._conclude(context)
+
+    def _conclude(self, context: Context) -> None:
+        """What a call has put off is done, what it has made ahead or left at the sites is dropped."""
+        try:
+            self.host.store.writes.make()
+        finally:
+            context.scratch.pop("predictions", None)
+            self.switch.turn(on=False)
+            self.switch.context = None
             for site in self.sites:
                 site.fresh = site.prepared = site.entered = None
                 site.fresh_seen = []
@@ -230,7 +245,18 @@ class PartsDriver(Driver):
                     "that it was not given. Use a predictor that sees only the feature, such as 'reuse'."
                 )
             site.pairs, seen = pairs, [seen[i] for i in pairs]
-        self.keep(context, site.name, tensors, seen)
+        context.scratch["is_reached"] = True
+        with self._copying(site):
+            self.keep(context, site.name, tensors, seen)
+
+    def _copying(self, site: PartSite) -> AbstractContextManager[None]:
+        """While a part's feature is kept: its copy may wait for those of others, unless the host writes into it.
+
+        Nothing is known of how the host goes on with what entered a part.
+        """
+        if site.part.is_mutated or self.sees_input:
+            return nullcontext()
+        return self.host.store.writes.waiting(site.distrust)
 
     def prepare(self, site: PartSite) -> Any:
         """What a compiled block finds at the part: its output, or what a corrector makes the output from in there."""
@@ -252,6 +278,24 @@ class PartsDriver(Driver):
         if site.is_traced:  # a snapshot handed out as it is would be a view, which a compiled block tells from others
             tensors = [tensor.detach() for tensor in tensors]
         return site.rebuild(own(tensors, context.state.sites[site.name]) if site.part.is_mutated else tensors)
+
+    def predicted(
+        self, context: Context, name: str, seen: Sequence[Tensor] = (), rows: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        """Made along with the predictions of the parts that follow, where they are alike."""
+        predictor = self.predictor
+        if isinstance(predictor, LinearPredictor) and context.rows is None and rows is None:
+            if "predictions" not in context.scratch:
+                context.scratch["predictions"] = Predictions(predictor, self.coming(context), context.time)
+            leaves = context.scratch["predictions"].take(name)
+            if leaves is not None:
+                return leaves
+        return super().predicted(context, name, seen, rows)
+
+    def coming(self, context: Context) -> dict[str, Any]:
+        """What is remembered of the parts that will be predicted in this call, in order."""
+        known = context.state.sites
+        return {site.name: known[site.name] for site in self.sites if site.name in known and not site.must_run}
 
     def forget(self, site: PartSite) -> None:
         """Start anew with this part, in the branch that runs."""

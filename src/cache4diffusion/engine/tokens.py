@@ -272,7 +272,7 @@ class TokenDriver:
         context = self.driver.switch.context
         assert context is not None
         state = context.state.sites[site.name]
-        leaves = self.driver.predictor.predict(state, context.time, context.rows)
+        leaves = self.driver.predicted(context, site.name)
         self.driver.bring_after(context, site.name)
         path = site.part.inputs[0]
         x = get_argument(site.module, args, kwargs, path)
