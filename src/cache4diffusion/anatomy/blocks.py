@@ -43,6 +43,7 @@ class BlockView:
     threads: list[Thread] = field(default_factory=list)
     sums: list[Sum] = field(default_factory=list)
     restarts: list[str] = field(default_factory=list)
+    read_by: tuple[str, ...] = ()
 
     def look(self, recording: Recording) -> None:
         """Find the streams: outputs that are an argument plus something, of the same shape."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from cache4diffusion.anatomy.arguments import Arguments
 from cache4diffusion.anatomy.batch import batch_axes
-from cache4diffusion.anatomy.facts import Anatomy, Signal
+from cache4diffusion.anatomy.facts import Anatomy, Signal, Stack
 from cache4diffusion.anatomy.observing import Stage
 from cache4diffusion.anatomy.parts import BlockReader
 from cache4diffusion.anatomy.rehearse import rehearse
@@ -43,7 +44,8 @@ def observe(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     levels = UNetFinder(denoiser, recording)
     unet = levels.find()
     sides = None if unet is None else {level.path.rpartition(".")[0] for level in (*unet.down, *unet.up)}
-    main = finder.main([view for view in views if sides is None or view.path in sides])
+    main = finder.turns(finder.main([view for view in views if sides is None or view.path in sides]))
+    finder.note_readers(main)
     seams = tuple(finder.is_kept(a, b) for a, b in itertools.pairwise(main))
     rehearsed, failures = rehearse(stage, recording, [finder.fact(view) for view in views])
     notes += failures
@@ -58,7 +60,7 @@ def observe(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     return Anatomy(
         denoiser=type(denoiser).__name__,
         stacks=tuple(stacks.values()),
-        main=tuple(stacks[view.path] for view in main),
+        main=tuple(_turn(stacks[view.path], view) for view in main),
         seams=seams,
         unet=unet,
         timestep=roles.timestep,
@@ -69,6 +71,16 @@ def observe(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         signal=_signal(main, recording),
         notes=tuple(dict.fromkeys([*notes, *roles.notes, *finder.notes, *levels.notes])),
     )
+
+
+def _turn(stack: Stack, view: StackView) -> Stack:
+    """The blocks of a stack that run in one turn."""
+    if len(view.blocks) == len(stack.blocks):
+        return stack
+    numbers = {block.call.path: number for number, block in enumerate(view.blocks)}
+    blocks = tuple(block for block in stack.blocks if block.path in numbers)
+    breaks = tuple(numbers[stack.blocks[i].path] for i in stack.breaks if stack.blocks[i].path in numbers)
+    return dataclasses.replace(stack, blocks=blocks, breaks=tuple(number for number in breaks if number))
 
 
 def _some(path: Any) -> list[Any]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from cache4diffusion.anatomy.blocks import BlockView, Thread, one_kind
 from cache4diffusion.anatomy.facts import Block, Part, Stack, StreamKind
-from cache4diffusion.anatomy.flow import Trunk, Window, ancestors, joined, looked_at
+from cache4diffusion.anatomy.flow import Trunk, Window, ancestors, dependents, joined, looked_at, value_inputs
 from cache4diffusion.anatomy.inner import inner_modules
 from cache4diffusion.anatomy.parts import BlockReader, with_inner
 from cache4diffusion.anatomy.tape import Recording
@@ -147,13 +149,14 @@ class StackFinder:
             return [frozenset({f"={self._left[serial]}"})]
         op = recording.ops[number] if number >= 0 else None
         if op is not None and op.inputs:
-            if op.name in JOINS and op.detail != len(recording.shape(serial)) - 1 and not self._is_map(serial):
+            is_wider = op.detail == len(recording.shape(serial)) - 1
+            if op.name in JOINS and not is_wider and not self._is_map(serial):
                 return [o for operand, w in joined(recording, op, window) for o in self._token_groups(operand, w)]
             if op.name in WRITES:
                 return [o for operand in (op.inputs[0], op.inputs[-1]) for o in self._token_groups(operand)]
             if op.name in PASSES:
                 return self._token_groups(op.inputs[0], looked_at(recording, op, serial, window))
-            if op.name in SUMS:
+            if op.name in SUMS or (op.name in JOINS and is_wider):
                 groups = [self._token_groups(operand, window) for operand in op.inputs]
                 longest = max(groups, key=len)
                 others = [origin for group in groups if group is not longest for origin in group]
@@ -213,18 +216,73 @@ class StackFinder:
         leaving = [t.leaves for t in stack.blocks[-1].threads if t.kind in ("image", "joint") and t.leaves is not None]
         return not self.conditioning.isdisjoint(ancestors(self.recording, leaving))
 
+    # How the main blocks follow one another ----
+
+    def turns(self, stacks: list[StackView]) -> list[StackView]:
+        """The main stacks in the order in which their blocks run: lists that take turns are cut into their turns."""
+        order = sorted(((block, stack) for stack in stacks for block in stack.blocks), key=lambda b: b[0].call.index)
+        groups = [list(group) for _, group in itertools.groupby(order, key=lambda item: id(item[1]))]
+        if len(groups) == len(stacks):
+            return stacks
+        return [self._turn(group[0][1], [block for block, _ in group]) for group in groups]
+
+    def _turn(self, stack: StackView, blocks: list[BlockView]) -> StackView:
+        parts = [parts for block, parts in zip(stack.blocks, stack.parts, strict=True) if block in blocks]
+        return StackView(stack.path, blocks, parts, is_main=True)
+
+    def note_readers(self, main: list[StackView]) -> None:
+        """Note who reads what a main block left, besides the one after it."""
+        blocks = [block for stack in main for block in stack.blocks]
+        readers: dict[int, list[int]] = {}
+        for number, op in enumerate(self.recording.ops):
+            for serial in value_inputs(op):
+                readers.setdefault(serial, []).append(number)
+        places = [*((block.call.first, block.call.last, block.call.path) for block in blocks)]
+        places += [(call.first, call.last, call.path) for call in self.recording.children(self.recording.root)]
+        for block, after in itertools.pairwise(blocks):
+            numbers = self._read_besides(block, after, readers)
+            found = (next((p for first, last, p in places if first <= n < last), "") for n in numbers)
+            block.read_by = tuple(dict.fromkeys(found))
+
+    def _read_besides(self, block: BlockView, after: BlockView, readers: dict[int, list[int]]) -> Iterable[int]:
+        """Numbers of the operations that work on what a block left, outside the next block and the way there."""
+        on_way = ancestors(self.recording, [thread.enters for thread in after.threads], first=block.call.last)
+        todo = [thread.leaves for thread in block.threads if thread.leaves is not None]
+        seen = set(todo)
+        while todo:
+            for number in readers.get(todo.pop(), ()):
+                op = self.recording.ops[number]
+                is_expected = after.call.first <= number < after.call.last or not on_way.isdisjoint(op.outputs)
+                if is_expected or number < block.call.last:
+                    continue
+                if op.name not in PASSES and op.name not in JOINS:
+                    yield number
+                    continue
+                fresh = [serial for serial in op.outputs if serial not in seen]
+                seen.update(fresh)
+                todo += fresh
+
     def is_kept(self, before: StackView, after: StackView) -> bool:
-        """Whether every stream passes from one stack to the next with its shape, so that one span may cover both."""
-        left = {t.leaves: t for t in before.blocks[-1].threads if t.leaves is not None}
-        entering = {t.enters: t for t in after.blocks[0].threads}
-        trunk = Trunk(self.recording, frozenset(left), first=before.blocks[-1].call.first)
+        """Whether the second stack goes on with what the first left, so that one span may cover both."""
+        return self._goes_on(before.blocks[-1], after.blocks[0])
+
+    def _goes_on(self, before: BlockView, after: BlockView) -> bool:
+        """Whether every stream passes from one block to the next, with nothing but what is added from elsewhere."""
+        left = {t.leaves for t in before.threads if t.leaves is not None}
+        entering = {t.enters for t in after.threads}
+        trunk = Trunk(self.recording, frozenset(left), first=before.call.last)
         matched = set()
         for serial in entering:
             reached = trunk.reach(serial)
             if len(reached) != 1 or self.recording.shape(reached[0]) != self.recording.shape(serial):
                 return False
             matched.add(reached[0])
-        return len(matched) == len(entering) == len(left)
+        if not len(matched) == len(entering) == len(left):
+            return False
+        if not trunk.sums:
+            return True
+        changed = dependents(self.recording, left, before.call.last, after.call.first)
+        return not any(serial in changed for item in trunk.sums.values() for serial in item.added)
 
     def fact(self, stack: StackView) -> Stack:
         """The finished fact."""
@@ -241,6 +299,9 @@ class StackFinder:
                     mutates=block.mutated(self.recording),
                     inputs=tuple(path for path in block.call.arguments if path not in entering),
                     calls=block.calls,
+                    read_by=block.read_by,
                 )
             )
-        return Stack(stack.path, tuple(blocks), stack.is_main)
+        pairs = enumerate(itertools.pairwise(stack.blocks), start=1)
+        breaks = tuple(number for number, (before, after) in pairs if not self._goes_on(before, after))
+        return Stack(stack.path, tuple(blocks), stack.is_main, breaks)

@@ -11,6 +11,8 @@ import warnings
 
 from torch import nn
 
+from cache4diffusion.anatomy.arguments import timestep_name
+from cache4diffusion.anatomy.hints import HINTS, NOTHING
 from cache4diffusion.errors import UnknownNameError, closest
 from cache4diffusion.zoo.images import IMAGES
 from cache4diffusion.zoo.others import OTHERS
@@ -21,9 +23,7 @@ from cache4diffusion.zoo.videos import VIDEOS
 TINY: dict[str, Tiny] = {tiny.kind: tiny for tiny in (*IMAGES, *VIDEOS, *OTHERS, *UNETS)}
 """By class name."""
 
-_CLOCKS = frozenset({"timestep", "timesteps", "sigma", "sigmas", "time", "t"})
 _NO_DENOISERS = ("controlnet", "adapter", "autoencoder", "vae")
-_WITHOUT_CLOCK = ("UVit2DModel",)  # its noise is masked tokens: they show how far the run is
 
 
 def denoiser_classes() -> dict[str, type[nn.Module]]:
@@ -51,8 +51,7 @@ def _is_denoiser(cls: type[nn.Module]) -> bool:
     if any(word in home for word in _NO_DENOISERS):
         return False
     names = list(inspect.signature(cls.forward).parameters)
-    has_clock = any(not _CLOCKS.isdisjoint(name.split("_")) for name in names)
-    return has_clock or cls.__name__ in _WITHOUT_CLOCK
+    return timestep_name(names) is not None or not HINTS.get(cls.__name__, NOTHING).has_clock
 
 
 def tiny(name: str) -> Tiny:

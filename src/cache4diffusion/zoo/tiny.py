@@ -67,14 +67,16 @@ class Tiny:
     def make(self, batch: int = 2) -> Case:
         """The denoiser with weights of noise, and arguments of a call.
 
-        Weights that a fresh model has at zero are noise too, as a gate of zero would hide what it gates. The same
-        denoiser every time; nobody's random numbers change.
+        All matrices are noise, as some classes leave theirs as the memory was; so are vectors that a fresh model has at
+        zero, as a gate of zero would hide what it gates. The same denoiser every time; nobody's random numbers change.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             module = self.cls(**self.config)
             for parameter in module.parameters():
-                if not parameter.any():
+                if parameter.ndim > 1:
+                    nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+                elif not parameter.any():
                     nn.init.normal_(parameter, std=0.2)
             torch.manual_seed(1)
             kwargs = self.arguments(batch)
