@@ -17,17 +17,20 @@ class Hint:
         why: what cannot be seen.
         latent: name of the argument that is denoised; None: seen.
         has_clock: whether an argument tells the noise level.
+        image: name of the blocks' argument that is the image, where the text may reach the output as well.
     """
 
     why: str
     latent: str | None = None
     has_clock: bool = True
+    image: str | None = None
 
 
 HINTS: dict[str, Hint] = {
     "Cosmos3OmniTransformer": Hint(
-        "its first argument is the prompt, and what is denoised is packed into one row of tokens",
+        "its first argument is the prompt; text and image are packed into one row, from which both are read",
         latent="vision_tokens",
+        image="gen_seq",
     ),
     "T5FilmDecoder": Hint("its first argument is what was encoded", latent="decoder_input_tokens"),
     "UVit2DModel": Hint(

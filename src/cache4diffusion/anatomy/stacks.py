@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from cache4diffusion.anatomy.arguments import parameter_names
 from cache4diffusion.anatomy.blocks import BlockView, Thread, one_kind
 from cache4diffusion.anatomy.facts import Block, Part, Stack, StreamKind
 from cache4diffusion.anatomy.flow import Trunk, Window, ancestors, dependents, joined, looked_at, value_inputs
+from cache4diffusion.anatomy.hints import hint_of
 from cache4diffusion.anatomy.inner import inner_modules
 from cache4diffusion.anatomy.parts import BlockReader, with_inner
 from cache4diffusion.anatomy.tape import Recording
+from cache4diffusion.anatomy.tree import LeafPath
 from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.anatomy.vocabulary import JOINS, PASSES, SUMS, WRITES
 
@@ -53,7 +56,7 @@ class StackFinder:
     def __init__(
         self, denoiser: nn.Module, recording: Recording, latents: frozenset[int], conditioning: frozenset[int]
     ) -> None:
-        self.denoiser, self.recording = denoiser, recording
+        self.denoiser, self.recording, self.hint = denoiser, recording, hint_of(denoiser)
         self.latents, self.conditioning = latents, conditioning
         self.notes: list[str] = []
         self.live = ancestors(recording, recording.root.outputs.values())
@@ -82,18 +85,27 @@ class StackFinder:
     def _stack(self, path: str, module: nn.Module) -> StackView | None:
         blocks = []
         for name, child in module.named_children():
-            calls = self._calls.get(f"{path}.{name}", [])
-            if not calls:
-                continue
-            if not any(True for _ in unwrapped(child).children()):
+            view = self._block(f"{path}.{name}", child)
+            if view is not None and not view.is_of_tokens:
                 return None
-            view = BlockView(calls[0], len(calls))
-            view.look(self.recording)
-            if not any(len(self.recording.shape(thread.enters)) == 3 for thread in view.threads):
-                return None
-            blocks.append(view)
+            if view is not None:
+                blocks.append(view)
         blocks.sort(key=lambda block: block.call.index)
         return StackView(path, blocks) if blocks else None
+
+    def _block(self, path: str, module: nn.Module) -> BlockView | None:
+        """A member of a list that was called; of one that is a container itself, what streams run through in it."""
+        calls = self._calls.get(path, [])
+        if calls:
+            view = BlockView(calls[0], len(calls))
+            if any(True for _ in unwrapped(module).children()):
+                view.look(self.recording)
+            return view
+        if not isinstance(module, nn.ModuleDict):
+            return None
+        inside = [self._block(f"{path}.{name}", child) for name, child in module.named_children()]
+        found = [view for view in inside if view is not None and view.is_of_tokens]
+        return found[0] if len(found) == 1 else None
 
     # Links between blocks, and what the streams stand for ----
 
@@ -177,8 +189,14 @@ class StackFinder:
             if len(mixed) < 2:
                 continue
             ending = {t.argument for t in last.threads if t.leaves is not None and t.leaves in self.live}
+            if self.hint.image is not None:
+                ending = {t.argument for t in mixed if self._name(block, t.argument) == self.hint.image}
             for thread in mixed:
                 thread.kind = "unknown" if len(ending) != 1 else "image" if thread.argument in ending else "text"
+
+    def _name(self, block: BlockView, argument: LeafPath) -> str:
+        names = parameter_names(self.denoiser.get_submodule(block.call.path))
+        return names[argument[0]] if isinstance(argument[0], int) else argument[0]
 
     # Parts ----
 
@@ -234,31 +252,33 @@ class StackFinder:
         """Note who reads what a main block left, besides the one after it."""
         blocks = [block for stack in main for block in stack.blocks]
         readers: dict[int, list[int]] = {}
+        inside: dict[int, str] = {}
         for number, op in enumerate(self.recording.ops):
             for serial in value_inputs(op):
                 readers.setdefault(serial, []).append(number)
-        places = [*((block.call.first, block.call.last, block.call.path) for block in blocks)]
-        places += [(call.first, call.last, call.path) for call in self.recording.children(self.recording.root)]
+        for block in blocks:
+            inside.update(dict.fromkeys(range(block.call.first, block.call.last), block.call.path))
         for block, after in itertools.pairwise(blocks):
-            numbers = self._read_besides(block, after, readers)
-            found = (next((p for first, last, p in places if first <= n < last), "") for n in numbers)
-            block.read_by = tuple(dict.fromkeys(found))
+            block.read_by = tuple(dict.fromkeys(self._read_besides(block, after, readers, inside)))
 
-    def _read_besides(self, block: BlockView, after: BlockView, readers: dict[int, list[int]]) -> Iterable[int]:
-        """Numbers of the operations that work on what a block left, outside the next block and the way there."""
-        on_way = ancestors(self.recording, [thread.enters for thread in after.threads], first=block.call.last)
+    def _read_besides(
+        self, block: BlockView, after: BlockView, readers: dict[int, list[int]], inside: dict[int, str]
+    ) -> Iterable[str]:
+        """Whom what a block left reaches otherwise than through the main block after it."""
+        ends = set(self.recording.root.outputs.values())
         todo = [thread.leaves for thread in block.threads if thread.leaves is not None]
         seen = set(todo)
         while todo:
-            for number in readers.get(todo.pop(), ()):
-                op = self.recording.ops[number]
-                is_expected = after.call.first <= number < after.call.last or not on_way.isdisjoint(op.outputs)
-                if is_expected or number < block.call.last:
+            serial = todo.pop()
+            if serial in ends:
+                yield ""
+            for number in readers.get(serial, ()):
+                if number < block.call.last or inside.get(number) == after.call.path:
                     continue
-                if op.name not in PASSES and op.name not in JOINS:
-                    yield number
+                if number in inside:
+                    yield inside[number]
                     continue
-                fresh = [serial for serial in op.outputs if serial not in seen]
+                fresh = [output for output in self.recording.ops[number].outputs if output not in seen]
                 seen.update(fresh)
                 todo += fresh
 

@@ -6,7 +6,7 @@ switch that the wrappers read, and keeps and predicts what they ask for.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -34,7 +34,7 @@ class PartsDriver(Driver):
     site: Parts
     part_site: type[PartSite] = PartSite
     resting_module: type[RestingModule] = RestingModule
-    rests: tuple[InnerRole, ...] = ("nan_token", "zero_width")  # inner modules that need not run while parts do not
+    rests: tuple[InnerRole, ...] = get_args(InnerRole)  # inner modules that need not run while parts do not
 
     def __init__(self, host: Host, site: Parts) -> None:
         super().__init__(host, site)
@@ -72,7 +72,7 @@ class PartsDriver(Driver):
         for site in self.sites:
             for inner in site.part.inner:
                 # What enters a part is what its norm makes: for those who look at it, norms run.
-                is_read = self.sees_input and inner.role == "nan_token"
+                is_read = self.sees_input and inner.role != "zero_width"
                 if inner.role in self.rests and not is_read and all(path in wrapped for path in inner.feeds):
                     resting[inner.path] = inner
         self.resting = [self.resting_module(inner, modules[path], self) for path, inner in resting.items()]
@@ -197,7 +197,7 @@ class PartsDriver(Driver):
         if ready is not None:
             like, rows = take_apart(ready)[0][0], context.batch if context.rows is None else len(context.rows)
             for rest in self.resting:
-                if rest.inner.role == "zero_width":
+                if rest.inner.role != "nan_token":
                     rest.blank = rest.blanks(like, rows)
 
     def _collect(self) -> None:

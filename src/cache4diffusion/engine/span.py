@@ -105,9 +105,8 @@ class SpanDriver(Driver):
                 f"{anatomy.denoiser} has no stack of blocks that carries the latent, so there is no span to cache. "
                 "Methods for the whole denoiser ('taylorseer-lite') or for U-Net levels ('deepcache') may work."
             )
-        breaks = breaks_of(anatomy)
         whole = self.cut([len(stack.blocks) for stack in anatomy.main], anatomy.seams)
-        self.stretches = [piece for stretch in whole for piece in broken(stretch, breaks)]
+        self.stretches = self._in_pieces(whole, set(breaks_of(anatomy)))
         self._check_predictor(anatomy)
         self._passing = {}
         if not self.stretches:
@@ -118,27 +117,29 @@ class SpanDriver(Driver):
             block = self.host.blocks[position]
             if not block.can_rebuild or any(s.output is None and s.feeds_output for s in block.streams):
                 raise AnatomyError(f"{block.path} returns more than its streams, so it cannot be bypassed.")
-        for key in self.keys:
-            self._check_readers([stretch for stretch in self.stretches if stretch.key == key])
 
-    def _check_readers(self, together: Sequence[Stretch]) -> None:
-        """Refuse to bypass a block whose output somebody reads who runs.
+    def _in_pieces(self, whole: Sequence[Stretch], starts: set[int]) -> list[Stretch]:
+        """Cut stretches where a block does not go on with what the one before left, and behind every block whose output
+        somebody reads who runs on cached steps: what leaves a stretch is predicted, what passes through it is not.
 
         Args:
-            together: stretches of one decision.
+            whole: the stretches.
+            starts: positions at which a piece must begin.
         """
+        while True:
+            pieces = [piece for stretch in whole for piece in broken(stretch, sorted(starts))]
+            more = {p + 1 for piece in pieces for p in self._read_outside(piece, pieces)} - starts
+            if not more:
+                return pieces
+            starts = starts | more
+
+    def _read_outside(self, piece: Stretch, pieces: Sequence[Stretch]) -> list[int]:
+        """Positions in a piece, but for its last, whose output is read by what runs, or by what a piece begins with."""
         blocks = self.host.blocks
-        rest = {blocks[p].path for stretch in together for p in range(stretch.first, stretch.last + 1)}
-        for stretch in together:
-            for position in range(stretch.first, stretch.last):  # what leaves the last one is predicted
-                block = blocks[position].block
-                reader = next((path for path in block.read_by if path not in rest), None)
-                if reader is not None:
-                    raise AnatomyError(
-                        f"What {block.path} returns is also read by {reader or 'the denoiser itself, later on'}, which "
-                        "runs on cached steps, so that block cannot be passed over. Use site='blocks' or 'parts', or "
-                        "a span that holds both."
-                    )
+        together = [other for other in pieces if other.key == piece.key]
+        rest = {blocks[p].path for other in together for p in range(other.first + 1, other.last + 1)}
+        rest.add(blocks[piece.first].path)
+        return [p for p in range(piece.first, piece.last) if not rest.issuperset(blocks[p].block.read_by)]
 
     def _check_predictor(self, anatomy: Anatomy) -> None:
         """Leave out what the predictor does not serve; see whether what it sees is there at all."""

@@ -297,7 +297,7 @@ class TokenDriver:
         context = self.driver.switch.context
         assert context is not None
         x = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
-        is_norm = rest.inner.kind == "norm"
+        is_norm = rest.inner.role != "zero_width"  # or runs in front of a part as norms do
         if all(self._rests(context, site, None if is_norm else x) for site in rest.fed):
             return rest.placeholder(args, kwargs)
         if is_norm or rest.inner.path not in self._site_of_inner:

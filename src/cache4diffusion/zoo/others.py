@@ -183,7 +183,7 @@ OTHERS = (
             "attention_head_dim": 8,
             "in_channels": 4,
             "out_channels": 4,
-            "num_layers": 3,
+            "num_layers": 5,
             "sample_size": 8,
             "patch_size": 2,
             "norm_num_groups": 4,
