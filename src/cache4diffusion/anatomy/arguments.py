@@ -76,6 +76,7 @@ class Arguments:
         self.notes: list[str] = []
         self.timestep = self._timestep()
         self.latent = self._latent()
+        self.others = self._others()
         self.conditioning = tuple(path for path in self.given if self._varies_with_prompt(path))
 
     def name(self, path: LeafPath) -> str:
@@ -141,8 +142,27 @@ class Arguments:
 
         return max(able, key=merit)
 
+    def _others(self) -> tuple[LeafPath, ...]:
+        """Arguments that look like an output of another shape than the latent's."""
+        if self.latent is None:
+            return ()
+        recording, latent = self.recording, self.recording.shape(self.given[self.latent])
+        outputs = {recording.shape(serial) for serial in recording.root.outputs.values()} - {latent}
+        if len(recording.root.outputs) < 2:
+            return ()
+        return tuple(
+            path
+            for path, serial in self.given.items()
+            if path not in (self.latent, self.timestep)
+            and recording.facts[serial].dtype.is_floating_point
+            and len(recording.shape(serial)) > 1
+            and recording.shape(serial) in outputs
+        )
+
     def _varies_with_prompt(self, path: LeafPath) -> bool:
-        if path in (self.timestep, self.latent) or (self.latent is not None and path[:1] == self.latent[:1]):
+        if path in (self.timestep, self.latent, *self.others) or (
+            self.latent is not None and path[:1] == self.latent[:1]
+        ):
             return False
         name = self.name(path)
         is_place = any(word in f"_{name}" for word in _NO_PROMPT) and not name.endswith(_PROMPT_IDS)

@@ -13,7 +13,10 @@ from typing import Any, Literal
 
 from cache4diffusion.anatomy.tree import LeafPath, Mark, map_leaves
 
-StreamKind = Literal["image", "text", "joint", "unknown"]
+StreamKind = Literal["image", "other", "text", "joint", "unknown"]
+BESIDE = ("text", "other")
+"""Kinds of streams that run beside the image: tokens that lie in no picture."""
+
 PartKind = Literal["attn", "cross_attn", "ffn", "fused", "other"]
 InnerRole = Literal["nan_token", "zero_width", "one_token"]
 
@@ -25,7 +28,7 @@ class Stream:
     Args:
         argument: where it enters.
         output: where it leaves; None if the block is the last to use it (the text of SD3's last block).
-        kind: what the tokens stand for, by where they came from.
+        kind: what the tokens stand for, by where they came from; ``other``: what else is denoised, such as sound.
         feeds_output: whether what leaves here can still reach the denoiser's output.
     """
 
@@ -242,10 +245,12 @@ class Anatomy:
             may then cover both).
         unet: the levels, if it is a U-Net.
         timestep, latent: where they are among the denoiser's arguments; None if not established.
+        others: what is denoised besides the latent: arguments of the shape of another output.
         conditioning: the other tensor arguments that vary with the prompt.
         outputs: where tensors are in the denoiser's output.
         batch_axes: by module path (``""`` is the denoiser): which axis carries the batch.
         signal: what a gate like TeaCache's watches.
+        tokens: length of the image stream in front of the first main block; None if other tokens are joined to it.
         notes: what was assumed, and what could not be established.
     """
 
@@ -256,8 +261,10 @@ class Anatomy:
     unet: UNet | None = None
     timestep: LeafPath | None = None
     latent: LeafPath | None = None
+    others: tuple[LeafPath, ...] = ()
     conditioning: tuple[LeafPath, ...] = ()
     outputs: tuple[LeafPath, ...] = ()
     batch_axes: Mapping[str, Axes] = field(default_factory=dict)
     signal: Signal | None = None
+    tokens: int | None = None
     notes: tuple[str, ...] = ()

@@ -39,7 +39,8 @@ def observe(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     stage, recording, notes = _record(denoiser, args, kwargs, may_compute)
     roles = Arguments(denoiser, recording)
     conditioning = frozenset(recording.root.arguments[path] for path in roles.conditioning)
-    finder = StackFinder(denoiser, recording, roles.latents, conditioning)
+    others = frozenset(recording.root.arguments[path] for path in roles.others)
+    finder = StackFinder(denoiser, recording, roles.latents, conditioning, others)
     views = finder.find()
     levels = UNetFinder(denoiser, recording)
     unet = levels.find()
@@ -55,7 +56,9 @@ def observe(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         wanted = [path for s in stacks.values() for b in s.blocks for path in (b.path, *(p.path for p in b.parts))]
         if unet is not None:
             wanted += [level.path for level in (*unet.down, *unet.up)] + [p for p in (unet.head, unet.mid) if p]
-        axes, more = batch_axes(stage, recording, roles.latent, [*roles.conditioning, *_some(roles.timestep)], wanted)
+        axes, more = batch_axes(
+            stage, recording, roles.latent, [*roles.conditioning, *roles.others, *_some(roles.timestep)], wanted
+        )
         notes += more
     return Anatomy(
         denoiser=type(denoiser).__name__,
@@ -65,10 +68,12 @@ def observe(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         unet=unet,
         timestep=roles.timestep,
         latent=roles.latent,
+        others=roles.others,
         conditioning=roles.conditioning,
         outputs=tuple(recording.root.outputs),
         batch_axes=axes,
         signal=_signal(main, recording),
+        tokens=_tokens(main, recording),
         notes=tuple(dict.fromkeys([*notes, *roles.notes, *finder.notes, *levels.notes])),
     )
 
@@ -118,3 +123,9 @@ def _signal(main: list[StackView], recording: Recording) -> Signal | None:
         if inputs and reader.is_working(call) and not holds_part:
             return Signal(call.path, inputs[0])
     return None
+
+
+def _tokens(main: list[StackView], recording: Recording) -> int | None:
+    """Length of the image stream, where it is one by itself."""
+    threads = [thread for thread in main[0].blocks[0].threads if thread.kind == "image"] if main else []
+    return recording.shape(threads[0].enters)[-2] if len(threads) == 1 else None

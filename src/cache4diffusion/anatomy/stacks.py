@@ -20,7 +20,7 @@ from cache4diffusion.anatomy.tree import LeafPath
 from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.anatomy.vocabulary import JOINS, PASSES, SUMS, WRITES
 
-_KINDS: tuple[StreamKind, ...] = ("image", "text", "joint", "unknown")
+_KINDS: tuple[StreamKind, ...] = ("image", "other", "text", "joint", "unknown")
 
 
 def _left_by(block: BlockView) -> dict[int, StreamKind]:
@@ -51,13 +51,19 @@ class StackFinder:
         recording: its tape.
         latents: serials of the latent argument (several if it is a list); none if not established.
         conditioning: serials of the conditioning arguments.
+        others: serials of what else is denoised.
     """
 
     def __init__(
-        self, denoiser: nn.Module, recording: Recording, latents: frozenset[int], conditioning: frozenset[int]
+        self,
+        denoiser: nn.Module,
+        recording: Recording,
+        latents: frozenset[int],
+        conditioning: frozenset[int],
+        others: frozenset[int] = frozenset(),
     ) -> None:
         self.denoiser, self.recording, self.hint = denoiser, recording, hint_of(denoiser)
-        self.latents, self.conditioning = latents, conditioning
+        self.latents, self.conditioning, self.others = latents, conditioning, others
         self.notes: list[str] = []
         self.live = ancestors(recording, recording.root.outputs.values())
         self._calls = recording.by_path()
@@ -174,7 +180,11 @@ class StackFinder:
                 others = [origin for group in groups if group is not longest for origin in group]
                 return [origin.union(*others) for origin in longest]
         origin = ancestors(recording, [serial])
-        made_of: tuple[tuple[StreamKind, frozenset[int]], ...] = (("image", self.latents), ("text", self.conditioning))
+        made_of: tuple[tuple[StreamKind, frozenset[int]], ...] = (
+            ("image", self.latents),
+            ("other", self.others),
+            ("text", self.conditioning),
+        )
         labels = frozenset(kind for kind, sources in made_of if not sources.isdisjoint(origin))
         return [labels] if labels else []
 

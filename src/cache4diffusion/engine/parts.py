@@ -11,7 +11,7 @@ from typing import Any, get_args
 from torch import Tensor
 
 from cache4diffusion.anatomy import Anatomy, Block, Inner, Part
-from cache4diffusion.anatomy.facts import InnerRole
+from cache4diffusion.anatomy.facts import BESIDE, InnerRole
 from cache4diffusion.engine.decide import prediction_error
 from cache4diffusion.engine.driver import Driver, Rested
 from cache4diffusion.engine.driver import Inner as InnerCall
@@ -169,7 +169,7 @@ class PartsDriver(Driver):
             lengths = {"image": 0, "text": 0}
             streams = self.host.blocks[position].streams
             for stream, value in zip(streams, self.host.stream_inputs(position, args, kwargs), strict=True):
-                lengths["text" if stream.kind == "text" else "image"] += value.shape[1]
+                lengths["text" if stream.kind in BESIDE else "image"] += value.shape[1]
             context.state.extra[f"lengths.{position}"] = (lengths["image"], lengths["text"])
         return inner(*args, **kwargs)
 
