@@ -23,6 +23,11 @@ from cache4diffusion.gates import FixedInterval
 from cache4diffusion.inspection import SITES, why_not
 from small_denoisers import LinearCounter
 
+pytestmark = [  # what some denoisers say when they run on a CPU
+    pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
+]
+
 CLASSES = [name for name in zoo.denoiser_classes() if name in zoo.TINY]
 SLOW = {  # to look at
     "AudioLDM2UNet2DConditionModel", "DreamLiteUNetModel", "I2VGenXLUNet", "Kandinsky3UNet", "UNet3DConditionModel",
@@ -41,6 +46,8 @@ EXCEPTIONS = {
     ("Kandinsky3UNet", "parts"): NO_PARTS,  # attention on maps
     ("UNet2DModel", "parts"): NO_PARTS,  # attention on maps
 }
+# Linear layers of blocks that the denoiser runs by itself: DiT's head asks the first block's embedder again.
+ASKED_OUTSIDE = {"DiTTransformer2DModel": 2}
 
 
 def tensors(tree):
@@ -138,7 +145,7 @@ def test_off_is_off_and_cached_steps_equal_full_ones(name, kind):
                         output = call(denoiser, kwargs)
                     assert handle.trace.records[-1].symbol == symbol
                     if symbol == "c":
-                        assert counter.count == 0, "what is bypassed has run"
+                        assert counter.count == (0 if kind != "span" else ASKED_OUTSIDE.get(name, 0))
                         assert all(relative(a, b) < 1e-5 for a, b in zip(output, plain, strict=True))
                     else:
                         assert counter.count or not resting
@@ -194,7 +201,8 @@ def test_without_its_hint_a_class_is_not_understood(name, monkeypatch):
     roles = inputs_of(denoiser)
     assert expected.latent[0] == roles.latent
     monkeypatch.delitem(HINTS, name)
-    try:
+    if roles.timestep is None:
+        with pytest.raises(AnatomyError, match="no argument that is called like a timestep"):
+            inputs_of(denoiser)
+    else:
         assert inputs_of(denoiser).latent != roles.latent
-    except AnatomyError as error:
-        assert "no argument that is called like a timestep" in str(error)

@@ -143,7 +143,7 @@ IMAGES = (
         {
             "in_channels": 4,
             "patch_size": 2,
-            "dim": 16,
+            "dim": 24,
             "n_layers": 3,
             "n_refiner_layers": 1,
             "n_heads": 2,
@@ -153,7 +153,7 @@ IMAGES = (
             "min_num_gist_tokens": 3,
             "max_num_gist_tokens": 3,
             "gist_step": 1,
-            "axes_dims": (4, 2, 2),
+            "axes_dims": (4, 4, 4),
             "axes_lens": (32, 32, 32),
         },
         latent=(4, 8, 8),

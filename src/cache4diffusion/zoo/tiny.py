@@ -75,7 +75,7 @@ class Tiny:
             module = self.cls(**self.config)
             for parameter in module.parameters():
                 if parameter.ndim > 1:
-                    nn.init.normal_(parameter, std=(parameter.numel() / max(len(parameter), 1) or 1) ** -0.5)
+                    nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
                 elif not parameter.any():
                     nn.init.normal_(parameter, std=0.2)
             torch.manual_seed(1)
