@@ -104,6 +104,8 @@ class Trunk:
         if not op.inputs:
             return ()
         if op.name in JOINS:
+            if op.detail == len(self.recording.shape(serial)) - 1 and len(op.inputs) > 1:
+                return ()  # wider tokens are others
             return _unique(t for operand, w in joined(self.recording, op, window) for t in self.reach(operand, w))
         if op.name in WRITES:  # what was there before, and what was written into it
             return _unique(t for operand in (op.inputs[0], op.inputs[-1]) for t in self.reach(operand))
