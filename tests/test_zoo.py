@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import cache4diffusion as c4d
 import renaming
 from cache4diffusion import anatomy, zoo
 from cache4diffusion.accelerate import attach
@@ -21,6 +22,8 @@ from cache4diffusion.engine.inputs import inputs_of
 from cache4diffusion.errors import AnatomyError, UnknownNameError
 from cache4diffusion.gates import FixedInterval
 from cache4diffusion.inspection import SITES, why_not
+from cache4diffusion.sites import Blocks, Denoiser, Linears, Parts, Span
+from cache4diffusion.tokens import TopScore
 from small_denoisers import LinearCounter
 
 pytestmark = [  # what some denoisers say when they run on a CPU
@@ -161,6 +164,55 @@ def resting_linears(denoiser, paths):
 
 def relative(a, b):
     return float((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-9))
+
+
+def run(name, composition, steps=6):
+    """Outputs of a run in which nothing changes, one letter per step, and how far each is from the plain output."""
+    denoiser, kwargs, found = specimen(name)
+    plain = call(denoiser, kwargs)
+    with attach(denoiser, {"denoiser": denoiser}, {"denoiser": composition}, nan_guard="now") as handle:
+        handle._engines[0].prepare((), kwargs, anatomy=found)
+        with handle.run(num_steps=steps):
+            outputs = [call(denoiser, kwargs) for _ in range(steps)]
+        letters = "".join(record.symbol for record in handle.trace.records)
+    return letters, [max(relative(a, b) for a, b in zip(output, plain, strict=True)) for output in outputs]
+
+
+@pytest.mark.parametrize("name", ["HunyuanDiT2DModel", "UniDiffuserModel", "UVit2DModel"])
+@pytest.mark.parametrize(("front", "back"), [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2)])
+def test_spans_are_right_where_long_skips_leave_them(name, front, back):
+    letters, errors = run(name, Composition(Span(front, back), FixedInterval(3)))
+    assert letters == "FccFcc"
+    assert max(errors) < 1e-5
+
+
+@pytest.mark.parametrize("site", [Denoiser("residual"), Span(form="output"), Blocks(), Linears()])
+@pytest.mark.parametrize("name", ["ZImageTransformer2DModel", "LatteTransformer3DModel", "ConsisIDTransformer3DModel"])
+def test_other_sites_are_right_where_latents_are_listed_and_blocks_interrupted(name, site):
+    letters, errors = run(name, Composition(site, FixedInterval(3)))
+    assert letters == "FccFcc"
+    assert max(errors) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["HunyuanVideo", "OvisImage", "QwenImage21", "PRX", "AuraFlow"])
+def test_tokens_can_be_computed_apart(kind):
+    """Attention in several pieces, half of what is joined at full length, or another projection in front of a part."""
+    rule = TopScore(recompute_ratio=0.3, cross_weight=0.0, bonus=0.0)
+    (name,) = (name for name in CLASSES if name in (f"{kind}Transformer2DModel", f"{kind}Transformer3DModel"))
+    letters, errors = run(name, Composition(Parts(), FixedInterval(3), tokens=rule))
+    assert letters == "FppFpp"
+    assert max(errors) < 1e-5
+
+
+def test_a_filter_of_pictures_is_refused_where_text_is_among_the_tokens():
+    reason = why_not(c4d.method("seacache").compose(), *specimen_call("Lumina2Transformer2DModel"))
+    assert "image and text are in one row" in reason
+    assert why_not(c4d.method("seacache").compose(), *specimen_call("FluxTransformer2DModel")) is None
+
+
+def specimen_call(name):
+    denoiser, kwargs, found = specimen(name)
+    return denoiser, (), kwargs, found
 
 
 def test_nine_of_ten_classes_have_each_kind_of_site():
