@@ -27,7 +27,6 @@ from cache4diffusion.compare import parse_method
 from cache4diffusion.composition import Composition
 from cache4diffusion.copies import CopyEngine
 from cache4diffusion.engine.inputs import inputs_of
-from cache4diffusion.engine.leaves import get_argument
 from cache4diffusion.errors import AnatomyError, SettingError
 from cache4diffusion.gates import Step
 from cache4diffusion.method import Method
@@ -300,8 +299,7 @@ class Rehearsal:
         return next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
 
     def _latent(self) -> Tensor:
-        roles = inputs_of(self.twin)
-        return get_argument(roles.module, *self.calls[0], (roles.latent,))
+        return inputs_of(self.twin).split(*self.calls[0])[1]
 
 
 def _steps_that_fill(composition: Composition, letters: str) -> int:

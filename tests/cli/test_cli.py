@@ -40,6 +40,61 @@ def facts(*words):
     return json.loads(run(*words, "--json").stdout)
 
 
+# --- inspect ---------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_says_how_a_denoiser_is_built_and_what_can_serve_it():
+    (found,) = facts("inspect", "FluxTransformer2DModel")
+    assert found["class"] == "FluxTransformer2DModel"
+    assert [(stack["path"], stack["blocks"], stack["main"]) for stack in found["stacks"]] == [
+        ("transformer_blocks", 2, True),
+        ("single_transformer_blocks", 2, True),
+    ]
+    assert {row["kind"] for row in found["streams"]} == {"image", "text"}
+    assert {row["name"]: row["kind"] for row in found["parts"]} == {
+        "attn": "attn", "ff": "ffn", "ff_context": "ffn", "proj_out": "fused",
+    }  # fmt: skip
+    assert found["token_grid"] == [1, 3, 3]
+    assert found["batch_axes"]["hidden_states"] == 0
+    assert found["batch_axes"]["img_ids"] is None
+    assert found["sites"] | {"levels": True} == dict.fromkeys(["whole", "span", "parts", "levels"], True)
+    assert found["methods"].keys() == c4d.METHODS.keys()
+    not_served = {name: why for name, why in found["methods"].items() if why is not True}
+    assert not_served.keys() == {"deepcache"}
+    assert "no U-Net levels" in not_served["deepcache"]
+    assert found["hints"] == []
+
+
+def test_inspect_of_a_pipeline_looks_at_its_denoisers(scenes):
+    (found,) = facts("inspect", scenes)
+    assert (found["name"], found["class"]) == ("transformer", "FluxTransformer2DModel")
+    text = run("inspect", scenes).stdout
+    assert "methods can serve it: " in text
+    assert re.search(r"^not deepcache: .*no U-Net levels", text, re.MULTILINE)
+
+
+def test_inspect_of_a_unet_gives_its_levels_and_declared_facts_are_named():
+    (found,) = facts("inspect", "UNet2DModel")
+    assert found["levels"]["skips"] == 4
+    assert found["methods"]["deepcache"] is True
+    assert "no stack of blocks" in found["methods"]["fbcache"]
+    (found,) = facts("inspect", "UVit2DModel")
+    assert found["timestep"] is None
+    assert "codebook" in found["hints"][0]
+
+
+def test_inspect_of_every_class_names_those_it_does_not_know(monkeypatch):
+    class Unheard:
+        pass
+
+    known = {"DiTTransformer2DModel": None, "Unheard9Transformer": Unheard}
+    monkeypatch.setattr("cache4diffusion.zoo.denoiser_classes", lambda: known)
+    dit, unheard = facts("inspect", "--all-diffusers")
+    assert dit["methods"]["taylorseer"] is True
+    assert (unheard["class"], unheard["methods"]) == ("Unheard9Transformer", {})
+    assert unheard["unknown"] == "no configuration is known of this class yet"
+
+
 # --- help -------------------------------------------------------------------------------------------------------------
 
 
@@ -60,6 +115,7 @@ def test_no_command_is_a_stub_and_every_command_speaks_json():
         "cite",
         "demo",
         "generate",
+        "inspect",
         "methods",
         "report",
         "selfcheck",

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from cache4diffusion.anatomy.arguments import TIMESTEP_NAMES, is_clock, timestep_name
+from cache4diffusion.anatomy.hints import hint_of
 from cache4diffusion.engine.leaves import get_argument, parameter_names, take_apart
 from cache4diffusion.errors import AnatomyError
 
-TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "time_step", "sigma", "sigmas", "noise_labels", "timestep_r")
 _CONDITIONING_WORDS = (
     "encoder_hidden",
     "pooled",
@@ -22,8 +24,9 @@ _CONDITIONING_WORDS = (
     "prompt",
     "caption",
     "text",
+    "input_ids",
 )
-_NEVER_CONDITIONING = ("control", "residual", "sample", "ids", "guidance", "mask", "rotary")
+_NEVER_CONDITIONING = ("control", "residual", "sample", "guidance", "mask", "rotary", "rope", "indexes", "indices")
 
 
 @dataclass(frozen=True)
@@ -33,48 +36,67 @@ class Inputs:
     Args:
         module: the denoiser (or what ``torch.compile`` made of it).
         latent: name of the argument that is denoised.
-        timestep: name of the clock.
+        timestep: name of the clock; None where there is none, and steps are told by the scheduler alone.
         conditioning: names of the arguments that differ between CFG branches.
     """
 
     module: nn.Module
     latent: str
-    timestep: str
+    timestep: str | None
     conditioning: tuple[str, ...]
 
     def split(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Tensor, list[Tensor]]:
         """Timestep, latent and conditioning tensors of one call.
 
+        A latent that is handed over as a list, a tensor per sample, is stacked, or laid end to end in one row if its
+        tensors differ in shape.
+
         Raises:
             AnatomyError: the latent is no tensor.
         """
-        latent = get_argument(self.module, args, kwargs, (self.latent,))
-        if not isinstance(latent, Tensor):
-            raise AnatomyError(f"{type(self.module).__name__}: argument {self.latent!r} should be the latent tensor.")
+        latent = self._latent(args, kwargs)
         tensors: list[Tensor] = []
         for name in self.conditioning:
             value = get_argument(self.module, args, kwargs, (name,))
             if value is not None:
                 tensors += take_apart(value)[0]
+        if self.timestep is None:
+            return 0.0, latent, tensors
         return get_argument(self.module, args, kwargs, (self.timestep,)), latent, tensors
+
+    def _latent(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        found = get_argument(self.module, args, kwargs, (self.latent,))
+        if isinstance(found, Tensor):
+            return found
+        items = take_apart(found)[0] if isinstance(found, (list, tuple)) else []
+        if not items:
+            raise AnatomyError(f"{type(self.module).__name__}: argument {self.latent!r} should be the latent tensor.")
+        if len({item.shape for item in items}) == 1:
+            return torch.stack(list(items))
+        return torch.cat([item.reshape(1, -1) for item in items], dim=1)
 
 
 def inputs_of(denoiser: nn.Module) -> Inputs:
-    """Tell the roles by the names in ``forward``'s signature.
+    """Tell the roles by the names in ``forward``'s signature, and by what is declared of the class.
 
     Raises:
         AnatomyError: no argument has the name of a clock.
     """
-    plain = getattr(denoiser, "_orig_mod", denoiser)
+    plain, hint = getattr(denoiser, "_orig_mod", denoiser), hint_of(denoiser)
     names = parameter_names(type(plain))
-    timestep = next((name for name in TIMESTEP_NAMES if name in names), None)
-    if timestep is None or len(names) < 2:
+    timestep = timestep_name(names) if hint.has_clock else None
+    if (timestep is None and hint.has_clock) or len(names) < 2:
         raise AnatomyError(
             f"{type(plain).__name__}.forward({', '.join(names)}) has no argument that is called like a timestep "
             f"({', '.join(TIMESTEP_NAMES)}), so runs and steps cannot be told apart."
         )
     others = [name for name in names if name != timestep]
-    latent, rest = others[0], others[1:]
-    allowed = [name for name in rest if not any(word in name for word in _NEVER_CONDITIONING)]
+    latent = hint.latent or others[0]
+    rest = [name for name in others if name != latent]
+    allowed = [name for name in rest if not _is_place(name) and not is_clock(name)]
     named = [name for name in allowed if any(word in name for word in _CONDITIONING_WORDS) or name == "y"]
     return Inputs(plain, latent, timestep, tuple(named or allowed))
+
+
+def _is_place(name: str) -> bool:
+    return any(word in name for word in _NEVER_CONDITIONING) or (name.endswith("ids") and name != "input_ids")

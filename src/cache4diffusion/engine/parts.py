@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
 from cache4diffusion.anatomy import Anatomy, Block, Inner, Part
-from cache4diffusion.anatomy.facts import InnerRole
+from cache4diffusion.anatomy.facts import BESIDE, InnerRole
 from cache4diffusion.engine.decide import prediction_error
 from cache4diffusion.engine.driver import Driver, Rested
 from cache4diffusion.engine.driver import Inner as InnerCall
@@ -37,7 +37,7 @@ class PartsDriver(Driver):
     site: Parts
     part_site: type[PartSite] = PartSite
     resting_module: type[RestingModule] = RestingModule
-    rests: tuple[InnerRole, ...] = ("nan_token", "zero_width")  # inner modules that need not run while parts do not
+    rests: tuple[InnerRole, ...] = get_args(InnerRole)  # inner modules that need not run while parts do not
 
     def __init__(self, host: Host, site: Parts) -> None:
         super().__init__(host, site)
@@ -75,7 +75,7 @@ class PartsDriver(Driver):
         for site in self.sites:
             for inner in site.part.inner:
                 # What enters a part is what its norm makes: for those who look at it, norms run.
-                is_read = self.sees_input and inner.role == "nan_token"
+                is_read = self.sees_input and inner.role != "zero_width"
                 if inner.role in self.rests and not is_read and all(path in wrapped for path in inner.feeds):
                     resting[inner.path] = inner
         self.resting = [self.resting_module(inner, modules[path], self) for path, inner in resting.items()]
@@ -184,7 +184,7 @@ class PartsDriver(Driver):
             lengths = {"image": 0, "text": 0}
             streams = self.host.blocks[position].streams
             for stream, value in zip(streams, self.host.stream_inputs(position, args, kwargs), strict=True):
-                lengths["text" if stream.kind == "text" else "image"] += value.shape[1]
+                lengths["text" if stream.kind in BESIDE else "image"] += value.shape[1]
             context.state.extra[f"lengths.{position}"] = (lengths["image"], lengths["text"])
         return inner(*args, **kwargs)
 
@@ -212,7 +212,7 @@ class PartsDriver(Driver):
         if ready is not None:
             like, rows = take_apart(ready)[0][0], context.batch if context.rows is None else len(context.rows)
             for rest in self.resting:
-                if rest.inner.role == "zero_width":
+                if rest.inner.role != "nan_token":
                     rest.blank = rest.blanks(like, rows)
 
     def _collect(self) -> None:

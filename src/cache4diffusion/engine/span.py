@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 from torch import Tensor
@@ -31,8 +32,8 @@ class Stretch:
 def stretches(site: Span, lengths: list[int], seams: tuple[bool, ...]) -> list[Stretch]:
     """Cut the main block lists into stretches.
 
-    One over all lists where the streams keep their shape at the seams; else one per list, all under one decision;
-    with ``per_list`` one per list, each under its own.
+    One over all lists that go on with what the one before left; else one per list, all under one decision; with
+    ``per_list`` one per list, each under its own.
 
     Args:
         site: counts of blocks at the front and the back that always run.
@@ -61,6 +62,23 @@ def stretches(site: Span, lengths: list[int], seams: tuple[bool, ...]) -> list[S
     return found
 
 
+def broken(stretch: Stretch, starts: Sequence[int]) -> list[Stretch]:
+    """A stretch in pieces that begin where the denoiser makes something else of the streams, under its one decision."""
+    cuts = [stretch.first, *(start for start in starts if stretch.first < start <= stretch.last), stretch.last + 1]
+    if len(cuts) == 2:
+        return [stretch]
+    return [
+        replace(stretch, name=f"{stretch.name}.{number}", first=first, last=end - 1)
+        for number, (first, end) in enumerate(pairwise(cuts))
+    ]
+
+
+def breaks_of(anatomy: Anatomy) -> list[int]:
+    """Positions of the main blocks that do not go on with what the one before left in their list."""
+    starts = accumulate((len(stack.blocks) for stack in anatomy.main), initial=0)
+    return [start + number for start, stack in zip(starts, anatomy.main, strict=False) for number in stack.breaks]
+
+
 class SpanDriver(Driver):
     """Predicts what spans of blocks add to each stream, or what they make of it.
 
@@ -87,7 +105,8 @@ class SpanDriver(Driver):
                 f"{anatomy.denoiser} has no stack of blocks that carries the latent, so there is no span to cache. "
                 "Methods for the whole denoiser ('taylorseer-lite') or for U-Net levels ('deepcache') may work."
             )
-        self.stretches = self.cut([len(stack.blocks) for stack in anatomy.main], anatomy.seams)
+        whole = self.cut([len(stack.blocks) for stack in anatomy.main], anatomy.seams)
+        self.stretches = self._in_pieces(whole, set(breaks_of(anatomy)))
         self._check_predictor(anatomy)
         self._passing = {}
         if not self.stretches:
@@ -98,6 +117,29 @@ class SpanDriver(Driver):
             block = self.host.blocks[position]
             if not block.can_rebuild or any(s.output is None and s.feeds_output for s in block.streams):
                 raise AnatomyError(f"{block.path} returns more than its streams, so it cannot be bypassed.")
+
+    def _in_pieces(self, whole: Sequence[Stretch], starts: set[int]) -> list[Stretch]:
+        """Cut stretches where a block does not go on with what the one before left, and behind every block whose output
+        somebody reads who runs on cached steps: what leaves a stretch is predicted, what passes through it is not.
+
+        Args:
+            whole: the stretches.
+            starts: positions at which a piece must begin.
+        """
+        while True:
+            pieces = [piece for stretch in whole for piece in broken(stretch, sorted(starts))]
+            more = {p + 1 for piece in pieces for p in self._read_outside(piece, pieces)} - starts
+            if not more:
+                return pieces
+            starts = starts | more
+
+    def _read_outside(self, piece: Stretch, pieces: Sequence[Stretch]) -> list[int]:
+        """Positions in a piece, but for its last, whose output is read by what runs, or by what a piece begins with."""
+        blocks = self.host.blocks
+        together = [other for other in pieces if other.key == piece.key]
+        rest = {blocks[p].path for other in together for p in range(other.first + 1, other.last + 1)}
+        rest.add(blocks[piece.first].path)
+        return [p for p in range(piece.first, piece.last) if not rest.issuperset(blocks[p].block.read_by)]
 
     def _check_predictor(self, anatomy: Anatomy) -> None:
         """Leave out what the predictor does not serve; see whether what it sees is there at all."""

@@ -182,16 +182,20 @@ class Stage:
     def _loop(self, subject: Subject) -> list[Tensor]:
         roles = inputs_of(subject.denoiser)
         args, kwargs = subject.calls[0]
-        clock = get_argument(roles.module, args, kwargs, (roles.timestep,))
+        clock = None if roles.timestep is None else get_argument(roles.module, args, kwargs, (roles.timestep,))
         latent, outputs = get_argument(roles.module, args, kwargs, (roles.latent,)), []
-        half = latent.shape[0] // 2
-        is_guided = half * 2 == latent.shape[0] and torch.equal(latent[:half], latent[half:])  # both branches at once
+        is_whole = isinstance(latent, Tensor) and latent.is_floating_point()
+        half = latent.shape[0] // 2 if is_whole else 0
+        is_even = half > 0 and half * 2 == latent.shape[0]
+        is_guided = is_even and torch.equal(latent[:half], latent[half:])  # both branches at once
         for index in range(self.steps):
-            time = clock * (self.steps - index) / self.steps
-            if isinstance(clock, Tensor):
-                time = time.to(clock.dtype)
-            changed = {(roles.timestep,): time, (roles.latent,): latent}
+            changed: dict[Any, Any] = {(roles.latent,): latent}
+            if clock is not None:
+                time = clock * (self.steps - index) / self.steps
+                changed[(roles.timestep,)] = time.to(clock.dtype) if isinstance(clock, Tensor) else time
             outputs += tensors(subject.compute(with_arguments(roles.module, args, kwargs, changed)))
+            if not is_whole:  # a list of samples, or indices of a codebook: what changes is the clock
+                continue
             last = outputs[-1]
             latent = latent - 0.1 * last if last.shape == latent.shape else 0.97 * latent
             if is_guided:
