@@ -128,7 +128,7 @@ def test_a_batch_of_one_works_too(name):
 
 
 @every_class
-@pytest.mark.parametrize("kind", ["whole", "span", "parts"])
+@pytest.mark.parametrize("kind", [pytest.param("whole", marks=pytest.mark.slow), "span", "parts"])
 def test_off_is_off_and_cached_steps_equal_full_ones(name, kind):
     denoiser, kwargs, found = specimen(name)
     site = SITES[of_blocks(name) if kind == "span" else kind]
