@@ -61,6 +61,11 @@ def is_clock(name: str) -> bool:
     return name in TIMESTEP_NAMES or not CLOCK_WORDS.isdisjoint(name.split("_"))
 
 
+def is_no_prompt(name: str) -> bool:
+    """Whether an argument of this name does not vary with the prompt: places, sizes, and what is added to features."""
+    return any(word in f"_{name}" for word in _NO_PROMPT) and not name.endswith(_PROMPT_IDS)
+
+
 class Arguments:
     """The roles of a recorded forward's tensor arguments.
 
@@ -164,9 +169,7 @@ class Arguments:
             self.latent is not None and path[:1] == self.latent[:1]
         ):
             return False
-        name = self.name(path)
-        is_place = any(word in f"_{name}" for word in _NO_PROMPT) and not name.endswith(_PROMPT_IDS)
-        return not is_clock(self.name(path[:1])) and not is_place
+        return not is_clock(self.name(path[:1])) and not is_no_prompt(self.name(path))
 
 
 def _likeness(shape: tuple[int, ...], output: tuple[int, ...]) -> int:

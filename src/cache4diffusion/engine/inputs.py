@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cache4diffusion.anatomy.arguments import TIMESTEP_NAMES, is_clock, timestep_name
+from cache4diffusion.anatomy.arguments import TIMESTEP_NAMES, is_clock, is_no_prompt, timestep_name
 from cache4diffusion.anatomy.hints import hint_of
 from cache4diffusion.engine.leaves import get_argument, parameter_names, take_apart
 from cache4diffusion.errors import AnatomyError
@@ -26,7 +26,7 @@ _CONDITIONING_WORDS = (
     "text",
     "input_ids",
 )
-_NEVER_CONDITIONING = ("control", "residual", "sample", "guidance", "mask", "rotary", "rope", "indexes", "indices")
+_NEVER_COMPARED = ("sample", "mask")  # other latents, and what is as long as the prompt but not its words
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,7 @@ def inputs_of(denoiser: nn.Module) -> Inputs:
     others = [name for name in names if name != timestep]
     latent = hint.latent or others[0]
     rest = [name for name in others if name != latent]
-    allowed = [name for name in rest if not _is_place(name) and not is_clock(name)]
+    apart = [name for name in rest if not is_no_prompt(name) and not is_clock(name)]
+    allowed = [name for name in apart if not any(word in name for word in _NEVER_COMPARED)]
     named = [name for name in allowed if any(word in name for word in _CONDITIONING_WORDS) or name == "y"]
     return Inputs(plain, latent, timestep, tuple(named or allowed))
-
-
-def _is_place(name: str) -> bool:
-    return any(word in name for word in _NEVER_CONDITIONING) or (name.endswith("ids") and name != "input_ids")

@@ -292,7 +292,7 @@ class SpanDriver(Driver):
             residuals = context.scratch.get("front_residuals")
             return None if residuals is None else [residuals[i] for i in self.kept(stretch)]
         count = len(context.rows) if context.rows is not None else context.batch
-        broadcast = context.state.layouts[stretch.name]
+        broadcast = context.state.broadcast[stretch.name]
         streams = zip((entered[i] for i in self.kept(stretch)), broadcast, strict=True)
         return [leaf.expand(count, *leaf.shape[1:]) if is_one and len(leaf) == 1 else leaf for leaf, is_one in streams]
 
@@ -303,9 +303,9 @@ class SpanDriver(Driver):
 
         A map of what enters would leave as few.
         """
-        known = context.state.layouts.get(stretch.name, (False,) * len(features))
+        known = context.state.broadcast.get(stretch.name, (False,) * len(features))
         pairs = zip(known, (entered[i] for i in self.kept(stretch)), features, strict=True)
-        context.state.layouts[stretch.name] = tuple(was or len(x) < len(feature) for was, x, feature in pairs)
+        context.state.broadcast[stretch.name] = tuple(was or len(x) < len(feature) for was, x, feature in pairs)
 
     def _some_rows(
         self,
