@@ -19,8 +19,9 @@ from cache4diffusion.zoo.others import OTHERS
 from cache4diffusion.zoo.tiny import Case, Tiny
 from cache4diffusion.zoo.unets import UNETS
 from cache4diffusion.zoo.videos import VIDEOS
+from cache4diffusion.zoo.wan import WAN
 
-TINY: dict[str, Tiny] = {tiny.kind: tiny for tiny in (*IMAGES, *VIDEOS, *OTHERS, *UNETS)}
+TINY: dict[str, Tiny] = {tiny.kind: tiny for tiny in (*IMAGES, *VIDEOS, *WAN, *OTHERS, *UNETS)}
 """By class name."""
 
 _NO_DENOISERS = ("controlnet", "adapter", "autoencoder", "vae")
