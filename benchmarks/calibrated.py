@@ -25,14 +25,13 @@ from cache4diffusion import reference
 from cache4diffusion.calibration import load_calibration
 from cache4diffusion.calls import quiet, sampler
 from cache4diffusion.cli.models import load_model
-from cache4diffusion.compare import compare
 from cache4diffusion.cost import summarise
 from cache4diffusion.files import check_writable, write_whole
 from cache4diffusion.measure import Row, wilson_interval
 from cache4diffusion.measure.table import decibels, percent, points, speedup
+from side_by_side import side_by_side
 
 SCHEMA = 1
-BATCH = 16
 SEED = 1000  # of captions that settings are chosen on
 SOUND = 0.9  # the share above which a verdict speaks of a sound basis
 REUSE = [
@@ -89,19 +88,7 @@ def measure(loaded: Any, names: Sequence[str], captions: int, folder: Path) -> d
         pairs[name] = (chosen, c4d.method(other, **rest), settings, (other, rest), file)
         variants |= {repr(each): each for each in pairs[name][:2]}
         print(f"{name}: beside {other}({rest})", file=sys.stderr)
-    results = compare(
-        loaded.pipe,
-        reference.held_out_captions(captions, 0),
-        list(variants.values()),
-        steps=loaded.steps,
-        batch=BATCH,
-        judge=loaded.judge,
-        family=loaded.family,
-        name=loaded.name,
-        call=loaded.call,
-        fewer_steps=False,
-        flops_captions=2,
-    ).results
+    results = side_by_side(loaded, list(variants.values()), captions, fewer_steps=False)
     rows = dict(zip(variants, results.methods, strict=True))
     return {
         "schema": SCHEMA,
@@ -194,7 +181,7 @@ def page(result: dict[str, Any]) -> str:
 
 def _called(name: str, settings: dict[str, Any]) -> str:
     words = ", ".join(f"{key}={round(v, 4) if isinstance(v, float) else v}" for key, v in settings.items())
-    return f"`{name}({words})`"
+    return f"`{name}({words})`" if words else f"`{name}`"
 
 
 def main(arguments: list[str] | None = None) -> int:

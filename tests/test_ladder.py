@@ -69,6 +69,11 @@ def test_a_broken_calibration_is_refused(tmp_path):
         ladder(tmp_path)
 
 
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(FileFormatError, match=r"There is no folder .*nowhere of calibrations"):
+        ladder(tmp_path / "nowhere")
+
+
 def test_a_reference_model_names_its_shipped_calibrations(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "__file__", str(tmp_path / "__init__.py"))
     made_by_hand(tmp_path / "calibrations").parent.rename(tmp_path / "scenes-toy")

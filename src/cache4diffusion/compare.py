@@ -269,7 +269,7 @@ def compare(
     for given, words in ((prompts, "prompts"), (methods, "methods")):
         if isinstance(given, str):
             raise SettingError(f"compare({words}={given!r}): give a list, even of one.")
-    keep_going = bool(options.pop("keep_going", is_all))
+    options.setdefault("keep_going", is_all)
     prompts, call = list(prompts), dict(call or {})
     seeds = list(range(seeds, seeds + len(prompts))) if isinstance(seeds, int) else list(seeds)
     if not prompts or not methods:
@@ -300,7 +300,7 @@ def compare(
         for variant in variants:
             if isinstance(variant, MethodVariant):
                 variant.calls = calls
-                if not keep_going:  # there the first run shows what cannot serve this pipeline
+                if not options["keep_going"]:  # there the first run shows what cannot serve this pipeline
                     with variant.attach():
                         pass
         measured = bench(
@@ -315,7 +315,6 @@ def compare(
             denoiser=list(found.values()),
             conditions=_conditions(pipe, name, call, {"left_out": left_out, **options.pop("conditions", {})}),
             progress=progress,
-            keep_going=keep_going,
             **options,
         )
     if results is not None:

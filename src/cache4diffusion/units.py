@@ -1,4 +1,4 @@
-"""Sizes in words and back."""
+"""Sizes in words and back, and settings in few words."""
 
 from __future__ import annotations
 
