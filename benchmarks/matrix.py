@@ -246,7 +246,9 @@ def method_for(pipe: Any, text: str, prompts: list[Any], call: dict[str, Any]) -
     name, given = parse_method(text)
     settings = {**SETTINGS.get(name, {}), **given}
     if c4d.METHODS[name].info.needs_calibration and "calibration" not in settings:
-        settings["calibration"] = c4d.calibrate(pipe, name, prompts, steps=STEPS, call=call, **OPTIONS.get(name, {}))
+        settings["calibration"] = c4d.calibrate(
+            pipe, name, prompts, steps=STEPS, call=call, trial=0, **OPTIONS.get(name, {})
+        )
     return c4d.method(name, **settings)
 
 

@@ -546,7 +546,7 @@ def test_calibrate_writes_says_and_merges(monkeypatch, tmp_path):
     from cache4diffusion.cli import models
 
     pipe = toys.flux_pipeline()
-    call = {"height": 16, "width": 16, "guidance_scale": 1.0}
+    call = {"height": 16, "width": 16, "guidance_scale": 1.0, "output_type": "latent"}
     monkeypatch.setattr(models, "load_model", lambda *_: models.Model(pipe, "toy", call, 5))
     monkeypatch.setattr(
         models, "prompts_to_calibrate", lambda model, count, file, seed: [toys.prompt(seed + i) for i in range(2)]
@@ -554,15 +554,30 @@ def test_calibrate_writes_says_and_merges(monkeypatch, tmp_path):
     parts = []
     for seed in (0, 2):
         out = tmp_path / f"part{seed}.safetensors"
-        made = facts("calibrate", "toy", "--method", "smoothcache", "--seed", str(seed), "--out", str(out))
+        made = facts(
+            "calibrate",
+            "toy",
+            "--method",
+            "smoothcache(threshold=0.5)",
+            "--trial",
+            "1",
+            "--seed",
+            str(seed),
+            "--out",
+            str(out),
+        )
         assert made["options"] == {"lookahead": 3}
         assert "explains" in made["quality"]["transformer"]["verdict"]
+        assert made["trial"]["method"] == "smoothcache(threshold=0.5)"
+        assert len(made["trial"]["errors"]) == 1
+        assert made["verdict"].endswith("calibration here.")
+        assert made["is_sound"] is (made["quality"]["transformer"]["r2"] >= 0.9 and "not worth" not in made["verdict"])
         assert Path(made["plots"][0]).read_text().startswith("<svg")
         parts.append(str(out))
     whole = tmp_path / "whole.safetensors"
     said = run("calibrate", "--merge", *parts, "--out", str(whole)).stdout.splitlines()
     assert said[0].startswith("transformer: the mean of a step explains")
-    assert said[1] == str(whole)
+    assert said[1:3] == ["It was not tried in sampling: compare before use.", str(whole)]
     assert len(load_calibration(whole).provenance.samples) == 4
 
 
@@ -572,6 +587,7 @@ def test_calibrate_writes_says_and_merges(monkeypatch, tmp_path):
         (["calibrate", "toy", "--out", "x"], "--method is missing"),
         (["calibrate", "a", "b", "--method", "teacache", "--out", "x"], "give one model, or join"),
         (["calibrate", "toy", "--method", "fora", "--out", "x"], "fora needs no calibration"),
+        (["calibrate", "toy", "--method", "teacache(treshold=1)", "--out", "x"], "did you mean 'threshold'"),
         (["calibrate", "toy", "--method", "teacache", "--set", "degre=3", "--out", "x"], "did you mean 'degree'"),
         (["calibrate", "--merge", "nowhere", "--out", "x"], "There is no calibration nowhere"),
         (["calibrate", "--merge", "a", "--method", "teacache", "--out", "x"], "--merge joins files"),
