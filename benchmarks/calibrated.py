@@ -6,7 +6,8 @@
 Each method runs with a calibration made by ``c4d calibrate`` (see `calibrations.py`) beside its *counterpart*: the same
 method with numbers that were not measured here, or else the nearest uncalibrated one. Of the counterpart's settings the
 one is taken whose FLOPs, counted on two captions, are closest. A method *loses* where half of the captions or fewer are
-closer to the uncached image than with its counterpart; then its verdict must not have called it sound.
+closer to the uncached image than with its counterpart; then the tool must not have called it sound: both the fit and
+the trial have a say in that.
 """
 
 from __future__ import annotations
@@ -18,42 +19,46 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import cache4diffusion as c4d
 from cache4diffusion import reference
 from cache4diffusion.calibration import load_calibration
+from cache4diffusion.calls import quiet, sampler
 from cache4diffusion.cli.models import load_model
-from cache4diffusion.compare import compare
+from cache4diffusion.cost import summarise
 from cache4diffusion.files import check_writable, write_whole
-from cache4diffusion.measure import Results, Row, wilson_interval
+from cache4diffusion.measure import Row, wilson_interval
 from cache4diffusion.measure.table import decibels, percent, points, speedup
+from calibrations import SETTINGS
+from side_by_side import side_by_side
 
 SCHEMA = 1
-SOUND = 0.9  # the share above which a verdict speaks of a sound basis
+SEED = 1000  # of captions that settings are chosen on
 REUSE = [
     *(("fora", {"interval": interval, "warmup": 50 - left}) for interval in (2, 3, 4) for left in range(4, 50, 2)),
     *(("fora", {"interval": interval}) for interval in range(2, 7)),
 ]
 PAIRS: dict[str, tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]] = {
-    "smoothcache": ({"threshold": 0.15}, REUSE),
-    "icc": ({"interval": 2}, REUSE),
+    "smoothcache": (SETTINGS["smoothcache"], REUSE),
+    "icc": (SETTINGS["icc"], REUSE),
     "l2c": ({}, REUSE),
     "lazydit": ({}, REUSE),
-    "teacache": ({"threshold": 0.2}, [("teacache", {"threshold": 0.02 * 1.15**i}) for i in range(28)]),
-    "magcache": ({"threshold": 0.12}, [("magcache", {"threshold": 0.01 * 1.25**i}) for i in range(24)]),
-    "fastcache": ({"threshold": 0.2}, [("fbcache", {"threshold": 0.01 * 1.2**i}) for i in range(24)]),
+    "teacache": (SETTINGS["teacache"], [("teacache", {"threshold": 0.02 * 1.15**i}) for i in range(28)]),
+    "magcache": (SETTINGS["magcache"], [("magcache", {"threshold": 0.01 * 1.25**i}) for i in range(24)]),
+    "fastcache": (SETTINGS["fastcache"], [("fbcache", {"threshold": 0.01 * 1.2**i}) for i in range(24)]),
 }
 """A method: its settings, and what it is held against, the cheapest last."""
 
 
 def closest(loaded: Any, target: Any, others: Sequence[tuple[str, dict[str, Any]]]) -> tuple[str, dict[str, Any]]:
     """The counterpart whose FLOPs are closest to the target's, by bisection: FLOPs fall along the list."""
-    wanted = speedups(loaded, [target])[0]
-    known: dict[int, float] = {}
+    wanted, known = reached(loaded, target), {}
 
     def at(index: int) -> float:
         if index not in known:
             name, settings = others[index]
-            known[index] = speedups(loaded, [c4d.method(name, **settings)])[0]
+            known[index] = reached(loaded, c4d.method(name, **settings))
         return known[index]
 
     low, high = 0, len(others) - 1
@@ -63,52 +68,57 @@ def closest(loaded: Any, target: Any, others: Sequence[tuple[str, dict[str, Any]
     return others[min((low, high), key=lambda index: abs(at(index) - wanted))]
 
 
-def speedups(loaded: Any, methods: Sequence[Any]) -> list[float]:
-    """FLOPs speed-ups on two captions that are not measured later."""
-    made = _compare(loaded, methods, reference.held_out_captions(2, 1000), 1000, batch=2, fewer_steps=False)
-    return [row.flops_speedup for row in made.methods]
+def reached(loaded: Any, method: Any) -> float:
+    """FLOPs speed-up of one run on two captions that are not measured later."""
+    sample = sampler(loaded.pipe, loaded.call)
+    with c4d.accelerate(loaded.pipe, method) as handle, quiet(loaded.pipe), torch.inference_mode():
+        sample(reference.held_out_captions(2, SEED), [SEED, SEED + 1], loaded.steps)
+        speedup = summarise(handle).predicted
+    assert speedup is not None
+    return speedup
 
 
-def _compare(loaded: Any, methods: Sequence[Any], captions: list[str], seed: int, **options: Any) -> Results:
-    return compare(
-        loaded.pipe,
-        captions,
-        list(methods),
-        seeds=seed,
-        steps=loaded.steps,
-        judge=loaded.judge,
-        family=loaded.family,
-        name=loaded.name,
-        call=loaded.call,
-        progress=False,
-        flops_captions=2,
-        **options,
-    ).results
-
-
-def measure(loaded: Any, name: str, captions: int, folder: Path) -> dict[str, Any]:
-    """A method and its counterpart on the same captions."""
-    settings, others = PAIRS[name]
-    file = folder / f"{name}.safetensors"
-    chosen = c4d.method(name, **settings, calibration=str(file))
-    other, rest = closest(loaded, chosen, sorted(others, key=_cost))
-    results = _compare(
-        loaded, [chosen, c4d.method(other, **rest)], reference.held_out_captions(captions, 0), 0, batch=16
-    )
-    mine, theirs = results.methods
-    assert mine.psnr_per_caption is not None and theirs.psnr_per_caption is not None
-    wins = sum(a > b for a, b in zip(mine.psnr_per_caption, theirs.psnr_per_caption, strict=True))
-    quality = next(iter(load_calibration(file).entries.values())).quality
+def measure(loaded: Any, names: Sequence[str], captions: int, folder: Path) -> dict[str, Any]:
+    """Methods and their counterparts, all on the same captions."""
+    pairs, variants = {}, {}
+    for name in names:
+        settings, others = PAIRS[name]
+        file = folder / f"{name}.safetensors"
+        chosen = c4d.method(name, **settings, calibration=str(file))
+        other, rest = closest(loaded, chosen, sorted(others, key=_cost))
+        pairs[name] = (chosen, c4d.method(other, **rest), settings, (other, rest), file)
+        variants |= {repr(each): each for each in pairs[name][:2]}
+        print(f"{name}: beside {other}({rest})", file=sys.stderr)
+    results = side_by_side(loaded, list(variants.values()), captions, fewer_steps=False)
+    rows = dict(zip(variants, results.methods, strict=True))
     return {
-        "method": name,
+        "schema": SCHEMA,
+        "conditions": results.conditions.model_dump(mode="json"),
+        "caption": results.conditions.caption(),
+        "pairs": [
+            {"method": name, **pair_of(rows[repr(chosen)], rows[repr(other)], settings, called, file)}
+            for name, (chosen, other, settings, called, file) in pairs.items()
+        ],
+    }
+
+
+def pair_of(
+    mine: Row, theirs: Row, settings: dict[str, Any], called: tuple[str, dict[str, Any]], file: Path
+) -> dict[str, Any]:
+    """What the file says of a method and its counterpart."""
+    assert mine.psnr_per_caption is not None and theirs.psnr_per_caption is not None
+    made = load_calibration(file)
+    count = len(mine.psnr_per_caption)
+    wins = sum(a > b for a, b in zip(mine.psnr_per_caption, theirs.psnr_per_caption, strict=True))
+    return {
         "settings": settings,
-        "r2": quality.r2,
-        "verdict": quality.verdict,
+        "r2": made.entry.quality.r2,
+        "verdict": made.verdict(),
+        "is_sound": made.is_sound,
         "calibrated": facts_of(mine),
-        "counterpart": {"method": other, "settings": rest, **facts_of(theirs)},
-        "wins": wins / captions,
-        "wins_interval": list(wilson_interval(wins, captions, 0.95)),
-        "conditions": results.conditions.caption(),
+        "counterpart": {"method": called[0], "settings": called[1], **facts_of(theirs)},
+        "wins": wins / count,
+        "wins_interval": list(wilson_interval(wins, count, 0.95)),
     }
 
 
@@ -128,14 +138,13 @@ def facts_of(row: Row) -> dict[str, Any]:
         "psnr": row.psnr,
         "accuracy_difference": row.accuracy_difference,
         "accuracy_difference_interval": row.accuracy_difference_interval,
-        "psnr_wins": row.psnr_wins,
         "strip": row.strip,
     }
 
 
 def contradicts(pair: dict[str, Any]) -> bool:
     """Whether a method loses that its verdict called sound."""
-    return pair["wins"] <= 0.5 and (pair["r2"] or 0.0) > SOUND
+    return pair["wins"] <= 0.5 and pair["is_sound"]
 
 
 def page(result: dict[str, Any]) -> str:
@@ -148,7 +157,7 @@ def page(result: dict[str, Any]) -> str:
         "whose image is closer to the uncached one than the counterpart's, with its 95 % interval. Written by "
         "`benchmarks/calibrated.py`.",
         "",
-        result["pairs"][0]["conditions"],
+        result["caption"],
         "",
         "| method | R² | FLOPs | PSNR dB | Δ points | counterpart | FLOPs | PSNR dB | Δ points | wins |",
         "| --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: |",
@@ -164,7 +173,9 @@ def page(result: dict[str, Any]) -> str:
         cells.append(f"{percent(pair['wins'])} [{100 * low:.0f}, {100 * high:.0f}]")
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "## What the tool said", ""]
-    lines += [f"- `{pair['method']}`: {pair['verdict']}" for pair in result["pairs"]]
+    for pair in result["pairs"]:
+        lines.append(f"- `{pair['method']}`, {'sound' if pair['is_sound'] else 'not called sound'}:")
+        lines += [f"  - {line}" for line in pair["verdict"].splitlines()]
     wrong = [pair["method"] for pair in result["pairs"] if contradicts(pair)]
     lost = [pair["method"] for pair in result["pairs"] if pair["wins"] <= 0.5]
     lines += ["", f"Lost to its counterpart: {', '.join(f'`{name}`' for name in lost) or 'none'}."]
@@ -174,7 +185,7 @@ def page(result: dict[str, Any]) -> str:
 
 def _called(name: str, settings: dict[str, Any]) -> str:
     words = ", ".join(f"{key}={round(v, 4) if isinstance(v, float) else v}" for key, v in settings.items())
-    return f"`{name}({words})`"
+    return f"`{name}({words})`" if words else f"`{name}`"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -191,14 +202,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--methods {','.join(unknown)}: use some of {', '.join(PAIRS)}")
     file = Path(f"{options.write}.json")
     check_writable(file)
-    loaded = load_model(options.model)
-    known = {pair["method"]: pair for pair in json.loads(file.read_text())["pairs"]} if file.exists() else {}
-    for name in names:
-        known[name] = measure(loaded, name, options.captions, options.calibrations)
-        result = {"schema": SCHEMA, "pairs": [known[each] for each in PAIRS if each in known]}
-        write_whole(file, json.dumps(result, indent=1) + "\n")
-        file.with_suffix(".md").write_text(page(result), encoding="utf-8")
-        print(f"{name}: measured", file=sys.stderr)
+    result = measure(load_model(options.model), names, options.captions, options.calibrations)
+    write_whole(file, json.dumps(result, indent=1) + "\n")
+    file.with_suffix(".md").write_text(page(result), encoding="utf-8")
     return int(any(contradicts(pair) for pair in result["pairs"]))
 
 

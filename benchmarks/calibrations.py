@@ -2,6 +2,7 @@
 
     python benchmarks/calibrations.py                               # all, into out/calibrations
     python benchmarks/calibrations.py --methods l2c,lazydit
+    python benchmarks/calibrations.py --again                       # the fits that are there, with a new trial
     python benchmarks/calibrations.py --ship 2000000                # and ship what fits into so many bytes
 
 Prompts are captions of the reference model that no benchmark is judged by. Beside the files comes
@@ -23,6 +24,7 @@ import torch
 import cache4diffusion as c4d
 from cache4diffusion import data, reference
 from cache4diffusion.calibration import Calibration, load_calibration
+from cache4diffusion.calibration.run import try_out
 from cache4diffusion.files import check_writable, write_whole
 
 SEED = 1000  # of the first caption and its noise; benchmarks begin at 0
@@ -33,26 +35,35 @@ TRAINED = 4
 OPTIONS: dict[str, dict[str, Any]] = {
     "l2c": {"runs": 16, "rate": 0.2, "price": 1e-4},
     "lazydit": {"runs": 16, "rate": 1e-3, "price": 1e-3},
-    "harmonica": {"runs": 16, "rate": 0.2, "price": 1e-5, "refresh": 8},
+    "harmonica": {"runs": 16, "rate": 0.2, "price": 1e-6, "refresh": 8},
     "block-caching": {"runs": 12, "rate": 0.02, "threshold": 0.2},
     "md-dit": {"runs": 12, "rate": 0.02},
     "l2p": {"interval": 6, "warmup": 10},
     "icc": {"rank": 32},
 }
+# What is tried, where that is not the default: settings at which something is cached here.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "smoothcache": {"threshold": 0.15},
+    "teacache": {"threshold": 0.1},
+    "magcache": {"threshold": 0.12},
+    "fastcache": {"threshold": 0.2},
+    "icc": {"interval": 2},
+}
+TRIED = 8  # captions
 # What ships, the most wanted first, as long as there is room.
-WANTED = ("smoothcache", "teacache", "magcache", "l2c", "lazydit", "fastcache", "icc")
+WANTED = (
+    *("smoothcache", "teacache", "magcache", "l2c", "lazydit", "dpcache", "lemica", "harmonica", "l2p", "taocache"),
+    *("bacache", "md-dit", "block-caching", "fastcache", "icc"),
+)
 
 
 def made_for(pipe: Any, name: str) -> tuple[Calibration, dict[str, Any]]:
     """A calibration, and how it was made."""
     options = OPTIONS.get(name, {})
     count = TRAINED if "runs" in options else CAPTIONS
-    call = dict(reference.SAMPLING)
-    steps = call.pop("num_inference_steps")
-    begun = time.perf_counter()
-    made = c4d.calibrate(
-        pipe, name, reference.held_out_captions(count, SEED), seeds=SEED, steps=steps, call=call, **options
-    )
+    begun, (steps, call) = time.perf_counter(), sampling()
+    captions = reference.held_out_captions(count, SEED)
+    made = c4d.calibrate(pipe, name, captions, seeds=SEED, steps=steps, call=call, trial=0, **options)
     facts = {
         "method": name,
         "options": options,
@@ -63,6 +74,20 @@ def made_for(pipe: Any, name: str) -> tuple[Calibration, dict[str, Any]]:
         "quality": {key: asdict(entry.quality) for key, entry in made.entries.items()},
     }
     return made, facts
+
+
+def sampling() -> tuple[int, dict[str, Any]]:
+    """Steps, and the other arguments of the pipeline's call."""
+    call = dict(reference.SAMPLING)
+    return call.pop("num_inference_steps"), call
+
+
+def tried(pipe: Any, made: Calibration) -> Calibration:
+    """The calibration with a trial, on as many captions for every method."""
+    steps, call = sampling()
+    method = c4d.method(made.method, **SETTINGS.get(made.method, {}), calibration=made)
+    trial = try_out(pipe, method, reference.held_out_captions(TRIED, SEED), seeds=SEED, steps=steps, call=call)
+    return replace(made, trial=trial)
 
 
 def slim(made: Calibration) -> Calibration:
@@ -99,6 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", default="scenes-flux", help="a reference model")
     parser.add_argument("--methods", help="comma-separated; all that take a calibration by default")
     parser.add_argument("--out", type=Path, default=Path("out/calibrations"), help="a folder")
+    parser.add_argument("--again", action="store_true", help="fit nothing: try those of the folder anew")
     parser.add_argument("--ship", type=int, metavar="BYTES", help="also ship those of the folder that fit")
     options = parser.parse_args(arguments)
     takes = sorted(name for name, cls in c4d.METHODS.items() if cls.calibrator is not None)
@@ -111,9 +137,11 @@ def main(arguments: list[str] | None = None) -> int:
     known = json.loads(record.read_text()) if record.exists() else {}
     pipe = reference.load(options.model)
     for name in filter(None, names):
-        made, facts = made_for(pipe, name)
-        file = made.save(options.out / f"{name}.safetensors")
-        known[name] = {**facts, "bytes": file.stat().st_size}
+        file = options.out / f"{name}.safetensors"
+        made, facts = (load_calibration(file), known[name]) if options.again else made_for(pipe, name)
+        made = tried(pipe, made)
+        made.save(file)
+        known[name] = {**facts, "bytes": file.stat().st_size, "trial": asdict(made.trial) if made.trial else None}
         write_whole(record, json.dumps(known, indent=1) + "\n")
         print(f"{name}: {facts['seconds']} s, {file.stat().st_size} bytes, {made.verdict()}", file=sys.stderr)
     if options.ship is not None:

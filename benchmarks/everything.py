@@ -21,15 +21,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import cache4diffusion as c4d
-from cache4diffusion import reference
 from cache4diffusion.cli.models import load_model
-from cache4diffusion.compare import compare
 from cache4diffusion.info import FAMILIES
 from cache4diffusion.ladder import ladder
 from cache4diffusion.measure import MeasureError, Results, Row, markdown_table
 from cache4diffusion.measure.table import decibels, percent, points, speedup, steps
-
-BATCH = 16
+from side_by_side import side_by_side
 
 
 def front_of(rows: Iterable[Row]) -> list[Row]:
@@ -69,26 +66,6 @@ def merged(parts: Sequence[Results]) -> Results:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def measure(model: str, methods: Sequence[object], captions: int, results: Path) -> Results:
-    """Methods beside the uncached pipeline and fewer steps, as ``c4d bench`` measures them."""
-    loaded = load_model(model)
-    made = compare(
-        loaded.pipe,
-        reference.held_out_captions(captions, 0),
-        list(methods),
-        steps=loaded.steps,
-        batch=BATCH,
-        judge=loaded.judge,
-        family=loaded.family,
-        name=loaded.name,
-        call=loaded.call,
-        results=results,
-        flops_captions=2,
-        keep_going=True,
-    )
-    return made.results
-
-
 def part_file(folder: Path, family: str) -> Path:
     return folder / f"{family.replace(' ', '-')}.json"
 
@@ -102,14 +79,16 @@ def measure_families(options: argparse.Namespace) -> None:
         print(f"{family}: {len(members)} rows", file=sys.stderr)
         if missing:
             raise SystemExit(f"{', '.join(missing)}: make their calibrations first, with benchmarks/calibrations.py")
-        measure(options.model, members, options.captions, part_file(options.parts, family))
+        file = part_file(options.parts, family)
+        side_by_side(load_model(options.model), members, options.captions, results=file, keep_going=True)
 
 
 def measure_front(results: Results, options: argparse.Namespace) -> Results:
     """The rows of the front that cache, and what is given by name, on more captions."""
     wanted = [row for row in front_of(results.methods) if row.flops_speedup > 1.1]
     methods = [c4d.method(row.method, **_given(row)) for row in wanted]
-    return measure(options.model, [*methods, *options.also], options.front, Path(f"{options.write}-front.json"))
+    file = Path(f"{options.write}-front.json")
+    return side_by_side(load_model(options.model), [*methods, *options.also], options.front, results=file)
 
 
 def _given(row: Row) -> dict[str, object]:

@@ -41,6 +41,12 @@ BATCHES = (1, 3)
 # Where the defaults are for denoisers with more blocks than these have.
 SETTINGS: dict[str, dict[str, Any]] = {"dbcache": {"front": 1}, "dbprune": {"front": 1}}
 
+# Trainings are as short as can be: what is learned does not matter here. Random blocks change much.
+OPTIONS: dict[str, dict[str, Any]] = {
+    **{name: {"runs": 1} for name in ("harmonica", "l2c", "lazydit", "md-dit")},
+    "block-caching": {"runs": 1, "threshold": 0.8},
+}
+
 
 # --- tiny pipelines ---------------------------------------------------------------------------------------------------
 
@@ -240,7 +246,9 @@ def method_for(pipe: Any, text: str, prompts: list[Any], call: dict[str, Any]) -
     name, given = parse_method(text)
     settings = {**SETTINGS.get(name, {}), **given}
     if c4d.METHODS[name].info.needs_calibration and "calibration" not in settings:
-        settings["calibration"] = c4d.calibrate(pipe, name, prompts, steps=STEPS, call=call)
+        settings["calibration"] = c4d.calibrate(
+            pipe, name, prompts, steps=STEPS, call=call, trial=0, **OPTIONS.get(name, {})
+        )
     return c4d.method(name, **settings)
 
 

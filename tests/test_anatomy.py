@@ -152,6 +152,97 @@ def test_refiners_before_text_and_image_meet_are_not_main():
     assert found.main[0].blocks[0].streams[0].kind == "joint"
 
 
+# What only some classes have ----
+
+
+def of_class(kind):
+    return anatomy.observe(*zoo.of_class(kind)())
+
+
+def test_text_that_the_denoiser_widens_between_blocks_is_still_text():
+    """BriaFibo puts another layer of the text encoder into half of the text's channels in front of every block."""
+    found = of_class("BriaFiboTransformer2DModel")
+    kinds = [[stream.kind for stream in block.streams] for block in found.main[0].blocks]
+    assert kinds == [["text", "image"], ["text", "image"]]
+    assert found.main[0].breaks == (1,)
+
+
+@pytest.mark.parametrize(
+    ("kind", "breaks"),
+    [
+        ("ConsisIDTransformer3DModel", (1,)),  # what is added between the blocks is made of what the first one left
+        ("WanAnimateTransformer3DModel", (1,)),
+        ("WanVACETransformer3DModel", ()),  # what is added is made of the control
+        ("FluxTransformer2DModel", ()),
+    ],
+)
+def test_blocks_go_on_with_what_the_one_before_left_or_do_not(kind, breaks):
+    assert of_class(kind).main[0].breaks == breaks
+
+
+def test_lists_that_take_turns_are_told_in_the_order_in_which_they_run():
+    found = of_class("LatteTransformer3DModel")
+    assert [block.path for stack in found.main for block in stack.blocks] == [
+        f"{side}transformer_blocks.{number}" for number in range(2) for side in ("", "temporal_")
+    ]
+    assert found.seams == (False,) * 3
+    assert [len(stack.blocks) for stack in found.stacks] == [2, 2]
+    assert "main: transformer_blocks and temporal_transformer_blocks, by turns" in anatomy.summary(found)
+
+
+def test_who_reads_what_a_block_left_besides_the_next_one():
+    assert [block.read_by for block in observed("hunyuan_dit").main[0].blocks] == [("blocks.3",), (), (), ()]
+    assert all(not block.read_by for stack in observed("flux").main for block in stack.blocks)
+    found = of_class("UniDiffuserModel")
+    assert found.main[0].blocks[0].read_by == ("transformer.transformer_out_blocks.1.block",)
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "expected", "resting"),
+    [
+        ("PRXTransformer2DModel", "down_proj", "ffn", {"gate_proj": "one_token", "up_proj": "one_token"}),
+        ("MiniMaxMusic3Transformer1DModel", "ff_out", "ffn", {"ff_in": "one_token"}),
+        ("LuminaNextDiT2DModel", "attn2.to_out.0", "attn", {"attn1": "one_token", "attn2": "one_token"}),
+        ("AuraFlowTransformer2DModel", "ff", "ffn", {"attn": "one_token"}),
+    ],
+)
+def test_modules_that_work_for_a_part_alone_rest_with_it(kind, part, expected, resting):
+    found = of_class(kind).main[0].blocks[0]
+    assert parts_of(found)[part] == expected
+    assert resting.items() <= inner_of(found).items()
+
+
+def test_what_else_is_denoised_is_neither_image_nor_text():
+    found = of_class("LTX2VideoTransformer3DModel")
+    assert found.others == (("audio_hidden_states",),)
+    assert ("audio_hidden_states",) not in found.conditioning
+    assert [stream.kind for stream in found.main[0].blocks[0].streams] == ["image", "other"]
+
+
+def test_tokens_packed_into_one_row_have_blocks_too():
+    found = of_class("Cosmos3OmniTransformer")
+    assert [stream.kind for stream in found.main[0].blocks[0].streams] == ["text", "image"]
+    assert parts_of(found.main[0].blocks[0]) == {"self_attn": "attn", "mlp": "ffn", "mlp_moe_gen": "ffn"}
+
+
+def test_the_batch_may_be_on_another_axis_or_look_like_a_number_of_frames():
+    llama = of_class("HiDreamImageTransformer2DModel").batch_axes[""].arguments[("encoder_hidden_states_llama3",)]
+    assert llama == 1
+    axes = of_class("HunyuanVideoFramepackTransformer3DModel").batch_axes[""].arguments
+    assert axes[("latents_clean",)] == 0
+    assert axes[("indices_latents_clean",)] is None
+
+
+def test_streams_handed_from_list_to_list_are_no_skips():
+    assert of_class("MotifVideoTransformer3DModel").unet is None
+
+
+def test_a_level_that_makes_its_skip_last_is_a_level():
+    found = of_class("Kandinsky3UNet").unet
+    assert [level.tail_skip for level in found.down] == [0, 1, None]
+    assert (found.mid, found.skips) == (None, 2)
+
+
 # What is found is true ----
 
 

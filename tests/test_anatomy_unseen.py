@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import time
 import weakref
@@ -71,6 +72,31 @@ def test_a_real_first_call_and_one_after_observation_agree_where_the_model_memoi
     module, args, kwargs = zoo.qwen()
     anatomy.observe(module, args, kwargs)
     assert torch.equal(run(module, args, kwargs), expected)
+
+
+class Memory(nn.Module):
+    """A table that is made once: the whole forward is memoised."""
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - as some hosts do
+    def forward(self, count: int) -> torch.Tensor:
+        return torch.arange(count).float()
+
+
+class Placed(zoo.PlainBlock):
+    """Adds a memoised table of places."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        self.places = Memory()
+
+    def forward(self, x, c):
+        return super().forward(x + self.places(x.shape[1])[:, None], c)
+
+
+def test_a_forward_that_is_memoised_itself_remembers_nothing_of_it():
+    module, args, kwargs = zoo.plain(block=Placed)
+    anatomy.observe(module, args, kwargs)
+    assert type(run(module, args, kwargs)) is torch.Tensor
 
 
 def test_hooks_wrappers_and_compiled_calls_are_not_run():

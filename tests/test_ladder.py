@@ -69,6 +69,11 @@ def test_a_broken_calibration_is_refused(tmp_path):
         ladder(tmp_path)
 
 
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(FileFormatError, match=r"There is no folder .*nowhere of calibrations"):
+        ladder(tmp_path / "nowhere")
+
+
 def test_a_reference_model_names_its_shipped_calibrations(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "__file__", str(tmp_path / "__init__.py"))
     made_by_hand(tmp_path / "calibrations").parent.rename(tmp_path / "scenes-toy")
@@ -99,3 +104,9 @@ def test_all_of_a_registry_side_by_side(monkeypatch):
 def test_calibrations_without_all_are_refused():
     with pytest.raises(SettingError, match="is for methods='all'"):
         c4d.compare(None, ["one"], ["fora"], calibrations="folder")
+
+
+@pytest.mark.parametrize("name", sorted(toys.CALIBRATED))
+def test_the_rungs_of_a_calibrated_method_are_made_from_its_calibration(name):
+    for rung in c4d.METHODS[name].info.ladder:
+        c4d.method(name, **{**toys.CALIBRATED[name], **rung}).compose()

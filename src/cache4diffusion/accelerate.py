@@ -15,6 +15,7 @@ from torch import nn
 
 from cache4diffusion import methods as _methods  # noqa: F401 - fills the registry
 from cache4diffusion.anatomy import describe
+from cache4diffusion.anatomy.arguments import TIMESTEP_NAMES
 from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.budget import Budget
 from cache4diffusion.composition import Composition
@@ -23,7 +24,7 @@ from cache4diffusion.engine.admission import Admission
 from cache4diffusion.engine.compiling import WHOLE, forbids_compiled_blocks, hides_sites, is_compiled
 from cache4diffusion.engine.finite import NanGuard
 from cache4diffusion.engine.host import no_stack
-from cache4diffusion.engine.inputs import TIMESTEP_NAMES, inputs_of
+from cache4diffusion.engine.inputs import inputs_of
 from cache4diffusion.engine.leaves import parameter_names
 from cache4diffusion.engine.listener import Listener
 from cache4diffusion.engine.trajectory import refuse

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from cache4diffusion.calls import Call, check_call, default_steps, first_step, q
 from cache4diffusion.composition import Composition
 from cache4diffusion.cost import Summary, summarise
 from cache4diffusion.errors import SettingError
-from cache4diffusion.few_steps import FewStepsWarning
+from cache4diffusion.few_steps import unconcerned
 from cache4diffusion.files import check_writable
 from cache4diffusion.handle import Handle
 from cache4diffusion.ladder import ladder
@@ -28,10 +27,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from cache4diffusion.measure import Bench
-
-
-# The warning of a run in which nothing was cached. Where rows and findings say so, it need not be raised as well.
-NOTHING_CACHED = r"0 of \d+ steps were cached"
 
 
 def parse_method(text: str) -> tuple[str, dict[str, Any]]:
@@ -102,9 +97,7 @@ class MethodVariant:
     @contextmanager
     def attach(self) -> Iterator[Seen]:
         """Accelerate for the time of one run."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=NOTHING_CACHED)  # it becomes a note of the row
-            warnings.simplefilter("ignore", FewStepsWarning)  # so does this
+        with unconcerned():  # it becomes a note of the row
             choice = Choice(self.chosen, self.axes, self.options.unlimited if self.is_weighed else self.options)
             with start(self.pipe, choice) as handle:
                 for engine in handle._engines:
@@ -269,7 +262,7 @@ def compare(
     for given, words in ((prompts, "prompts"), (methods, "methods")):
         if isinstance(given, str):
             raise SettingError(f"compare({words}={given!r}): give a list, even of one.")
-    keep_going = bool(options.pop("keep_going", is_all))
+    options.setdefault("keep_going", is_all)
     prompts, call = list(prompts), dict(call or {})
     seeds = list(range(seeds, seeds + len(prompts))) if isinstance(seeds, int) else list(seeds)
     if not prompts or not methods:
@@ -300,7 +293,7 @@ def compare(
         for variant in variants:
             if isinstance(variant, MethodVariant):
                 variant.calls = calls
-                if not keep_going:  # there the first run shows what cannot serve this pipeline
+                if not options["keep_going"]:  # there the first run shows what cannot serve this pipeline
                     with variant.attach():
                         pass
         measured = bench(
@@ -315,7 +308,6 @@ def compare(
             denoiser=list(found.values()),
             conditions=_conditions(pipe, name, call, {"left_out": left_out, **options.pop("conditions", {})}),
             progress=progress,
-            keep_going=keep_going,
             **options,
         )
     if results is not None:

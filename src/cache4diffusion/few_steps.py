@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -39,6 +40,15 @@ FEW_STEP_WORDS = ("schnell", "turbo", "lightning", "lcm", "sprint", "hyper", "tc
 
 class FewStepsWarning(UserWarning):
     """Caching has little to gain in a run."""
+
+
+@contextmanager
+def unconcerned() -> Iterator[None]:
+    """Without the warnings that few steps, or none that were cached, raise: for runs whose figures say so."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FewStepsWarning)
+        warnings.filterwarnings("ignore", message=r"0 of \d+ steps were cached")
+        yield
 
 
 def gain_at_most(composition: Composition, steps: int) -> tuple[str, float]:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cache4diffusion.calibration.store import command
-from cache4diffusion.data import shipped_calibrations
+from cache4diffusion.data import calibrated_models, shipped_calibrations
+from cache4diffusion.errors import FileFormatError
 from cache4diffusion.method import METHODS, Method, method
 
 
@@ -25,9 +26,13 @@ def ladder(calibrations: str | Path | None = None) -> Ladder:
             model whose shipped ones are used; None: methods that need one are left out, others go without.
 
     Raises:
-        FileFormatError: a calibration cannot be used.
+        FileFormatError: there is no such folder or model, or a calibration cannot be used.
         CalibrationError: it was made for another method.
     """
+    if calibrations is not None and not Path(calibrations).is_dir() and str(calibrations) not in calibrated_models():
+        raise FileFormatError(
+            f"There is no folder {calibrations} of calibrations. Shipped ones are for {', '.join(calibrated_models())}."
+        )
     found, left_out = Ladder([], {}), {}
     for name in sorted(METHODS):
         info, given = METHODS[name].info, _calibration(name, calibrations)

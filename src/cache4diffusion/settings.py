@@ -230,6 +230,12 @@ def read_call(text: str, what: str) -> tuple[str, dict[str, Any]]:
     return name.strip(), {str(key): value for key, value in given.items()}
 
 
+def call_text(name: str, settings: typing.Mapping[str, typing.Any]) -> str:
+    """A name and its settings as `read_call` reads them: ``"newton(order=1)"``, or the name alone."""
+    words = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+    return f"{name}({words})" if words else name
+
+
 def _read_value(node: ast.expr, source: str) -> Any:
     if isinstance(node, ast.Name):
         return node.id

@@ -7,7 +7,8 @@ the feature's device again, and sums of snapshots are accumulated in float32 wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,10 @@ from cache4diffusion.errors import SettingError, closest
 
 FP8 = getattr(torch, "float8_e4m3fn", None)
 _LARGEST = 448.0  # of float8_e4m3fn
+
+GROUP_BYTES = 256 * 2**20
+"""The most that operations on many features at once hold beside the cache: of predictions that are made ahead (with
+what they are added up in), and of features that are yet to be copied into it. A single feature may be larger."""
 
 DTYPES: dict[str, torch.dtype] = {
     "fp32": torch.float32,
@@ -110,6 +115,7 @@ class Store:
         pretends: bool = False,
     ) -> None:
         self.storage, self._make, self.pretends = storage or Storage(), copies, pretends
+        self.writes = Writes()
         self._engines: dict[torch.device, CopyEngine] = {}
         self._hosted: WeakIdKeyDictionary = WeakIdKeyDictionary()  # buffers that only pretend to be elsewhere
 
@@ -170,6 +176,70 @@ class Store:
             self._hosted[buffer] = True
 
 
+@dataclass(frozen=True)
+class _Write:
+    """A copy that waits."""
+
+    ring: Ring
+    slot: int
+    leaf: Tensor
+    version: int  # of the leaf when it was to be copied
+    on_change: Callable[[], None]
+
+
+class Writes:
+    """Copies into the slots of rings that wait for one another, to be made in one operation.
+
+    A copy waits only where somebody vouches for its source (`waiting`), and no longer than until
+
+    - sources of `GROUP_BYTES` wait (more is kept alive for no copy's sake),
+    - somebody reads its slot or writes it anew: a `Ring` sees to that,
+    - `make` is called, which whoever vouched must do.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[_Write] = []
+        self._bytes = 0
+        self._on_change: Callable[[], None] | None = None
+
+    @contextmanager
+    def waiting(self, on_change: Callable[[], None]) -> Iterator[None]:
+        """What is written in here may wait: nobody is known to write into it in the meantime.
+
+        Args:
+            on_change: called if somebody did after all. The copy is then not what was to be kept.
+        """
+        before, self._on_change = self._on_change, on_change
+        try:
+            yield
+        finally:
+            self._on_change = before
+
+    def take(self, ring: Ring, slot: int, leaf: Tensor) -> bool:
+        """Whether the copy waits from here on; if not, it is to be made at once.
+
+        In inference mode nobody would notice that a tensor was written into, and a tensor of the cache itself may be.
+        """
+        if self._on_change is None or leaf.is_inference() or ring.holds(leaf):
+            return False
+        size = leaf.untyped_storage().nbytes()  # all that a view keeps alive
+        if self._waiting and self._bytes + size > GROUP_BYTES:
+            self.make()
+        self._waiting.append(_Write(ring, slot, leaf, leaf._version, self._on_change))
+        self._bytes += size
+        return True
+
+    def make(self) -> None:
+        """Make the copies that wait."""
+        if not self._waiting:
+            return
+        writes, self._waiting, self._bytes = self._waiting, [], 0
+        places = [write.ring.land(write.slot) for write in writes]
+        torch._foreach_copy_(places, [write.leaf for write in writes])
+        for on_change in dict.fromkeys(w.on_change for w in writes if w.leaf._version != w.version):
+            on_change()
+
+
 class Ring:
     """Snapshots of one tensor: ``capacity`` slots, each as large as it. Made by `Store.ring`.
 
@@ -181,12 +251,13 @@ class Ring:
         self._store = store
         self.dtype, self.device = like.dtype, like.device
         self.is_away = store.is_away(like.device)
-        self._order = sorted(range(like.ndim), key=lambda axis: (-like.stride(axis), axis))
+        self._order = axes_in_memory(like)
         self.shape = tuple(shape)
         self._kept = store.dtype_for(like.dtype)
         self._is_scaled = FP8 is not None and self._kept == FP8 and like.dtype != FP8
         self._coming: dict[int, tuple[Coming, Coming | None]] = {}  # by slot
-        self.data, self.scales = self._empty(capacity)
+        self._awaited: set[int] = set()  # slots whose copies wait
+        self._fill(*self._empty(capacity))
 
     def _empty(self, capacity: int) -> tuple[Tensor, Tensor | None]:
         device = self._store.storage.device if self.is_away else self.device
@@ -197,8 +268,7 @@ class Ring:
                 return torch.empty(shape, dtype=dtype, device=device)
             return self._store.copies(self.device).room(shape, dtype, device)
 
-        inside = make((capacity, *[self.shape[axis] for axis in self._order]), self._kept)
-        data = inside.permute(0, *[1 + self._order.index(axis) for axis in range(len(self.shape))])
+        data = stacked(lambda shape: make(shape, self._kept), capacity, self.shape, self._order)
         scales = make((capacity, *self.shape[:1]), torch.float32) if self._is_scaled else None
         if self.is_away:
             self._store._note(data)
@@ -206,14 +276,33 @@ class Ring:
                 self._store._note(scales)
         return data, scales
 
+    def _fill(self, data: Tensor, scales: Tensor | None) -> None:
+        self._data, self._slots, self.scales = data, data.unbind(), scales
+
+    @property
+    def data(self) -> Tensor:
+        """The slots, ``[capacity, *shape]``, as they are kept."""
+        self._settle(self._awaited)
+        return self._data
+
     @property
     def capacity(self) -> int:
         """Slots there are now."""
-        return self.data.shape[0]
+        return len(self._slots)
+
+    @property
+    def kept(self) -> torch.dtype:
+        """What the slots are kept in."""
+        return self._kept
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether slots can be read and written as they lie: nothing has to be fetched or unpacked."""
+        return not self.is_away and not self._is_scaled
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything held: the slots, and what is on its way to the feature's device."""
-        yield self.data
+        yield self._data
         if self.scales is not None:
             yield self.scales
         for pair in list(self._coming.values()):
@@ -221,7 +310,7 @@ class Ring:
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor is one of the slots itself."""
-        return tensor.untyped_storage()._cdata == self.data.untyped_storage()._cdata
+        return tensor.untyped_storage()._cdata == self._data.untyped_storage()._cdata
 
     def fits(self, leaf: Tensor, is_some_rows: bool) -> bool:
         """Whether a tensor (or some rows of it) is like the one this was made for."""
@@ -234,17 +323,21 @@ class Ring:
         if self.is_away:
             self._store.copies(self.device).finish()
         before, scales = self.data, self.scales
-        self.data, self.scales = self._empty(capacity)
-        self.data[: before.shape[0]].copy_(before)
+        self._fill(*self._empty(capacity))
+        self._data[: before.shape[0]].copy_(before)
         if scales is not None and self.scales is not None:
             self.scales[: scales.shape[0]].copy_(scales)
 
     def write(self, slot: int, leaf: Tensor, row: int | None = None) -> None:
         """Fill a slot, or one row of it, with a copy of ``leaf``."""
+        self._settle((slot,))
         self._coming.pop(slot, None)
-        place = self.data[slot] if row is None else self.data[slot, row]
-        if not self.is_away and not self._is_scaled:
-            place.copy_(leaf)
+        place = self._slots[slot] if row is None else self._slots[slot][row]
+        if self.is_direct:
+            if row is None and self._store.writes.take(self, slot, leaf):
+                self._awaited.add(slot)
+            else:
+                place.copy_(leaf)
             return
         packed, scale = _pack(leaf, place, is_row=row is not None) if self._is_scaled else (_like(place, leaf), None)
         places = [(packed, place)]
@@ -257,6 +350,16 @@ class Ring:
             else:
                 target.copy_(source)
 
+    def land(self, slot: int) -> Tensor:
+        """The slot that a copy which waited is made into now."""
+        self._awaited.discard(slot)
+        return self._slots[slot]
+
+    def _settle(self, slots: Collection[int]) -> None:
+        """Make copies that wait, if one of them goes into one of these slots."""
+        if self._awaited and not self._awaited.isdisjoint(slots):
+            self._store.writes.make()
+
     def prefetch(self, slot: int) -> None:
         """Begin to bring a slot, if it lies elsewhere."""
         if self.is_away and slot not in self._coming:
@@ -265,11 +368,12 @@ class Ring:
     def _bring(self, slot: int) -> tuple[Coming, Coming | None]:
         copies = self._store.copies(self.device)
         scales = None if self.scales is None else copies.prefetch(self.scales[slot])
-        return copies.prefetch(self.data[slot]), scales
+        return copies.prefetch(self._slots[slot]), scales
 
     def read(self, slot: int) -> Tensor:
         """A slot, on the feature's device: in its dtype, in that it is kept in, or in float32. Not to be written."""
-        data, scales = self.data[slot], None if self.scales is None else self.scales[slot]
+        self._settle((slot,))
+        data, scales = self._slots[slot], None if self.scales is None else self.scales[slot]
         if self.is_away:
             copies = self._store.copies(self.device)
             coming = self._coming.pop(slot, None) or self._bring(slot)
@@ -309,6 +413,26 @@ class Kept:
     def tensors(self) -> Iterator[Tensor]:
         """What is held."""
         yield from self._ring.tensors()
+
+
+def axes_in_memory(tensor: Tensor) -> list[int]:
+    """The axes of a tensor, from that of the largest steps in memory to that of the smallest."""
+    return sorted(range(tensor.ndim), key=lambda axis: (-tensor.stride(axis), axis))
+
+
+def stacked(
+    make: Callable[[tuple[int, ...]], Tensor], count: int, shape: Sequence[int], order: Sequence[int]
+) -> Tensor:
+    """Room ``[count, *shape]`` for tensors that lie in memory one after the other, each with its axes in ``order``.
+
+    Args:
+        make: makes a contiguous tensor of a shape.
+        count: of the tensors.
+        shape: of each.
+        order: as `axes_in_memory` gives it.
+    """
+    inside = make((count, *[shape[axis] for axis in order]))
+    return inside.permute(0, *[1 + order.index(axis) for axis in range(len(shape))])
 
 
 def _like(place: Tensor, leaf: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sizes in words and back."""
+"""Sizes in words and back, and settings in few words."""
 
 from __future__ import annotations
 
@@ -41,3 +41,17 @@ def size_of(value: Any, name: str) -> int:
             f"{name}={value!r}: give bytes as a whole number above 0, or a text such as '2GiB' or '800MB'."
         )
     return int(count)
+
+
+def value_text(value: Any) -> str:
+    """A long list of whole numbers by its runs, ``[0..16, 24, 32]``; anything else as it is."""
+    if not isinstance(value, (list, tuple)) or len(value) < 6 or not all(type(x) is int for x in value):
+        return str(value)
+    runs: list[list[int]] = []
+    for number in value:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    words = [f"{run[0]}..{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
+    return f"[{', '.join(words)}]"

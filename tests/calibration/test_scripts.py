@@ -35,8 +35,8 @@ def test_what_ships_is_slim_and_fits_the_room(tmp_path, monkeypatch):
 
 def test_every_wanted_calibration_is_one_that_a_method_takes():
     takes = {name for name, cls in c4d.METHODS.items() if cls.calibrator is not None}
-    assert set(calibrations.WANTED) == set(calibrated.PAIRS) <= takes
-    assert calibrations.OPTIONS.keys() <= takes
+    assert set(calibrated.PAIRS) <= set(calibrations.WANTED) == takes
+    assert calibrations.OPTIONS.keys() | calibrations.SETTINGS.keys() <= takes
     for name, options in calibrations.OPTIONS.items():
         assert set(options) <= {entry["name"] for entry in c4d.METHODS[name].calibrator.describe()}
 
@@ -45,14 +45,13 @@ def test_every_wanted_calibration_is_one_that_a_method_takes():
 def test_the_closest_counterpart_is_found_in_few_runs(monkeypatch, wanted, index):
     counted = []
 
-    def speedups(loaded, methods):
-        (chosen,) = methods
+    def reached(loaded, chosen):
         if chosen == "target":
-            return [wanted]
+            return wanted
         counted.append(chosen)
-        return [chosen.interval - 1.0]
+        return chosen.interval - 1.0
 
-    monkeypatch.setattr(calibrated, "speedups", speedups)
+    monkeypatch.setattr(calibrated, "reached", reached)
     others = [("fora", {"interval": interval}) for interval in range(2, 22)]
     assert calibrated.closest(None, "target", others) == others[index]
     assert len(counted) <= 8
@@ -66,22 +65,23 @@ def test_counterparts_are_sorted_by_cost():
     assert calibrated._cost(dear) < calibrated._cost(cheap)
 
 
-def pair(wins, r2):
+def pair(wins, sound):
     side = {
         "flops_speedup": 2.0, "latency_speedup": 1.9, "psnr": 40.0, "accuracy_difference": 0.0,
-        "accuracy_difference_interval": [-0.01, 0.01], "psnr_wins": 0.9, "strip": "FcFc",
+        "accuracy_difference_interval": [-0.01, 0.01], "strip": "FcFc",
     }  # fmt: skip
     return {
-        "method": "l2c", "settings": {}, "r2": r2, "verdict": "as it is", "calibrated": side,
+        "method": "l2c", "settings": {}, "r2": 0.8, "verdict": "as it is\nand more", "is_sound": sound,
+        "calibrated": side,
         "counterpart": {"method": "fora", "settings": {"interval": 2}, **side}, "wins": wins,
-        "wins_interval": [0.2, 0.9], "conditions": "made up",
+        "wins_interval": [0.2, 0.9],
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("wins", "r2", "wrong"), [(0.9, 0.95, False), (0.4, 0.5, False), (0.5, 0.95, True)])
-def test_a_verdict_is_wrong_where_what_it_called_sound_loses(wins, r2, wrong):
-    assert calibrated.contradicts(pair(wins, r2)) is wrong
-    text = calibrated.page({"pairs": [json.loads(json.dumps(pair(wins, r2)))]})
+@pytest.mark.parametrize(("wins", "sound", "wrong"), [(0.9, True, False), (0.4, False, False), (0.5, True, True)])
+def test_a_verdict_is_wrong_where_what_it_called_sound_loses(wins, sound, wrong):
+    assert calibrated.contradicts(pair(wins, sound)) is wrong
+    text = calibrated.page({"caption": "made up", "pairs": [json.loads(json.dumps(pair(wins, sound)))]})
     assert ("**Called sound, and lost: `l2c`.**" in text) is wrong
     assert ("Lost to its counterpart: `l2c`" in text) is (wins <= 0.5)
-    assert "- `l2c`: as it is" in text
+    assert f"- `l2c`, {'sound' if sound else 'not called sound'}:\n  - as it is\n  - and more" in text

@@ -228,7 +228,9 @@ def test_shards_that_were_made_otherwise_are_refused(pipe):
         "method": calibrated(pipe, "magcache", first=2),
         "options": calibrated(pipe, "smoothcache", first=2, lookahead=2),
         "steps": calibrated(pipe, "smoothcache", first=2, steps=5),
-        "call": c4d.calibrate(pipe, "smoothcache", prompts(1), seeds=9, steps=STEPS, call={"height": 16, "width": 32}),
+        "call": c4d.calibrate(
+            pipe, "smoothcache", prompts(1), seeds=9, steps=STEPS, trial=0, call={"height": 16, "width": 32}
+        ),
         "fingerprint": calibrated(toys.flux_pipeline(toys.flux(seed=1)), "smoothcache", first=2),
     }
     for field, other in others.items():
@@ -241,7 +243,13 @@ def test_a_sample_counts_once(pipe):
     with pytest.raises(CalibrationError, match=r"2 samples .* are in several"):
         merge_calibrations([made, made])
     same_prompts = c4d.calibrate(
-        pipe, "smoothcache", prompts(2), seeds=7, steps=STEPS, call={"height": 16, "width": 16, "guidance_scale": 1.0}
+        pipe,
+        "smoothcache",
+        prompts(2),
+        seeds=7,
+        steps=STEPS,
+        trial=0,
+        call={"height": 16, "width": 16, "guidance_scale": 1.0},
     )
     assert len(merge_calibrations([made, same_prompts]).provenance.samples) == 4, "another seed is another sample"
 

@@ -163,7 +163,7 @@ def test_the_teachers_trajectory_is_the_uncached_one_and_the_students_is_not(pip
 def test_sequential_guidance_fills_a_cache_for_every_branch():
     pipe = toys.flux_pipeline()
     counter = toys.Counter(pipe.transformer)
-    made = c4d.calibrate(pipe, "l2c", [toys.prompt(1, negative=2)], steps=4, call=CALL, runs=1)
+    made = c4d.calibrate(pipe, "l2c", [toys.prompt(1, negative=2)], steps=4, call=CALL, trial=0, runs=1)
     assert counter.counts[""] == 2 * (4 + 4 + 2 + 4), "look, teacher, student, verdict, in two branches"
     assert len(made.entry.sums["losses"]) == 1
 

@@ -40,6 +40,61 @@ def facts(*words):
     return json.loads(run(*words, "--json").stdout)
 
 
+# --- inspect ---------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_says_how_a_denoiser_is_built_and_what_can_serve_it():
+    (found,) = facts("inspect", "FluxTransformer2DModel")
+    assert found["class"] == "FluxTransformer2DModel"
+    assert [(stack["path"], stack["blocks"], stack["main"]) for stack in found["stacks"]] == [
+        ("transformer_blocks", 2, True),
+        ("single_transformer_blocks", 2, True),
+    ]
+    assert {row["kind"] for row in found["streams"]} == {"image", "text"}
+    assert {row["name"]: row["kind"] for row in found["parts"]} == {
+        "attn": "attn", "ff": "ffn", "ff_context": "ffn", "proj_out": "fused",
+    }  # fmt: skip
+    assert found["token_grid"] == [1, 3, 3]
+    assert found["batch_axes"]["hidden_states"] == 0
+    assert found["batch_axes"]["img_ids"] is None
+    assert found["sites"] | {"levels": True} == dict.fromkeys(["whole", "span", "parts", "levels"], True)
+    assert found["methods"].keys() == c4d.METHODS.keys()
+    not_served = {name: why for name, why in found["methods"].items() if why is not True}
+    assert not_served.keys() == {"deepcache"}
+    assert "no U-Net levels" in not_served["deepcache"]
+    assert found["hints"] == []
+
+
+def test_inspect_of_a_pipeline_looks_at_its_denoisers(scenes):
+    (found,) = facts("inspect", scenes)
+    assert (found["name"], found["class"]) == ("transformer", "FluxTransformer2DModel")
+    text = run("inspect", scenes).stdout
+    assert "methods can serve it: " in text
+    assert re.search(r"^not deepcache: .*no U-Net levels", text, re.MULTILINE)
+
+
+def test_inspect_of_a_unet_gives_its_levels_and_declared_facts_are_named():
+    (found,) = facts("inspect", "UNet2DModel")
+    assert found["levels"]["skips"] == 4
+    assert found["methods"]["deepcache"] is True
+    assert "no stack of blocks" in found["methods"]["fbcache"]
+    (found,) = facts("inspect", "UVit2DModel")
+    assert found["timestep"] is None
+    assert "codebook" in found["hints"][0]
+
+
+def test_inspect_of_every_class_names_those_it_does_not_know(monkeypatch):
+    class Unheard:
+        pass
+
+    known = {"DiTTransformer2DModel": None, "Unheard9Transformer": Unheard}
+    monkeypatch.setattr("cache4diffusion.zoo.denoiser_classes", lambda: known)
+    dit, unheard = facts("inspect", "--all-diffusers")
+    assert dit["methods"]["taylorseer"] is True
+    assert (unheard["class"], unheard["methods"]) == ("Unheard9Transformer", {})
+    assert unheard["unknown"] == "no configuration is known of this class yet"
+
+
 # --- help -------------------------------------------------------------------------------------------------------------
 
 
@@ -60,6 +115,7 @@ def test_no_command_is_a_stub_and_every_command_speaks_json():
         "cite",
         "demo",
         "generate",
+        "inspect",
         "methods",
         "report",
         "selfcheck",
@@ -232,6 +288,9 @@ def test_cite_names_authors_and_source(name):
         (["selfcheck", "--model", "scene-flux"], "did you mean 'scenes-flux'?"),
         (["generate", "--prompt", "x", "--model", "./nowhere"], "There is no folder ./nowhere"),
         (["generate", "--prompt", "x", "--set", "interval=3"], "--set needs a method"),
+        (["bench", "--methods", "all", "--set", "interval=3"], "settings of its own: leave out --set"),
+        (["bench", "--methods", "all", "--cache-dtype", "fp8"], "settings of its own: leave out --set"),
+        (["bench", "--methods", "fora", "--calibrations", "x"], "--calibrations is for --methods all"),
         (["report", "nowhere.json"], "Cannot read results from nowhere.json"),
         (["demo", "--methods", "magcach"], "There is no method 'magcach'"),
         (
@@ -487,7 +546,7 @@ def test_calibrate_writes_says_and_merges(monkeypatch, tmp_path):
     from cache4diffusion.cli import models
 
     pipe = toys.flux_pipeline()
-    call = {"height": 16, "width": 16, "guidance_scale": 1.0}
+    call = {"height": 16, "width": 16, "guidance_scale": 1.0, "output_type": "latent"}
     monkeypatch.setattr(models, "load_model", lambda *_: models.Model(pipe, "toy", call, 5))
     monkeypatch.setattr(
         models, "prompts_to_calibrate", lambda model, count, file, seed: [toys.prompt(seed + i) for i in range(2)]
@@ -495,15 +554,30 @@ def test_calibrate_writes_says_and_merges(monkeypatch, tmp_path):
     parts = []
     for seed in (0, 2):
         out = tmp_path / f"part{seed}.safetensors"
-        made = facts("calibrate", "toy", "--method", "smoothcache", "--seed", str(seed), "--out", str(out))
+        made = facts(
+            "calibrate",
+            "toy",
+            "--method",
+            "smoothcache(threshold=0.5)",
+            "--trial",
+            "1",
+            "--seed",
+            str(seed),
+            "--out",
+            str(out),
+        )
         assert made["options"] == {"lookahead": 3}
         assert "explains" in made["quality"]["transformer"]["verdict"]
+        assert made["trial"]["method"] == "smoothcache(threshold=0.5)"
+        assert len(made["trial"]["errors"]) == 1
+        assert made["verdict"].endswith("calibration here.")
+        assert made["is_sound"] is (made["quality"]["transformer"]["r2"] >= 0.9 and "not worth" not in made["verdict"])
         assert Path(made["plots"][0]).read_text().startswith("<svg")
         parts.append(str(out))
     whole = tmp_path / "whole.safetensors"
     said = run("calibrate", "--merge", *parts, "--out", str(whole)).stdout.splitlines()
     assert said[0].startswith("transformer: the mean of a step explains")
-    assert said[1] == str(whole)
+    assert said[1:3] == ["It was not tried in sampling: compare before use.", str(whole)]
     assert len(load_calibration(whole).provenance.samples) == 4
 
 
@@ -513,6 +587,7 @@ def test_calibrate_writes_says_and_merges(monkeypatch, tmp_path):
         (["calibrate", "toy", "--out", "x"], "--method is missing"),
         (["calibrate", "a", "b", "--method", "teacache", "--out", "x"], "give one model, or join"),
         (["calibrate", "toy", "--method", "fora", "--out", "x"], "fora needs no calibration"),
+        (["calibrate", "toy", "--method", "teacache(treshold=1)", "--out", "x"], "did you mean 'threshold'"),
         (["calibrate", "toy", "--method", "teacache", "--set", "degre=3", "--out", "x"], "did you mean 'degree'"),
         (["calibrate", "--merge", "nowhere", "--out", "x"], "There is no calibration nowhere"),
         (["calibrate", "--merge", "a", "--method", "teacache", "--out", "x"], "--merge joins files"),

@@ -16,6 +16,7 @@ from cache4diffusion.measure import (
     markdown_table,
     write_report,
 )
+from cache4diffusion.measure.variant import labels_of
 
 CAPTIONS = [f"{'dark' if i % 2 else 'bright'} scene {i}" for i in range(10)]
 STEPS = 12
@@ -382,3 +383,11 @@ def test_what_fails_is_left_out_with_the_reason_if_asked_for():
     assert "- left out: broken: no blocks here\n" in text
     nothing = bench(variants[:1], pipeline, CAPTIONS, steps=STEPS, progress=False, keep_going=True).results
     assert [row.name for row in nothing.rows] == ["uncached"]
+
+
+def test_labels_tell_long_lists_by_their_runs():
+    pipeline = Pipeline()
+    one, two = Skip(pipeline, (*range(17), 24, 25, 32, 40)), Skip(pipeline, (0, 1, 3))
+    assert labels_of([one, two]) == ["skip (interval=[0..16, 24, 25, 32, 40])", "skip (interval=(0, 1, 3))"]
+    near = Skip(pipeline, (*range(17), 24, 25, 32, 41))
+    assert len(set(labels_of([one, near]))) == 2

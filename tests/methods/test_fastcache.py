@@ -241,3 +241,20 @@ def test_without_a_calibration_the_command_is_named():
 def test_wrong_settings_are_refused(bad):
     with pytest.raises(SettingError, match=next(iter(bad))):
         Significance(**bad)
+
+
+def test_a_text_that_enters_with_one_row_for_all_leaves_with_one_each():
+    """As the negative prompt of a batch does: the block would have broadcast it, so its map must."""
+    model, many = flux(), flux_inputs(3)
+    many["encoder_hidden_states"] = many["encoder_hidden_states"][:1].expand(3, -1, -1).contiguous()
+    one = {**many, "encoder_hidden_states": many["encoder_hidden_states"][:1]}
+    settings = {"calibration": Calibration.by_hand("fastcache", STEPS, random_maps(5, 2)), "threshold": 0.16}
+    expected, _, stats = accelerated(model, many, STEPS, "fastcache", **settings)
+    found, _, again = accelerated(model, one, STEPS, "fastcache", **settings)
+    assert differences(found, expected) == pytest.approx([0.0] * STEPS, abs=1e-6)
+    assert stats["strip"] == again["strip"] and set(stats["strip"]) > {"F"}
+    hard = {**settings, "threshold": 9.0}
+    found, _, stats = accelerated(model, one, STEPS, "fastcache", **hard)
+    assert stats["strip"] == "F" + "c" * (STEPS - 1), "all blocks of the first list are mapped"
+    expected, _, _ = accelerated(model, many, STEPS, "fastcache", **hard)
+    assert differences(found, expected) == pytest.approx([0.0] * STEPS, abs=1e-6)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 
 from torch import nn
 
 from cache4diffusion.anatomy.flow import ancestors
+from cache4diffusion.anatomy.hints import hint_of
 from cache4diffusion.anatomy.tape import Recording
 from cache4diffusion.anatomy.tree import LeafPath
 from cache4diffusion.anatomy.vocabulary import words
@@ -15,9 +17,10 @@ TIMESTEP_NAMES = (
     "timestep",
     "timesteps",
     "t",
+    "time",
+    "time_step",
     "sigma",
     "sigmas",
-    "time",
     "noise_level",
     "noise_labels",
     "r_timestep",
@@ -25,11 +28,16 @@ TIMESTEP_NAMES = (
 )
 """Likeliest first."""
 
+CLOCK_WORDS = words("timestep timesteps sigma sigmas time")
+"""A name that has one of these as a word is a clock's, if no argument has one of the names above."""
+
 LATENT_NAMES = words("hidden_states sample x latents latent noisy_latents x_t img image hidden_state")
 _NO_PROMPT = words(
-    "guidance ids rotary freqs pos_ control residual block_samples adapter_states size grid height width"
+    "guidance _ids rotary freqs rope pos_ control residual block_samples adapter_states size grid height width indices "
+    "indexes"
 )
 """Arguments with one of these in their name do not vary with the prompt, or vary with every step."""
+_PROMPT_IDS = "input_ids"  # words of a prompt, as numbers; other ids are places
 
 
 def parameter_names(denoiser: nn.Module) -> list[str]:
@@ -42,9 +50,20 @@ def parameter_names(denoiser: nn.Module) -> list[str]:
     return [parameter.name for parameter in parameters if parameter.kind in kinds][1:]
 
 
-def timestep_name(names: list[str]) -> str | None:
+def timestep_name(names: Sequence[str]) -> str | None:
     """The parameter that is the clock, by its name."""
-    return next((name for name in TIMESTEP_NAMES if name in names), None)
+    known = next((name for name in TIMESTEP_NAMES if name in names), None)
+    return known or next((name for name in names if is_clock(name)), None)
+
+
+def is_clock(name: str) -> bool:
+    """Whether an argument of this name tells the noise level: ``timestep``, ``audio_timestep``, ``noise_time``."""
+    return name in TIMESTEP_NAMES or not CLOCK_WORDS.isdisjoint(name.split("_"))
+
+
+def is_no_prompt(name: str) -> bool:
+    """Whether an argument of this name does not vary with the prompt: places, sizes, and what is added to features."""
+    return any(word in f"_{name}" for word in _NO_PROMPT) and not name.endswith(_PROMPT_IDS)
 
 
 class Arguments:
@@ -56,12 +75,13 @@ class Arguments:
     """
 
     def __init__(self, denoiser: nn.Module, recording: Recording) -> None:
-        self.recording = recording
+        self.recording, self.hint = recording, hint_of(denoiser)
         self.given = recording.root.arguments
         self.names = parameter_names(denoiser)
         self.notes: list[str] = []
         self.timestep = self._timestep()
         self.latent = self._latent()
+        self.others = self._others()
         self.conditioning = tuple(path for path in self.given if self._varies_with_prompt(path))
 
     def name(self, path: LeafPath) -> str:
@@ -83,8 +103,10 @@ class Arguments:
             if wanted is not None and len(path) == 1 and self.name(path) == wanted:
                 return path
         for path in self.given:
-            if len(path) == 1 and self.name(path) in TIMESTEP_NAMES:
+            if len(path) == 1 and is_clock(self.name(path)):
                 return path
+        if not self.hint.has_clock:
+            return None
         small = [path for path, serial in self.given.items() if self._feeds_sine(serial)]
         if len(small) == 1:
             self.notes.append(f"argument {small[0]} is taken for the timestep: sines and cosines are made of it alone")
@@ -101,6 +123,9 @@ class Arguments:
 
     def _latent(self) -> LeafPath | None:
         recording = self.recording
+        declared = [path for path in self.given if self.name(path[:1]) == self.hint.latent]
+        if declared:
+            return declared[0]
         live = ancestors(recording, recording.root.outputs.values())
         outputs = [recording.shape(serial) for serial in recording.root.outputs.values()]
         able = [
@@ -122,11 +147,29 @@ class Arguments:
 
         return max(able, key=merit)
 
+    def _others(self) -> tuple[LeafPath, ...]:
+        """Arguments that look like an output of another shape than the latent's."""
+        if self.latent is None:
+            return ()
+        recording, latent = self.recording, self.recording.shape(self.given[self.latent])
+        outputs = {recording.shape(serial) for serial in recording.root.outputs.values()} - {latent}
+        if len(recording.root.outputs) < 2:
+            return ()
+        return tuple(
+            path
+            for path, serial in self.given.items()
+            if path not in (self.latent, self.timestep)
+            and recording.facts[serial].dtype.is_floating_point
+            and len(recording.shape(serial)) > 1
+            and recording.shape(serial) in outputs
+        )
+
     def _varies_with_prompt(self, path: LeafPath) -> bool:
-        if path in (self.timestep, self.latent) or (self.latent is not None and path[:1] == self.latent[:1]):
+        if path in (self.timestep, self.latent, *self.others) or (
+            self.latent is not None and path[:1] == self.latent[:1]
+        ):
             return False
-        name = self.name(path)
-        return name not in TIMESTEP_NAMES and not any(word in name for word in _NO_PROMPT)
+        return not is_clock(self.name(path[:1])) and not is_no_prompt(self.name(path))
 
 
 def _likeness(shape: tuple[int, ...], output: tuple[int, ...]) -> int:

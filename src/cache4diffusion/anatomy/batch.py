@@ -26,20 +26,34 @@ def batch_axes(
         stage: where to run.
         recording: what one forward with the given batch showed.
         latent: the argument whose first axis is the batch.
-        likely: arguments that carry the batch if their first axis has its length; the others are tried, too.
+        likely: arguments that carry the batch if their first axis has its length; the others are tried, too, and then
+            those that have another axis of that length.
         wanted: module paths.
     """
     if len(latent) > 1:
         return {}, ["batch axes were not established (the latent is not one tensor)"]
     root = recording.root
     batch = recording.shape(root.arguments[latent])[0]
-    first_axis = [path for path, serial in root.arguments.items() if recording.shape(serial)[:1] == (batch,)]
-    sure = [path for path in first_axis if path in {latent, *likely}]
+    shapes = {path: recording.shape(serial) for path, serial in root.arguments.items()}
+    first_axis = tuple(path for path, shape in shapes.items() if shape[:1] == (batch,))
+    sure = tuple(path for path in first_axis if path in {latent, *likely})
+    # Whole numbers in a row of this length may be anything: frames, places, a number per sample.
+    numbers = {path for path in first_axis if _is_row_of_numbers(recording, root.arguments[path])}
+    plain = tuple(path for path in first_axis if path in sure or path not in numbers)
+    values = tuple(path for path in plain if path not in numbers)
+    inner_axis = tuple(path for path, shape in shapes.items() if shape[:1] != (batch,) and shape.count(batch) == 1)
+    attempts: list[dict[LeafPath, int]] = [
+        dict.fromkeys(paths, 0) for paths in (first_axis, sure, plain, values, (latent,))
+    ]
+    attempts.insert(2, dict.fromkeys(first_axis, 0) | {path: shapes[path].index(batch) for path in inner_axis})
     reason = ""
-    for grown in dict.fromkeys((tuple(first_axis), tuple(sure), (latent,))):
+    for number, grown in enumerate(attempts):
+        if grown in attempts[:number]:
+            continue
         try:
             other = stage.record(
-                lambda path, tensor, grown=grown: _one_more(tensor) if path in grown else tensor, calls_only=True
+                lambda path, tensor, grown=grown: _one_more(tensor, grown[path]) if path in grown else tensor,
+                calls_only=True,
             )
         except Exception as error:  # any host code may refuse any shape
             reason = reason or f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -51,8 +65,12 @@ def batch_axes(
     return {}, [f"batch axes were not established ({reason})"]
 
 
-def _one_more(tensor: Tensor) -> Tensor:
-    return torch.cat([tensor, tensor[:1]])
+def _one_more(tensor: Tensor, axis: int) -> Tensor:
+    return torch.cat([tensor, tensor.narrow(axis, 0, 1)], dim=axis)
+
+
+def _is_row_of_numbers(recording: Recording, serial: int) -> bool:
+    return len(recording.shape(serial)) == 1 and not recording.facts[serial].dtype.is_floating_point
 
 
 def _compare(one: Recording, other: Recording, batch: int, wanted: set[str]) -> dict[str, Axes]:

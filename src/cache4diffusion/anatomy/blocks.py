@@ -10,7 +10,7 @@ from cache4diffusion.anatomy.facts import OtherLeaf, Stream, StreamKind, StreamR
 from cache4diffusion.anatomy.flow import Sum, Trunk, ancestors, dependents
 from cache4diffusion.anatomy.tape import Call, Recording, TensorSerial
 from cache4diffusion.anatomy.tree import LeafPath, leaves, map_leaves
-from cache4diffusion.anatomy.vocabulary import VIEWS
+from cache4diffusion.anatomy.vocabulary import VIEWS, is_attention
 
 
 @dataclass
@@ -43,6 +43,8 @@ class BlockView:
     threads: list[Thread] = field(default_factory=list)
     sums: list[Sum] = field(default_factory=list)
     restarts: list[str] = field(default_factory=list)
+    read_by: tuple[str, ...] = ()
+    axes: list[int] = field(default_factory=list)  # number of axes of every stream
 
     def look(self, recording: Recording) -> None:
         """Find the streams: outputs that are an argument plus something, of the same shape."""
@@ -52,9 +54,10 @@ class BlockView:
         trunk = Trunk(recording, frozenset(arguments), first=self.call.first)
         sums: dict[int, Sum] = trunk.sums
         taken: set[int] = set()
+        axes = 2 if self._is_packed(recording) else 3
         for path, serial in self.call.outputs.items():
             shape = recording.shape(serial)
-            if len(shape) < 3 or not recording.facts[serial].dtype.is_floating_point:
+            if len(shape) < axes or not recording.facts[serial].dtype.is_floating_point:
                 continue
             reached = [t for t in trunk.reach(serial) if recording.shape(t) == shape and t not in taken]
             if reached:
@@ -63,6 +66,17 @@ class BlockView:
             elif len(shape) == 3 and serial not in arguments:
                 sums = {**sums, **self._look_inside(recording, path, serial, taken)}
         self.sums = sorted(sums.values(), key=lambda item: item.op)
+        self.axes = [len(recording.shape(thread.enters)) for thread in self.threads]
+
+    @property
+    def is_of_tokens(self) -> bool:
+        """Whether what runs through is tokens, ``[B, N, D]`` or all in one row ``[N, D]``, and no map."""
+        return any(axes in (2, 3) for axes in self.axes)
+
+    def _is_packed(self, recording: Recording) -> bool:
+        """Whether tokens of all samples lie in one row: an attention among rows of vectors."""
+        ranks = {len(recording.shape(serial)) for serial in self.call.outputs.values()}
+        return ranks == {2} and any(is_attention(op.name) for op in recording.ops[self.call.first : self.call.last])
 
     def _look_inside(self, recording: Recording, path: LeafPath, serial: int, taken: set[int]) -> dict[int, Sum]:
         """Find a stream that starts at the output of one of the block's own modules; return the sums on its way."""

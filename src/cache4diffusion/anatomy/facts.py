@@ -13,9 +13,12 @@ from typing import Any, Literal
 
 from cache4diffusion.anatomy.tree import LeafPath, Mark, map_leaves
 
-StreamKind = Literal["image", "text", "joint", "unknown"]
+StreamKind = Literal["image", "other", "text", "joint", "unknown"]
+BESIDE = ("text", "other")
+"""Kinds of streams that run beside the image: tokens that lie in no picture."""
+
 PartKind = Literal["attn", "cross_attn", "ffn", "fused", "other"]
-InnerRole = Literal["nan_token", "zero_width"]
+InnerRole = Literal["nan_token", "zero_width", "one_token"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Stream:
     Args:
         argument: where it enters.
         output: where it leaves; None if the block is the last to use it (the text of SD3's last block).
-        kind: what the tokens stand for, by where they came from.
+        kind: what the tokens stand for, by where they came from; ``other``: what else is denoised, such as sound.
         feeds_output: whether what leaves here can still reach the denoiser's output.
     """
 
@@ -43,7 +46,8 @@ class Inner:
         path: module path from the denoiser.
         role: what may stand for each of its output leaves. ``nan_token``: ``x.new_full((B, 1, D), nan)``, which
             broadcasts through scale and shift. ``zero_width``: ``x.new_empty((B, N, 0))``, which vanishes in the
-            concatenation in front of a fused projection. Which leaves there are is seen when it runs.
+            concatenation in front of a fused projection. ``one_token``: as ``nan_token``, in the width of what it
+            returns. Which leaves there are is seen when it runs.
         kind: ``attn``, ``norm``, or ``tokenwise`` (a projection or an activation).
         feeds: paths of all the parts that read it. It may rest only if all of them do.
     """
@@ -111,6 +115,8 @@ class Block:
         mutates: stream arguments that the block changes in place.
         inputs: its other tensor arguments (timestep embedding, rotary tables, conditioning, ...).
         calls: how often it runs per denoiser call.
+        read_by: who reads what it left, besides the main block after it: paths of later blocks (long skips) or of other
+            modules, ``""`` for the denoiser's own code.
     """
 
     path: str
@@ -120,6 +126,7 @@ class Block:
     mutates: tuple[LeafPath, ...] = ()
     inputs: tuple[LeafPath, ...] = ()
     calls: int = 1
+    read_by: tuple[str, ...] = ()
 
     @property
     def can_rebuild(self) -> bool:
@@ -137,11 +144,20 @@ class Block:
 
 @dataclass(frozen=True)
 class Stack:
-    """Blocks that run one after another. ``is_main``: on the way of the image stream through the whole denoiser."""
+    """Blocks that run one after another.
+
+    Args:
+        path: of the list.
+        blocks: in the order in which they run.
+        is_main: whether they are on the way of the image stream through the whole denoiser.
+        breaks: numbers of the blocks that do not go on with what the one before left: the denoiser makes something else
+            of it in between. What is merely added to it, and does not depend on it, is no break.
+    """
 
     path: str
     blocks: tuple[Block, ...]
     is_main: bool
+    breaks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -224,15 +240,17 @@ class Anatomy:
     Args:
         denoiser: class name.
         stacks: every list of token blocks, also the small and the nested ones.
-        main: those that carry the image stream, in order.
-        seams: for each pair of consecutive main stacks, whether the streams pass from one to the next unchanged in
-            shape (one span may then cover both).
+        main: those that carry the image stream, in order; of lists that take turns, every turn is a stack.
+        seams: for each pair of consecutive main stacks, whether the second goes on with what the first left (one span
+            may then cover both).
         unet: the levels, if it is a U-Net.
         timestep, latent: where they are among the denoiser's arguments; None if not established.
+        others: what is denoised besides the latent: arguments of the shape of another output.
         conditioning: the other tensor arguments that vary with the prompt.
         outputs: where tensors are in the denoiser's output.
         batch_axes: by module path (``""`` is the denoiser): which axis carries the batch.
         signal: what a gate like TeaCache's watches.
+        tokens: length of the image stream in front of the first main block; None if other tokens are joined to it.
         notes: what was assumed, and what could not be established.
     """
 
@@ -243,8 +261,10 @@ class Anatomy:
     unet: UNet | None = None
     timestep: LeafPath | None = None
     latent: LeafPath | None = None
+    others: tuple[LeafPath, ...] = ()
     conditioning: tuple[LeafPath, ...] = ()
     outputs: tuple[LeafPath, ...] = ()
     batch_axes: Mapping[str, Axes] = field(default_factory=dict)
     signal: Signal | None = None
+    tokens: int | None = None
     notes: tuple[str, ...] = ()

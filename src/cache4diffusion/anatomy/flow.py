@@ -5,8 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
+
 from cache4diffusion.anatomy.tape import Op, Recording
-from cache4diffusion.anatomy.vocabulary import CREATIONS, FIRST_ONLY, JOINS, PASSES, SUMS, WRITES, Pieces
+from cache4diffusion.anatomy.vocabulary import (
+    CREATIONS,
+    FIRST_ONLY,
+    JOINS,
+    NORMS,
+    PASSES,
+    PRODUCTS,
+    SUMS,
+    WRITES,
+    Pieces,
+)
 
 Window = tuple[int, int, int] | None
 """``(axis, start, stop)``: the range of a tensor that is followed; None: all of it."""
@@ -59,6 +71,9 @@ class Sum:
 class Trunk:
     """Walks back from a tensor along a residual stream: through looks, copies, joins and the stream side of sums.
 
+    A stream whose padding is masked out is still that stream; so is one that is normalised as a whole, where norms
+    stand behind the sums.
+
     Args:
         recording: the tape.
         targets: serials at which the walk ends (a block's arguments, or what earlier blocks left).
@@ -89,6 +104,8 @@ class Trunk:
         if not op.inputs:
             return ()
         if op.name in JOINS:
+            if op.detail == len(self.recording.shape(serial)) - 1 and len(op.inputs) > 1:
+                return ()  # wider tokens are others
             return _unique(t for operand, w in joined(self.recording, op, window) for t in self.reach(operand, w))
         if op.name in WRITES:  # what was there before, and what was written into it
             return _unique(t for operand in (op.inputs[0], op.inputs[-1]) for t in self.reach(operand))
@@ -96,7 +113,12 @@ class Trunk:
             return self.reach(op.inputs[0], looked_at(self.recording, op, serial, window))
         if op.name in SUMS or op.name == "addcmul":
             return self._through_sum(number, op, window)
+        if op.name in NORMS or (op.name in PRODUCTS and self._is_masking(op)):
+            return self.reach(op.inputs[0], window)
         return ()
+
+    def _is_masking(self, op: Op) -> bool:
+        return all(self.recording.facts[serial].dtype is torch.bool for serial in op.inputs[1:]) and len(op.inputs) > 1
 
     def _through_sum(self, number: int, op: Op, window: Window) -> tuple[int, ...]:
         operands = op.inputs[:1] if op.name == "addcmul" else op.inputs

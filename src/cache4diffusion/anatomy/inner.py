@@ -48,7 +48,11 @@ def _outermost_dead(reader: BlockReader, part_calls: list[Call], alive: set[int]
             skip_until = call.end
             continue
         outputs = list(call.outputs.values())
-        tokens = bool(outputs) and all(len(reader.recording.shape(s)) == 3 and s in reader.depends for s in outputs)
+        axes = {len(reader.recording.shape(serial)) for serial in outputs}
+        is_split = axes == {4} and reader.is_working(call)  # tokens in heads: no norm is worth a placeholder there
+        tokens = (axes == {3} or is_split) and reader.depends.issuperset(outputs)
+        if any(call.index < index < call.end for index in part_indices):
+            continue  # holds a part
         made_here = all(reader.recording.producer[s] >= call.first for s in outputs)
         if tokens and made_here and alive.isdisjoint(outputs):
             found.append(call)
@@ -93,11 +97,11 @@ def _place(
         "attn" if is_working and reader.kind(call) in ("attn", "cross_attn") else "tokenwise" if is_working else "norm"
     )
     vanishes = is_joined or "zero_width" in fed_roles
-    if is_working and (not vanishes or meets_others):
+    if is_working and vanishes and meets_others:
         return None  # would need a placeholder of full size
     if not is_working and vanishes and not meets_others and not _is_norm(reader, call):
         return Inner(call.path, "zero_width", "tokenwise", tuple(dict.fromkeys(feeds)))
-    role = "zero_width" if is_working else "nan_token"
+    role = "nan_token" if not is_working else "zero_width" if vanishes else "one_token"
     return Inner(call.path, role, kind, tuple(dict.fromkeys(feeds)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from cache4diffusion.anatomy.arguments import Arguments
 from cache4diffusion.anatomy.batch import batch_axes
-from cache4diffusion.anatomy.facts import Anatomy, Signal
+from cache4diffusion.anatomy.facts import Anatomy, Signal, Stack
 from cache4diffusion.anatomy.observing import Stage
 from cache4diffusion.anatomy.parts import BlockReader
 from cache4diffusion.anatomy.rehearse import rehearse
@@ -38,12 +39,14 @@ def observe(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     stage, recording, notes = _record(denoiser, args, kwargs, may_compute)
     roles = Arguments(denoiser, recording)
     conditioning = frozenset(recording.root.arguments[path] for path in roles.conditioning)
-    finder = StackFinder(denoiser, recording, roles.latents, conditioning)
+    others = frozenset(recording.root.arguments[path] for path in roles.others)
+    finder = StackFinder(denoiser, recording, roles.latents, conditioning, others)
     views = finder.find()
     levels = UNetFinder(denoiser, recording)
     unet = levels.find()
     sides = None if unet is None else {level.path.rpartition(".")[0] for level in (*unet.down, *unet.up)}
-    main = finder.main([view for view in views if sides is None or view.path in sides])
+    main = finder.turns(finder.main([view for view in views if sides is None or view.path in sides]))
+    finder.note_readers(main)
     seams = tuple(finder.is_kept(a, b) for a, b in itertools.pairwise(main))
     rehearsed, failures = rehearse(stage, recording, [finder.fact(view) for view in views])
     notes += failures
@@ -53,22 +56,36 @@ def observe(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         wanted = [path for s in stacks.values() for b in s.blocks for path in (b.path, *(p.path for p in b.parts))]
         if unet is not None:
             wanted += [level.path for level in (*unet.down, *unet.up)] + [p for p in (unet.head, unet.mid) if p]
-        axes, more = batch_axes(stage, recording, roles.latent, [*roles.conditioning, *_some(roles.timestep)], wanted)
+        axes, more = batch_axes(
+            stage, recording, roles.latent, [*roles.conditioning, *roles.others, *_some(roles.timestep)], wanted
+        )
         notes += more
     return Anatomy(
         denoiser=type(denoiser).__name__,
         stacks=tuple(stacks.values()),
-        main=tuple(stacks[view.path] for view in main),
+        main=tuple(_turn(stacks[view.path], view) for view in main),
         seams=seams,
         unet=unet,
         timestep=roles.timestep,
         latent=roles.latent,
+        others=roles.others,
         conditioning=roles.conditioning,
         outputs=tuple(recording.root.outputs),
         batch_axes=axes,
         signal=_signal(main, recording),
+        tokens=_tokens(main, recording),
         notes=tuple(dict.fromkeys([*notes, *roles.notes, *finder.notes, *levels.notes])),
     )
+
+
+def _turn(stack: Stack, view: StackView) -> Stack:
+    """The blocks of a stack that run in one turn."""
+    if len(view.blocks) == len(stack.blocks):
+        return stack
+    numbers = {block.call.path: number for number, block in enumerate(view.blocks)}
+    blocks = tuple(block for block in stack.blocks if block.path in numbers)
+    breaks = tuple(numbers[stack.blocks[i].path] for i in stack.breaks if stack.blocks[i].path in numbers)
+    return dataclasses.replace(stack, blocks=blocks, breaks=tuple(number for number in breaks if number))
 
 
 def _some(path: Any) -> list[Any]:
@@ -106,3 +123,9 @@ def _signal(main: list[StackView], recording: Recording) -> Signal | None:
         if inputs and reader.is_working(call) and not holds_part:
             return Signal(call.path, inputs[0])
     return None
+
+
+def _tokens(main: list[StackView], recording: Recording) -> int | None:
+    """Length of the image stream, where it is one by itself."""
+    threads = [thread for thread in main[0].blocks[0].threads if thread.kind == "image"] if main else []
+    return recording.shape(threads[0].enters)[-2] if len(threads) == 1 else None

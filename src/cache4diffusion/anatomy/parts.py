@@ -27,6 +27,13 @@ from cache4diffusion.anatomy.vocabulary import (
 _AFTER_PART = PASSES | PRODUCTS | SUMS | JOINS | WRITES | {"addcmul"}
 
 
+# What a single projection is the end of, by what feeds it.
+_END_OF: dict[frozenset[str], PartKind] = {
+    frozenset({"attn"}): "attn",
+    frozenset({"tokenwise"}): "ffn",
+}
+
+
 @dataclass
 class PartView:
     """A part while it is being established."""
@@ -183,7 +190,9 @@ class BlockReader:
 
 
 def with_inner(reader: BlockReader, parts: list[Part], inner: list[Inner]) -> tuple[Part, ...]:
-    """Give every part the inner modules that feed it, and all their linears; a part that an attention feeds is fused.
+    """Give every part the inner modules that feed it, and all their linears.
+
+    A projection of what an attention and others are joined to is fused; one that they feed otherwise is their end.
 
     A module that feeds several parts is counted with the first of them. Norms are left out: what is linear in them maps
     the timestep.
@@ -191,14 +200,18 @@ def with_inner(reader: BlockReader, parts: list[Part], inner: list[Inner]) -> tu
     finished: list[Part] = []
     for part in parts:
         mine = tuple(item for item in inner if part.path in item.feeds)
-        fused = part.kind in ("other", "ffn") and any(item.kind == "attn" for item in mine)
+        kind = part.kind
+        if kind in ("other", "ffn") and any(item.kind == "attn" and item.role == "zero_width" for item in mine):
+            kind = "fused"
+        elif kind == "other":
+            kind = _END_OF.get(frozenset(item.kind for item in mine if item.kind != "norm"), kind)
         known = {path for other in finished for path in other.linears}
-        linears = reader.linears([part.path, *[item.path for item in mine if item.role == "zero_width"]])
+        linears = reader.linears([part.path, *[item.path for item in mine if item.role != "nan_token"]])
         finished.append(
             dataclasses.replace(
                 part,
                 inner=mine,
-                kind="fused" if fused else part.kind,
+                kind=kind,
                 linears=tuple(path for path in linears if path not in known),
             )
         )

@@ -15,6 +15,7 @@ from cache4diffusion.anatomy.tape import Call, Recording, TensorSerial
 from cache4diffusion.anatomy.tree import leaves, map_leaves
 
 _ATTEMPTS: tuple[frozenset[str], ...] = (
+    frozenset({"nan_token", "zero_width", "one_token"}),
     frozenset({"nan_token", "zero_width"}),
     frozenset({"zero_width"}),
     frozenset({"nan_token"}),
@@ -108,7 +109,7 @@ class _Rehearsal:
         if path in self.inner:
             if self.inner[path].role == "zero_width":
                 return self._like(call, lambda shape: (*shape[:-1], 0))
-            return self._like(call, lambda shape: (shape[0], 1, shape[-1]), fill=float("nan"))
+            return self._like(call, lambda shape: (shape[0], 1, *shape[2:]), fill=float("nan"))
         try:
             result = forward(*args, **kwargs)
             self._compare(call, result)

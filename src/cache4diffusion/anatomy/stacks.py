@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
 
+from cache4diffusion.anatomy.arguments import parameter_names
 from cache4diffusion.anatomy.blocks import BlockView, Thread, one_kind
 from cache4diffusion.anatomy.facts import Block, Part, Stack, StreamKind
-from cache4diffusion.anatomy.flow import Trunk, Window, ancestors, joined, looked_at
+from cache4diffusion.anatomy.flow import Trunk, Window, ancestors, dependents, joined, looked_at, value_inputs
+from cache4diffusion.anatomy.hints import hint_of
 from cache4diffusion.anatomy.inner import inner_modules
 from cache4diffusion.anatomy.parts import BlockReader, with_inner
 from cache4diffusion.anatomy.tape import Recording
+from cache4diffusion.anatomy.tree import LeafPath
 from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.anatomy.vocabulary import JOINS, PASSES, SUMS, WRITES
 
-_KINDS: tuple[StreamKind, ...] = ("image", "text", "joint", "unknown")
+_KINDS: tuple[StreamKind, ...] = ("image", "other", "text", "joint", "unknown")
 
 
 def _left_by(block: BlockView) -> dict[int, StreamKind]:
@@ -46,13 +51,19 @@ class StackFinder:
         recording: its tape.
         latents: serials of the latent argument (several if it is a list); none if not established.
         conditioning: serials of the conditioning arguments.
+        others: serials of what else is denoised.
     """
 
     def __init__(
-        self, denoiser: nn.Module, recording: Recording, latents: frozenset[int], conditioning: frozenset[int]
+        self,
+        denoiser: nn.Module,
+        recording: Recording,
+        latents: frozenset[int],
+        conditioning: frozenset[int],
+        others: frozenset[int] = frozenset(),
     ) -> None:
-        self.denoiser, self.recording = denoiser, recording
-        self.latents, self.conditioning = latents, conditioning
+        self.denoiser, self.recording, self.hint = denoiser, recording, hint_of(denoiser)
+        self.latents, self.conditioning, self.others = latents, conditioning, others
         self.notes: list[str] = []
         self.live = ancestors(recording, recording.root.outputs.values())
         self._calls = recording.by_path()
@@ -80,18 +91,27 @@ class StackFinder:
     def _stack(self, path: str, module: nn.Module) -> StackView | None:
         blocks = []
         for name, child in module.named_children():
-            calls = self._calls.get(f"{path}.{name}", [])
-            if not calls:
-                continue
-            if not any(True for _ in unwrapped(child).children()):
+            view = self._block(f"{path}.{name}", child)
+            if view is not None and not view.is_of_tokens:
                 return None
-            view = BlockView(calls[0], len(calls))
-            view.look(self.recording)
-            if not any(len(self.recording.shape(thread.enters)) == 3 for thread in view.threads):
-                return None
-            blocks.append(view)
+            if view is not None:
+                blocks.append(view)
         blocks.sort(key=lambda block: block.call.index)
         return StackView(path, blocks) if blocks else None
+
+    def _block(self, path: str, module: nn.Module) -> BlockView | None:
+        """A member of a list that was called; of one that is a container itself, what streams run through in it."""
+        calls = self._calls.get(path, [])
+        if calls:
+            view = BlockView(calls[0], len(calls))
+            if any(True for _ in unwrapped(module).children()):
+                view.look(self.recording)
+            return view
+        if not isinstance(module, nn.ModuleDict):
+            return None
+        inside = [self._block(f"{path}.{name}", child) for name, child in module.named_children()]
+        found = [view for view in inside if view is not None and view.is_of_tokens]
+        return found[0] if len(found) == 1 else None
 
     # Links between blocks, and what the streams stand for ----
 
@@ -147,19 +167,24 @@ class StackFinder:
             return [frozenset({f"={self._left[serial]}"})]
         op = recording.ops[number] if number >= 0 else None
         if op is not None and op.inputs:
-            if op.name in JOINS and op.detail != len(recording.shape(serial)) - 1 and not self._is_map(serial):
+            is_wider = op.detail == len(recording.shape(serial)) - 1
+            if op.name in JOINS and not is_wider and not self._is_map(serial):
                 return [o for operand, w in joined(recording, op, window) for o in self._token_groups(operand, w)]
             if op.name in WRITES:
                 return [o for operand in (op.inputs[0], op.inputs[-1]) for o in self._token_groups(operand)]
             if op.name in PASSES:
                 return self._token_groups(op.inputs[0], looked_at(recording, op, serial, window))
-            if op.name in SUMS:
+            if op.name in SUMS or (op.name in JOINS and is_wider):
                 groups = [self._token_groups(operand, window) for operand in op.inputs]
                 longest = max(groups, key=len)
                 others = [origin for group in groups if group is not longest for origin in group]
                 return [origin.union(*others) for origin in longest]
         origin = ancestors(recording, [serial])
-        made_of: tuple[tuple[StreamKind, frozenset[int]], ...] = (("image", self.latents), ("text", self.conditioning))
+        made_of: tuple[tuple[StreamKind, frozenset[int]], ...] = (
+            ("image", self.latents),
+            ("other", self.others),
+            ("text", self.conditioning),
+        )
         labels = frozenset(kind for kind, sources in made_of if not sources.isdisjoint(origin))
         return [labels] if labels else []
 
@@ -174,8 +199,14 @@ class StackFinder:
             if len(mixed) < 2:
                 continue
             ending = {t.argument for t in last.threads if t.leaves is not None and t.leaves in self.live}
+            if self.hint.image is not None:
+                ending = {t.argument for t in mixed if self._name(block, t.argument) == self.hint.image}
             for thread in mixed:
                 thread.kind = "unknown" if len(ending) != 1 else "image" if thread.argument in ending else "text"
+
+    def _name(self, block: BlockView, argument: LeafPath) -> str:
+        names = parameter_names(self.denoiser.get_submodule(block.call.path))
+        return names[argument[0]] if isinstance(argument[0], int) else argument[0]
 
     # Parts ----
 
@@ -213,18 +244,75 @@ class StackFinder:
         leaving = [t.leaves for t in stack.blocks[-1].threads if t.kind in ("image", "joint") and t.leaves is not None]
         return not self.conditioning.isdisjoint(ancestors(self.recording, leaving))
 
+    # How the main blocks follow one another ----
+
+    def turns(self, stacks: list[StackView]) -> list[StackView]:
+        """The main stacks in the order in which their blocks run: lists that take turns are cut into their turns."""
+        order = sorted(((block, stack) for stack in stacks for block in stack.blocks), key=lambda b: b[0].call.index)
+        groups = [list(group) for _, group in itertools.groupby(order, key=lambda item: id(item[1]))]
+        if len(groups) == len(stacks):
+            return stacks
+        return [self._turn(group[0][1], [block for block, _ in group]) for group in groups]
+
+    def _turn(self, stack: StackView, blocks: list[BlockView]) -> StackView:
+        parts = [parts for block, parts in zip(stack.blocks, stack.parts, strict=True) if block in blocks]
+        return StackView(stack.path, blocks, parts, is_main=True)
+
+    def note_readers(self, main: list[StackView]) -> None:
+        """Note who reads what a main block left, besides the one after it."""
+        blocks = [block for stack in main for block in stack.blocks]
+        readers: dict[int, list[int]] = {}
+        inside: dict[int, str] = {}
+        for number, op in enumerate(self.recording.ops):
+            for serial in value_inputs(op):
+                readers.setdefault(serial, []).append(number)
+        for block in blocks:
+            inside.update(dict.fromkeys(range(block.call.first, block.call.last), block.call.path))
+        for block, after in itertools.pairwise(blocks):
+            block.read_by = tuple(dict.fromkeys(self._read_besides(block, after, readers, inside)))
+
+    def _read_besides(
+        self, block: BlockView, after: BlockView, readers: dict[int, list[int]], inside: dict[int, str]
+    ) -> Iterable[str]:
+        """Whom what a block left reaches otherwise than through the main block after it."""
+        ends = set(self.recording.root.outputs.values())
+        todo = [thread.leaves for thread in block.threads if thread.leaves is not None]
+        seen = set(todo)
+        while todo:
+            serial = todo.pop()
+            if serial in ends:
+                yield ""
+            for number in readers.get(serial, ()):
+                if number < block.call.last or inside.get(number) == after.call.path:
+                    continue
+                if number in inside:
+                    yield inside[number]
+                    continue
+                fresh = [output for output in self.recording.ops[number].outputs if output not in seen]
+                seen.update(fresh)
+                todo += fresh
+
     def is_kept(self, before: StackView, after: StackView) -> bool:
-        """Whether every stream passes from one stack to the next with its shape, so that one span may cover both."""
-        left = {t.leaves: t for t in before.blocks[-1].threads if t.leaves is not None}
-        entering = {t.enters: t for t in after.blocks[0].threads}
-        trunk = Trunk(self.recording, frozenset(left), first=before.blocks[-1].call.first)
+        """Whether the second stack goes on with what the first left, so that one span may cover both."""
+        return self._goes_on(before.blocks[-1], after.blocks[0])
+
+    def _goes_on(self, before: BlockView, after: BlockView) -> bool:
+        """Whether every stream passes from one block to the next, with nothing but what is added from elsewhere."""
+        left = {t.leaves for t in before.threads if t.leaves is not None}
+        entering = {t.enters for t in after.threads}
+        trunk = Trunk(self.recording, frozenset(left), first=before.call.last)
         matched = set()
         for serial in entering:
             reached = trunk.reach(serial)
             if len(reached) != 1 or self.recording.shape(reached[0]) != self.recording.shape(serial):
                 return False
             matched.add(reached[0])
-        return len(matched) == len(entering) == len(left)
+        if not len(matched) == len(entering) == len(left):
+            return False
+        if not trunk.sums:
+            return True
+        changed = dependents(self.recording, left, before.call.last, after.call.first)
+        return not any(serial in changed for item in trunk.sums.values() for serial in item.added)
 
     def fact(self, stack: StackView) -> Stack:
         """The finished fact."""
@@ -241,6 +329,9 @@ class StackFinder:
                     mutates=block.mutated(self.recording),
                     inputs=tuple(path for path in block.call.arguments if path not in entering),
                     calls=block.calls,
+                    read_by=block.read_by,
                 )
             )
-        return Stack(stack.path, tuple(blocks), stack.is_main)
+        pairs = enumerate(itertools.pairwise(stack.blocks), start=1)
+        breaks = tuple(number for number, (before, after) in pairs if not self._goes_on(before, after))
+        return Stack(stack.path, tuple(blocks), stack.is_main, breaks)

@@ -15,13 +15,12 @@ def summary(anatomy: Anatomy) -> str:
 
 def _lines(anatomy: Anatomy) -> Iterator[str]:
     yield anatomy.denoiser
-    yield f"  timestep {_at(anatomy.timestep)}, latent {_at(anatomy.latent)}, " + (
+    also = f" and {', '.join(map(_at, anatomy.others))}" if anatomy.others else ""
+    yield f"  timestep {_at(anatomy.timestep)}, latent {_at(anatomy.latent)}{also}, " + (
         f"conditioning {', '.join(map(_at, anatomy.conditioning)) or 'none'}"
     )
     if anatomy.main:
-        roads = [stack.path for stack in anatomy.main]
-        kept = ["kept" if is_kept else "changed" for is_kept in anatomy.seams]
-        yield f"  main: {' > '.join(roads)}" + (f" (shape {', '.join(kept)} between)" if kept else "")
+        yield f"  main: {_road(anatomy)}"
     if anatomy.signal:
         yield f"  signal: {_at(anatomy.signal.argument)} of {anatomy.signal.path}"
     alike: dict[tuple[str, ...], list[Stack]] = {}
@@ -29,7 +28,8 @@ def _lines(anatomy: Anatomy) -> Iterator[str]:
         alike.setdefault(tuple(_blocks(stack)), []).append(stack)
     for text, stacks in alike.items():
         for stack in stacks:
-            yield f"  {stack.path}: {len(stack.blocks)} blocks{'' if stack.is_main else ', not main'}"
+            anew = f", new streams at {', '.join(map(str, stack.breaks))}" if stack.breaks else ""
+            yield f"  {stack.path}: {len(stack.blocks)} blocks{'' if stack.is_main else ', not main'}{anew}"
         yield from text
     if anatomy.unet:
         yield from _levels(anatomy.unet)
@@ -37,6 +37,14 @@ def _lines(anatomy: Anatomy) -> Iterator[str]:
     yield f"  batch axis: {', '.join(map(_at, batched)) or 'not established'}"
     for note in anatomy.notes:
         yield f"  note: {note}"
+
+
+def _road(anatomy: Anatomy) -> str:
+    paths = [stack.path for stack in anatomy.main]
+    if len(set(paths)) < len(paths):
+        return f"{' and '.join(dict.fromkeys(paths))}, by turns"
+    kept = ["kept" if is_kept else "changed" for is_kept in anatomy.seams]
+    return " > ".join(paths) + (f" (shape {', '.join(kept)} between)" if kept else "")
 
 
 def _root_axes(anatomy: Anatomy) -> Iterable[tuple[LeafPath, int | None]]:

@@ -123,8 +123,12 @@ def undisturbed(denoiser: nn.Module, observer: CallObserver) -> Iterator[None]:
     torch.set_autocast_cache_enabled(False)  # a traced weight, cast, would stay for the real call
     try:
         for path, module in named:
-            module.__dict__["_compiled_call_impl"] = _observed(path, plain_forward(module), observer)
-            for name, function in _memoised_methods(type(module)).items():
+            memoised = _memoised_methods(type(module))
+            forward = plain_forward(module)
+            if "forward" in memoised and getattr(forward, "__func__", None) is type(module).forward:
+                forward = types.MethodType(memoised["forward"], module)
+            module.__dict__["_compiled_call_impl"] = _observed(path, forward, observer)
+            for name, function in memoised.items():
                 module.__dict__[name] = types.MethodType(function, module)
         yield
     finally:

@@ -70,8 +70,9 @@ class UNetFinder:
             before = call
         used = sorted({use.source for use in uses})
         order = [self._when_used(use) for use in sorted(uses, key=lambda use: use.source)]
-        if len(used) < 2 or len(used) != len(uses) or order != sorted(order, reverse=True):
-            return None
+        makers = {id(sources[source][0]) for source in used}
+        if len(makers) < 2 or len(used) != len(uses) or order != sorted(order, reverse=True):
+            return None  # streams that pass from one list to the next look like skips of one maker
         numbers = {source: number for number, source in enumerate(used)}
         is_head_used = head is not None and any(sources[source][0] is head for source in used)
         chain = [*down, *([mid] if mid else []), *up]

@@ -48,6 +48,9 @@ HEAVY = MATRIX | words("""
 """)
 """Work worth saving when it reads a stream: what makes a module more than a norm."""
 
+NORMS = words("layer_norm rms_norm")
+"""Of whole layers, where a network normalises the stream itself between its parts."""
+
 CONVOLUTIONS = frozenset(name for name in HEAVY if name.startswith("conv"))
 _OPERATORS = words("and or xor lshift rshift pow floordiv mod truediv matmul")
 

@@ -13,6 +13,7 @@ from cache4diffusion.calibration.store import (
     merge_calibrations,
 )
 from cache4diffusion.calibration.training import Numbers, Reached, Spot, Training
+from cache4diffusion.calibration.trial import Trial
 
 Given = str | Path | Calibration | None  # what a setting ``calibration`` may be
 
@@ -32,6 +33,7 @@ __all__ = [
     "StepMeans",
     "Sums",
     "Training",
+    "Trial",
     "load_calibration",
     "merge_calibrations",
 ]

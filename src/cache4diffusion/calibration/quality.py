@@ -29,6 +29,11 @@ class Quality:
     verdict: str
 
     @property
+    def is_good(self) -> bool:
+        """Whether it is a sound basis, as far as the fit goes."""
+        return self.r2 is not None and self.r2 >= GOOD
+
+    @property
     def is_poor(self) -> bool:
         """Whether the verdict is that it will not work."""
         return self.r2 is not None and self.r2 < POOR

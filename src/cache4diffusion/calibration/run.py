@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,11 @@ from cache4diffusion.calibration.statistic import Statistic
 from cache4diffusion.calibration.store import Calibration, Entry, Provenance, statistic_of
 from cache4diffusion.calibration.trainer import Trainer
 from cache4diffusion.calibration.training import Training
+from cache4diffusion.calibration.trial import Trial
 from cache4diffusion.calls import default_steps, quiet, sampler
 from cache4diffusion.errors import Cache4DiffusionError, RunError, SettingError
 from cache4diffusion.files import check_writable
-from cache4diffusion.method import Method
+from cache4diffusion.method import Method, method_class
 from cache4diffusion.run.taps import schedulers_of
 
 OTHER_NOISE = 1_000_003  # added to the seeds for every further round over the prompts of a training
@@ -35,6 +38,7 @@ def calibrate(
     seeds: int | Sequence[int] = 0,
     steps: int | None = None,
     call: Mapping[str, Any] | None = None,
+    trial: int = 4,
     out: str | Path | None = None,
     progress: bool = False,
     **options: Any,
@@ -45,17 +49,20 @@ def calibrate(
         print(made.verdict())
         c4d.accelerate(pipe, "teacache", calibration="teacache.safetensors")
 
-    Every prompt is sampled once, uncached; a training goes over them again and again, each time from other noise.
+    Every prompt is sampled once, uncached; a training goes over them again and again, each time from other noise. Then
+    the method samples some with what was made, beside what needs no calibration: see ``trial``.
     Calibrate with the steps, scheduler, guidance and size you will sample with.
 
     Args:
         pipe: a diffusers pipeline.
-        method: its slug, or a method (of which only the kind counts).
+        method: its slug, or a method, whose settings are those of the trial.
         prompts: one run each: texts (class labels for class-to-image pipelines), or mappings of arguments of the
             pipeline's call (``prompt_embeds`` and the like).
         seeds: one per prompt, or the first of consecutive ones. Shards of one calibration need different samples.
         steps: sampling steps; None: the pipeline's default.
         call: further arguments of the pipeline's call.
+        trial: that many of the prompts (at most) are sampled afterwards from other noise: uncached, with the method and
+            its new calibration, and with plain reuse of as many FLOPs. The verdict says which came closer. 0: none.
         out: write the calibration there.
         progress: a progress bar on stderr.
         **options: settings of what is measured, as ``c4d show METHOD`` lists them.
@@ -64,22 +71,24 @@ def calibrate(
         UnknownNameError, SettingError: a method, an option or an argument is not accepted.
         CalibrationError: the method measures nothing, or the runs differ in their steps.
         AnatomyError: the denoiser lacks what the method needs.
+
+    Warns:
+        UserWarning: the trial failed. The calibration is complete without it.
     """
-    name = method.info.name if isinstance(method, Method) else method
+    given = method if isinstance(method, Method) else method_class(method)()
+    name = given.info.name
     statistic = statistic_of(name, options)
-    if isinstance(prompts, str) or not len(prompts):
-        raise SettingError("calibrate(prompts=...): give a list of one prompt or more.")
-    chosen = [seeds + i for i in range(len(prompts))] if isinstance(seeds, int) else [int(seed) for seed in seeds]
-    if len(chosen) != len(prompts):
-        raise SettingError(f"calibrate(seeds=...): {len(chosen)} seeds for {len(prompts)} prompts.")
+    samples = _samples(prompts, seeds)
     steps = default_steps(pipe) if steps is None else steps
     if steps < 2:
         raise SettingError(f"calibrate(steps={steps}): use 2 or more; one step has nothing to be compared with.")
+    if trial < 0:
+        raise SettingError(f"calibrate(trial={trial}): use 0 (none) or more.")
     if out is not None:
         check_writable(out)
-    call = {"output_type": "latent", **(call or {})}
+    asked = dict(call or {})
+    call = {"output_type": "latent", **asked}
     sampler(pipe, call)  # refuses arguments that the pipeline does not take
-    samples = list(zip(prompts, chosen, strict=True))
 
     def sample(prompt: Any, seed: int) -> Any:
         return _sample(pipe, call, prompt, seed, steps)
@@ -90,15 +99,71 @@ def calibrate(
         else:
             assert isinstance(statistic, Statistic)  # there is no third kind
             entries = _observe(pipe, statistic, samples, sample, progress)
-    made = Calibration(
-        name,
-        {entry["name"]: _plain(getattr(statistic, entry["name"])) for entry in statistic.describe()},
-        provenance_of(pipe, steps, call, [digest_of(p, s) for p, s in zip(prompts, chosen, strict=True)]),
-        entries,
-    )
+        made = Calibration(
+            name,
+            {entry["name"]: _plain(getattr(statistic, entry["name"])) for entry in statistic.describe()},
+            provenance_of(pipe, steps, call, [digest_of(p, s) for p, s in samples]),
+            entries,
+        )
+        if out is not None:
+            made.save(out)  # before the trial, so that nothing is lost if it is stopped
+    if not trial:
+        return made
+    some = [seed for _, seed in samples[:trial]]
+    try:
+        chosen = replace(given, calibration=made)  # type: ignore[call-arg]
+        made = replace(made, trial=try_out(pipe, chosen, prompts[:trial], seeds=some, steps=steps, call=asked))
+    except Cache4DiffusionError as error:
+        warnings.warn(f"The calibration of {name} is made, but its trial failed: {error}", stacklevel=2)
     if out is not None:
         made.save(out)
     return made
+
+
+def try_out(
+    pipe: Any,
+    method: Method,
+    prompts: Sequence[Any],
+    *,
+    seeds: int | Sequence[int] = 0,
+    steps: int | None = None,
+    call: Mapping[str, Any] | None = None,
+) -> Trial:
+    """Sample prompts uncached, with a calibrated method, and with plain reuse of as many FLOPs, which needs none.
+
+        trial = try_out(pipe, c4d.method("teacache", threshold=0.1, calibration="teacache.safetensors"), prompts)
+        print(trial.verdict())
+
+    Args:
+        pipe, prompts, seeds, steps, call: as `calibrate`; noise is drawn from other seeds than it would draw.
+        method: with its calibration.
+
+    Raises:
+        SettingError: an argument is not accepted.
+        CalibrationError: FLOPs cannot be counted, or the pipeline gives no numbers to compare.
+        Cache4DiffusionError: as `accelerate`.
+
+    Cost: three runs per prompt, two of them cached, and one cached run more.
+    """
+    from cache4diffusion.calibration.trying import tried
+
+    samples, steps = _samples(prompts, seeds), default_steps(pipe) if steps is None else steps
+    sampler(pipe, call or {})  # refuses arguments that the pipeline does not take
+
+    def sample(prompt: Any, seed: int) -> Any:
+        return _sample(pipe, call or {}, prompt, seed, steps)
+
+    with quiet(pipe):
+        return tried(pipe, method, samples, sample, steps)
+
+
+def _samples(prompts: Sequence[Any], seeds: int | Sequence[int]) -> list[tuple[Any, int]]:
+    if isinstance(prompts, str) or not len(prompts):
+        raise SettingError("calibrate(prompts=...): give a list of one prompt or more.")
+    chosen = [seeds + i for i in range(len(prompts))] if isinstance(seeds, int) else [int(seed) for seed in seeds]
+    if len(chosen) != len(prompts):
+        raise SettingError(f"calibrate(seeds=...): {len(chosen)} seeds for {len(prompts)} prompts.")
+    return list(zip(prompts, chosen, strict=True))
 
 
 def _observe(
@@ -185,7 +250,7 @@ def _plain(value: Any) -> Any:
 
 
 def _sample(pipe: Any, call: Mapping[str, Any], prompt: Any, seed: int, steps: int) -> Any:
-    """One run; returns the latents."""
+    """One run; returns the first of the pipeline's outputs."""
     own = dict(prompt) if isinstance(prompt, Mapping) else {}
     sample = sampler(pipe, {**call, **own})
     try:

@@ -25,12 +25,14 @@ from cache4diffusion.calibration.calibrator import Calibrator, Fit, Sums
 from cache4diffusion.calibration.fingerprint import Fingerprint, fingerprint_of
 from cache4diffusion.calibration.quality import Quality
 from cache4diffusion.calibration.statistic import Statistic
+from cache4diffusion.calibration.trial import Trial
 from cache4diffusion.data import shipped_calibrations
 from cache4diffusion.errors import CalibrationError, FileFormatError
 from cache4diffusion.files import write_whole
 from cache4diffusion.settings import check_names
 
 FORMAT = 1
+UNTRIED = "It was not tried in sampling: compare before use."
 _KEY = "cache4diffusion.calibration"
 
 
@@ -85,12 +87,14 @@ class Calibration:
         options: settings of its statistic.
         provenance: where it comes from.
         entries: by the denoiser's name in the pipeline.
+        trial: what came of sampling with it; None where it was not tried.
     """
 
     method: str
     options: dict[str, Any]
     provenance: Provenance
     entries: Mapping[str, Entry]
+    trial: Trial | None = None
 
     @classmethod
     def by_hand(
@@ -180,12 +184,19 @@ class Calibration:
             warnings.warn(f"{text} That may do for a fine-tuned denoiser; compare before use.", stacklevel=4)
 
     def verdict(self) -> str:
-        """How good it is, in words; one line per denoiser."""
+        """How good it is, in words: one line per denoiser of the fit, and one of the trial."""
         lines = []
         for name, entry in self.entries.items():
             r2 = "" if entry.quality.r2 is None else f" (R² {entry.quality.r2:.3f})"
             lines.append(f"{name}: {entry.quality.verdict}{r2}")
+        lines.append(self.trial.verdict() if self.trial is not None else UNTRIED)
         return "\n".join(lines)
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the numbers fit, and the method was worth them in the trial."""
+        fits = all(entry.quality.is_good for entry in self.entries.values())
+        return fits and self.trial is not None and self.trial.is_won
 
     def plots(self) -> dict[str, str]:
         """A picture of every fit that has one, as the text of an SVG file, by denoiser."""
@@ -223,6 +234,7 @@ class Calibration:
             "options": self.options,
             "provenance": asdict(self.provenance),
             "denoisers": denoisers,
+            "trial": asdict(self.trial) if self.trial is not None else None,
         }
         text = json.dumps(header)
         return write_whole(path, lambda draft: draft.write_bytes(save(tensors, metadata={_KEY: text})))
@@ -290,12 +302,22 @@ class _Provenance(_Strict):
     samples: list[str]
 
 
+class _Trial(_Strict):
+    method: str
+    counterpart: str
+    speedup: float
+    counterpart_speedup: float
+    errors: list[float]
+    counterpart_errors: list[float]
+
+
 class _Header(_Strict):
     format: int
     method: str
     options: dict[str, Any]
     provenance: _Provenance
     denoisers: dict[str, _Denoiser]
+    trial: _Trial | None = None
 
 
 def load_calibration(path: str | Path) -> Calibration:
@@ -364,9 +386,18 @@ def _calibration(path: Path, header: _Header, tensors: dict[str, Tensor]) -> Cal
     if unknown:
         raise FileFormatError(f"{path} has a tensor that its metadata does not name: {unknown[0]}.")
     origin = header.provenance.model_dump()
-    return Calibration(
-        header.method, header.options, Provenance(**{**origin, "samples": tuple(origin["samples"])}), entries
-    )
+    provenance = Provenance(**{**origin, "samples": tuple(origin["samples"])})
+    return Calibration(header.method, header.options, provenance, entries, _trial(path, header.trial))
+
+
+def _trial(path: Path, facts: _Trial | None) -> Trial | None:
+    if facts is None:
+        return None
+    if not facts.errors or len(facts.errors) != len(facts.counterpart_errors):
+        counts = f"{len(facts.errors)} errors and {len(facts.counterpart_errors)} counterpart_errors"
+        raise FileFormatError(f"{path}: trial has {counts}; it needs as many of both, one per prompt.")
+    given = facts.model_dump()
+    return Trial(**{**given, **{name: tuple(given[name]) for name in ("errors", "counterpart_errors")}})
 
 
 def _tensor(path: Path, name: str, shape: list[int], tensors: dict[str, Tensor]) -> Tensor:
@@ -467,7 +498,8 @@ def merge_calibrations(shards: Sequence[Calibration], target: Any = None) -> Cal
             first.check(denoisers[name], name)
         fit = fitted(statistic, sums, denoisers.get(name))
         entries[name] = replace(entry, fit=fit.tensors, quality=fit.quality, sums=sums)
-    return replace(first, provenance=replace(first.provenance, samples=tuple(samples)), entries=entries)
+    provenance = replace(first.provenance, samples=tuple(samples))
+    return replace(first, provenance=provenance, entries=entries, trial=None)  # the shards' trials were of other fits
 
 
 def _fields(a: Calibration, b: Calibration) -> list[tuple[str, Any, Any]]:

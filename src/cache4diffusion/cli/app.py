@@ -10,6 +10,7 @@ import typer
 
 from cache4diffusion.cli.calibrating import calibrate
 from cache4diffusion.cli.facts import cite, methods, show
+from cache4diffusion.cli.inspecting import inspect
 from cache4diffusion.cli.measuring import bench, demo, generate, report, selfcheck
 from cache4diffusion.errors import Cache4DiffusionError
 
@@ -53,5 +54,5 @@ def _options(
 ) -> None: ...
 
 
-for _command in (methods, show, cite, generate, bench, demo, calibrate, selfcheck, report):
+for _command in (methods, show, cite, inspect, generate, bench, demo, calibrate, selfcheck, report):
     app.command(name=_command.__name__)(_guarded(_command))

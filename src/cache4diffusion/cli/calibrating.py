@@ -24,7 +24,9 @@ def calibrate(
         list[str], typer.Argument(help="A reference model or a pipeline's folder; with --merge, the shards.")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The calibration to write.")],
-    method: Annotated[str | None, typer.Option("--method", help="A method's name.")] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="A method, such as teacache or 'teacache(threshold=0.1)'.")
+    ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option("--prompts", help="A file with one prompt per line; reference models: captions of training."),
@@ -34,6 +36,9 @@ def calibrate(
         int | None, typer.Option("--steps", min=2, help="Sampling steps; the model's own by default.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the first prompt; the others follow.")] = 0,
+    trial: Annotated[
+        int, typer.Option("--trial", min=0, help="Sample so many prompts with it, beside what needs no calibration.")
+    ] = 4,
     merge: Annotated[bool, typer.Option("--merge", help="Join calibrations made with different prompts.")] = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="What is measured, name=value, as c4d show lists it.")
@@ -47,10 +52,12 @@ def calibrate(
 
     Example: c4d calibrate scenes-flux --method teacache --captions 16 --out teacache.safetensors
     """
+    import cache4diffusion as c4d
     from cache4diffusion.calibration import load_calibration, merge_calibrations
     from cache4diffusion.calibration.run import calibrate as run
     from cache4diffusion.calibration.store import statistic_of
     from cache4diffusion.cli.models import load_model, prompts_to_calibrate, read_prompts
+    from cache4diffusion.compare import parse_method
     from cache4diffusion.files import check_writable, write_whole
 
     check_writable(out)
@@ -64,20 +71,25 @@ def calibrate(
         if len(model) != 1:
             raise SettingError(f"{' '.join(model)}: give one model, or join calibrations with --merge.")
         options = values_of(settings, "--set")
-        statistic_of(method, options)  # what can be wrong is found before the model is loaded
+        name, values = parse_method(method)
+        statistic_of(name, options)  # what can be wrong is found before the model is loaded
+        given = c4d.method(name, **values)
         if prompts is not None:
             read_prompts(prompts)
         loaded = load_model(model[0], values_of(arguments, "--arg"), device, dtype)
         asked = prompts_to_calibrate(loaded, captions, prompts, seed)
         steps = steps or loaded.steps
-        made = run(loaded.pipe, method, asked, seeds=seed, steps=steps, call=loaded.call, progress=True, **options)
+        common = {"steps": steps, "call": loaded.call, "trial": trial, "progress": True}
+        made = run(loaded.pipe, given, asked, seeds=seed, out=out, **common, **options)
     made.save(out)
     plots = {name: out.with_name(f"{out.stem}.{name}.svg") for name in made.plots()}
     for name, text in made.plots().items():
         write_whole(plots[name], text)
     if as_json:
         quality = {name: dataclasses.asdict(entry.quality) for name, entry in made.entries.items()}
-        facts = {"method": made.method, "options": made.options, "quality": quality}
+        tried = dataclasses.asdict(made.trial) if made.trial is not None else None
+        facts = {"method": made.method, "options": made.options, "quality": quality, "trial": tried}
+        facts |= {"verdict": made.verdict(), "is_sound": made.is_sound}
         provenance = dataclasses.asdict(made.provenance)
         print_json({"path": str(out), "plots": [str(p) for p in plots.values()], **facts, "provenance": provenance})
         return

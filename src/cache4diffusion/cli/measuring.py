@@ -248,6 +248,7 @@ def _measure(
     from cache4diffusion.cli.image import save_images
     from cache4diffusion.cli.models import captions_for, load_model, read_prompts
     from cache4diffusion.compare import check_methods, compare
+    from cache4diffusion.data import calibrated_models
     from cache4diffusion.files import check_writable
     from cache4diffusion.ladder import ladder
 
@@ -268,7 +269,7 @@ def _measure(
         loaded.pipe,
         captions,
         entries,
-        calibrations=(calibrations or (loaded.name if loaded.is_scenes else None)) if entries == "all" else None,
+        calibrations=calibrations or (loaded.name if entries == "all" and loaded.name in calibrated_models() else None),
         seeds=seed,
         steps=steps or loaded.steps,
         batch=batch,

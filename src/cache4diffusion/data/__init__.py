@@ -78,3 +78,8 @@ def shipped_calibrations(method: str) -> dict[str, Path]:
     """The calibrations of a method that ship with this library, by the reference model they were made with."""
     found = Path(__file__).parent.glob(f"calibrations/*/{method}.safetensors")
     return {file.parent.name: file for file in sorted(found)}
+
+
+def calibrated_models() -> list[str]:
+    """The reference models that calibrations ship for."""
+    return sorted(folder.name for folder in Path(__file__).parent.glob("calibrations/*") if folder.is_dir())

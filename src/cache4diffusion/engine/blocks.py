@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cache4diffusion.anatomy import Anatomy, Block, Stream, StreamRef
 from cache4diffusion.engine.leaves import get_argument
 
-_ORDER = {"image": 0, "joint": 1, "text": 2, "unknown": 3}
+_ORDER = {"image": 0, "joint": 1, "text": 2, "other": 2, "unknown": 3}
 
 
 class BlockView:

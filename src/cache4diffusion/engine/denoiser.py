@@ -45,7 +45,7 @@ class OutputMemory:
         tensors, layout = take_apart(output)
         context.state.extra.setdefault("layouts", {})[self._kind(context)] = layout
         if base is not None:
-            tensors = [shifted(tensor, row, -1) for tensor, row in zip(tensors, _rows_of(base, tensors), strict=True)]
+            tensors = [shifted(*pair, -1) for pair in zip(tensors, bases(tensors, base), strict=True)]
         if not isinstance(self.predictor, Corrector):
             take_in(self.predictor, context, self.name, tensors, store=self.store)
             return
@@ -68,14 +68,15 @@ class OutputMemory:
             seen = [context.latent for _ in context.state.extra["pairs"]]
         tensors = go_on_with(self.predictor, context, self.name, seen)
         if base is not None:
-            tensors = [shifted(tensor, row, 1) for tensor, row in zip(tensors, _rows_of(base, tensors), strict=True)]
+            tensors = [shifted(*pair, 1) for pair in zip(tensors, bases(tensors, base), strict=True)]
         return context.state.extra["layouts"][self._kind(context)].fill(own(tensors, state))
 
 
-def _rows_of(latent: Tensor, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
-    """What of the latent belongs to each tensor of an output: all, or its row where there is one tensor per row."""
-    is_list = len(outputs) == latent.shape[0] and outputs[0].ndim == latent.ndim - 1
-    return latent.unbind() if is_list else [latent] * len(outputs)
+def bases(outputs: Sequence[Tensor], latent: Tensor) -> list[Tensor]:
+    """What each output is the residual of: the latent, or its own sample where there is one output per sample."""
+    if len(outputs) == len(latent) and all(output.ndim == latent.ndim - 1 for output in outputs):
+        return list(latent)
+    return [latent] * len(outputs)
 
 
 def shifted(output: Tensor, latent: Tensor, sign: int) -> Tensor:

@@ -39,20 +39,26 @@ def take_in(
         predictor.update(sites[name], leaves, context.time, rows)
 
 
-def go_on_with(
+def predicted(
     predictor: Predictor | Corrector,
     context: Context,
     name: str,
     seen: Sequence[Tensor] = (),
     rows: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """What a cached step goes on with at a site: the prediction, of which the predictor takes note."""
+    """The prediction of a site."""
     state, rows = context.state.sites[name], context.rows if rows is None else rows
     if isinstance(predictor, Corrector):
-        leaves = predictor.predict_seeing(state, seen, context.time, rows)
-    else:
-        leaves = predictor.predict(state, context.time, rows)
-    predictor.commit(state, leaves, context.time, rows)
+        return predictor.predict_seeing(state, seen, context.time, rows)
+    return predictor.predict(state, context.time, rows)
+
+
+def go_on_with(
+    predictor: Predictor | Corrector, context: Context, name: str, seen: Sequence[Tensor] = ()
+) -> list[Tensor]:
+    """What a cached step goes on with at a site: the prediction, of which the predictor takes note."""
+    leaves = predicted(predictor, context, name, seen)
+    predictor.commit(context.state.sites[name], leaves, context.time, context.rows)
     return leaves
 
 
@@ -139,9 +145,16 @@ class Driver(ABC):
         self, context: Context, name: str, seen: Sequence[Tensor] = (), rows: Sequence[int] | None = None
     ) -> list[Tensor]:
         """What a cached step goes on with at a site, for the rows of the call (or only the given ones of them)."""
-        leaves = go_on_with(self.host.predictor, context, name, seen, rows)
+        leaves, rows = self.predicted(context, name, seen, rows), context.rows if rows is None else rows
+        self.host.predictor.commit(context.state.sites[name], leaves, context.time, rows)
         self.bring_after(context, name)
         return leaves
+
+    def predicted(
+        self, context: Context, name: str, seen: Sequence[Tensor] = (), rows: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        """The prediction of a site, likewise, before anybody takes note of it."""
+        return predicted(self.host.predictor, context, name, seen, rows)
 
     def bring(self, state: BranchState, name: str, time: float) -> None:
         """Begin to bring what a cached step at ``time`` reads at a site, where it lies on another device."""

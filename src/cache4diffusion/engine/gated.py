@@ -102,7 +102,11 @@ class GatedPartsDriver(PartsDriver):
             context.state.extra["shapes"] = {rest.inner.path: rest.shapes for rest in self.resting}
             return output
         finally:
-            self.switch.context = None
+            self._conclude(context)
+
+    def coming(self, context: Context) -> dict[str, Any]:
+        """Not known: each part decides when it is reached."""
+        return {}
 
     def asked(self, context: Context, site: PartSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Verdict:
         """The decision about a part, taken now if it was not before."""

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from cache4diffusion.anatomy.arguments import TIMESTEP_NAMES, is_clock, is_no_prompt, timestep_name
+from cache4diffusion.anatomy.hints import hint_of
 from cache4diffusion.engine.leaves import get_argument, parameter_names, take_apart, with_arguments
 from cache4diffusion.errors import AnatomyError
 
-TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "time_step", "sigma", "sigmas", "noise_labels", "timestep_r")
 _CONDITIONING_WORDS = (
     "encoder_hidden",
     "pooled",
@@ -24,8 +25,9 @@ _CONDITIONING_WORDS = (
     "prompt",
     "caption",
     "text",
+    "input_ids",
 )
-_NEVER_CONDITIONING = ("control", "residual", "sample", "ids", "guidance", "mask", "rotary")
+_NEVER_COMPARED = ("sample", "mask")  # other latents, and what is as long as the prompt but not its words
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,13 @@ class Inputs:
     Args:
         module: the denoiser (or what ``torch.compile`` made of it).
         latent: name of the argument that is denoised.
-        timestep: name of the clock.
+        timestep: name of the clock; None where there is none, and steps are told by the scheduler alone.
         conditioning: names of the arguments that differ between CFG branches.
     """
 
     module: nn.Module
     latent: str
-    timestep: str
+    timestep: str | None
     conditioning: tuple[str, ...]
 
     def split(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Tensor, list[Tensor]]:
@@ -52,26 +54,34 @@ class Inputs:
         Raises:
             AnatomyError: the latent is neither a tensor nor such a list.
         """
+        latent = self._latent(args, kwargs)
+        tensors: list[Tensor] = []
+        for name in self.conditioning:
+            value = get_argument(self.module, args, kwargs, (name,))
+            if value is not None:
+                tensors += take_apart(value)[0]
+        if self.timestep is None:
+            return 0.0, latent, tensors
+        return get_argument(self.module, args, kwargs, (self.timestep,)), latent, tensors
+
+    def _latent(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         latent = _stacked(get_argument(self.module, args, kwargs, (self.latent,)))
         if latent is None:
             raise AnatomyError(
                 f"{type(self.module).__name__}: argument {self.latent!r} should be the latent: a tensor, or a list "
                 "with one for each row of the batch."
             )
-        tensors: list[Tensor] = []
-        for name in self.conditioning:
-            value = get_argument(self.module, args, kwargs, (name,))
-            if value is not None:
-                tensors += take_apart(value)[0]
-        return get_argument(self.module, args, kwargs, (self.timestep,)), latent, tensors
+        return latent
 
     def at(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], timestep: Any, latent: Tensor
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same call with another timestep and latent; as a list of rows, if that is how it came."""
         is_list = not isinstance(get_argument(self.module, args, kwargs, (self.latent,)), Tensor)
-        given = list(latent.unbind()) if is_list else latent
-        return with_arguments(self.module, args, kwargs, {(self.latent,): given, (self.timestep,): timestep})
+        changed: dict[tuple[str, ...], Any] = {(self.latent,): list(latent.unbind()) if is_list else latent}
+        if self.timestep is not None:
+            changed[(self.timestep,)] = timestep
+        return with_arguments(self.module, args, kwargs, changed)
 
 
 def _stacked(latent: Any) -> Tensor | None:
@@ -87,21 +97,23 @@ def _stacked(latent: Any) -> Tensor | None:
 
 
 def inputs_of(denoiser: nn.Module) -> Inputs:
-    """Tell the roles by the names in ``forward``'s signature.
+    """Tell the roles by the names in ``forward``'s signature, and by what is declared of the class.
 
     Raises:
         AnatomyError: no argument has the name of a clock.
     """
-    plain = getattr(denoiser, "_orig_mod", denoiser)
+    plain, hint = getattr(denoiser, "_orig_mod", denoiser), hint_of(denoiser)
     names = parameter_names(type(plain))
-    timestep = next((name for name in TIMESTEP_NAMES if name in names), None)
-    if timestep is None or len(names) < 2:
+    timestep = timestep_name(names) if hint.has_clock else None
+    if (timestep is None and hint.has_clock) or len(names) < 2:
         raise AnatomyError(
             f"{type(plain).__name__}.forward({', '.join(names)}) has no argument that is called like a timestep "
             f"({', '.join(TIMESTEP_NAMES)}), so runs and steps cannot be told apart."
         )
     others = [name for name in names if name != timestep]
-    latent, rest = others[0], others[1:]
-    allowed = [name for name in rest if not any(word in name for word in _NEVER_CONDITIONING)]
+    latent = hint.latent or others[0]
+    rest = [name for name in others if name != latent]
+    apart = [name for name in rest if not is_no_prompt(name) and not is_clock(name)]
+    allowed = [name for name in apart if not any(word in name for word in _NEVER_COMPARED)]
     named = [name for name in allowed if any(word in name for word in _CONDITIONING_WORDS) or name == "y"]
     return Inputs(plain, latent, timestep, tuple(named or allowed))

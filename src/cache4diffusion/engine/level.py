@@ -59,8 +59,8 @@ def cut(unet: UNet, site: UNetLevel) -> Cut:
     resting = [upper.path for upper in unet.up[:index]] + ([unet.mid] if unet.mid is not None else [])
     resting += [module for layer in level.layers[:first] for module in layer.modules]
     for down in unet.down:
-        runs = [layer for layer in down.layers if layer.skip <= needed]
-        if not runs:
+        made = [layer.skip for layer in down.layers] + ([] if down.tail_skip is None else [down.tail_skip])
+        if not any(skip <= needed for skip in made):
             resting.append(down.path)
             continue
         resting += [module for layer in down.layers if layer.skip > needed for module in layer.modules]

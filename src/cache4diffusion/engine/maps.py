@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from cache4diffusion.engine.inputs import Inputs
+from cache4diffusion.engine.leaves import get_argument
 from cache4diffusion.errors import AnatomyError
 
 # Denoisers whose output tokens hold 2x2 patches of the latent, channel-major: D = (channel, row, column).
@@ -47,9 +50,10 @@ def grid_of(
     Args:
         denoiser_name: class name.
         tokens: the output ``[B, N, D]``.
-        ids: positions of the tokens ``[N, 3]`` or ``[B, N, 3]`` (FLUX's ``img_ids``: frame, row, column), if the host
-            passes any. Reading them is a host sync.
-        shapes: ``[[(frames, height, width), ...], ...]`` (``img_shapes``), if the host passes them.
+        ids: positions of the tokens ``[N, A]`` or ``[B, N, A]``, if the host passes any (``img_ids``: frame, row and
+            column; of FLUX.2 a fourth, too). Of one image two of them vary. Reading them is a host sync.
+        shapes: ``[[(frames, height, width), ...], ...]``, or without the inner list, if the host passes them
+            (``img_shapes``).
         wanted: what cannot be done without it, for the error.
 
     Raises:
@@ -58,12 +62,15 @@ def grid_of(
     count = tokens.shape[1]
     patch = 2 if denoiser_name.startswith(_PACKED) and tokens.shape[2] % 4 == 0 else 1
     if isinstance(ids, Tensor):
-        rows, columns = (ids[0] if ids.ndim == 3 else ids)[:, -2:].round().long().T.tolist()
+        axes = (ids[0] if ids.ndim == 3 else ids).round().long().T.tolist()
+        varying = [values for values in axes if len(set(values)) > 1]
+        rows, columns = varying if len(varying) == 2 else axes[-2:]
         width = max(columns, default=0) + 1
         if len(rows) == count and [r * width + c for r, c in zip(rows, columns, strict=True)] == list(range(count)):
             return Grid(count // width, width, patch)
     elif shapes is not None:
-        sizes = {tuple(int(size) for size in sample[0]) for sample in shapes}
+        first = [sample if isinstance(sample[0], int) else sample[0] for sample in shapes]
+        sizes = {tuple(int(size) for size in sample) for sample in first}
         frames, height, width = sizes.pop() if len(sizes) == 1 else (0, 0, 0)
         if frames == 1 and height * width == count:
             return Grid(height, width, patch)
@@ -101,3 +108,27 @@ def patch_grid(denoiser_name: str, latent: Tensor, count: int, patch: int | None
         f"{denoiser_name} cuts a latent of {height} x {width} into {count} tokens, and how they lie in the image is "
         f"not known, so {wanted}."
     )
+
+
+def image_grid(
+    inputs: Inputs, args: Sequence[Any], kwargs: Mapping[str, Any], count: int, wanted: str
+) -> tuple[int, int, int]:
+    """Frames, rows and columns of the image tokens of a call.
+
+    Args:
+        inputs: roles of the denoiser's arguments.
+        args, kwargs: of the call.
+        count: number of image tokens.
+        wanted: what cannot be done without it, for the error.
+
+    Raises:
+        AnatomyError: nothing tells the grid.
+    """
+    name, latent = type(inputs.module).__name__, inputs.split(args, kwargs)[1]
+    if latent.ndim == 3:
+        ids, shapes = (get_argument(inputs.module, args, kwargs, (key,)) for key in ("img_ids", "img_shapes"))
+        grid = grid_of(name, latent[:, :count], ids, shapes, wanted)
+        return 1, grid.height, grid.width
+    patch = getattr(getattr(inputs.module, "config", None), "patch_size", None)
+    side = patch[-1] if isinstance(patch, (tuple, list)) else patch
+    return patch_grid(name, latent, count, side if isinstance(side, int) else None, wanted)

@@ -6,6 +6,7 @@ site itself, so that every block of a class shares one graph per mode.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -123,6 +124,16 @@ class PartSite:
         else:
             self.driver.record(self, output, seen)
 
+    def distrust(self) -> None:
+        """The host has written into what this part returned, which it was not seen to do when it was examined.
+
+        So what was kept of it in this call is not its feature: nothing is. From here on it is copied at once, and the
+        host gets copies.
+        """
+        self.part = dataclasses.replace(self.part, is_mutated=True)
+        self.driver.forget(self)
+        self.driver.host.note(f"{self.name}: its output is written into later on; what was kept of it was dropped.")
+
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
         """The part's output around its tensors."""
         context = self.switch.context
@@ -134,7 +145,7 @@ class RestingModule:
     """A module that runs only to feed parts: on cached steps it hands out a placeholder that costs nothing.
 
     Either a zero-width tensor, which vanishes in a concatenation along the width, or one token of NaN, which broadcasts
-    through scale and shift. Any leak is a shape error or a NaN that the guard catches.
+    through scale, shift and gate. Any leak is a shape error or a NaN that the guard catches.
     """
 
     def __init__(self, inner: Inner, module: nn.Module, driver: PartsDriver) -> None:
@@ -192,8 +203,11 @@ class RestingModule:
         return self.blanks(x, x.shape[0])
 
     def blanks(self, like: Tensor, rows: int) -> Any:
-        """Zero-width tensors in place of the output's."""
-        found = [like.new_empty((rows, *shape[1:-1], 0)) for shape in self.shapes]
+        """Zero-width tensors, or tokens of NaN, in place of the output's."""
+        if self.inner.role == "zero_width":
+            found = [like.new_empty((rows, *shape[1:-1], 0)) for shape in self.shapes]
+        else:
+            found = [like.new_full((rows, 1, *shape[2:]), float("nan")) for shape in self.shapes]
         return found[0] if len(found) == 1 else tuple(found)
 
 

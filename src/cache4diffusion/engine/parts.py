@@ -6,12 +6,14 @@ switch that the wrappers read, and keeps and predicts what they ask for.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, get_args
 
 from torch import Tensor
 
 from cache4diffusion.anatomy import Anatomy, Block, Inner, Part
-from cache4diffusion.anatomy.facts import InnerRole
+from cache4diffusion.anatomy.facts import BESIDE, InnerRole
 from cache4diffusion.engine.decide import prediction_error
 from cache4diffusion.engine.driver import Driver, Rested
 from cache4diffusion.engine.driver import Inner as InnerCall
@@ -19,11 +21,12 @@ from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.leaves import get_output, own, take_apart
 from cache4diffusion.engine.part_lookup import blocks_of, parts_of
 from cache4diffusion.engine.part_sites import PartSite, RestingModule, Switch
+from cache4diffusion.engine.predictions import Predictions
 from cache4diffusion.engine.state import BranchState, Context
 from cache4diffusion.engine.tokens import TokenDriver
 from cache4diffusion.errors import AnatomyError
 from cache4diffusion.gates import Verification
-from cache4diffusion.predictors import Predictor
+from cache4diffusion.predictors import LinearPredictor, Predictor
 from cache4diffusion.predictors.corrector import paired
 from cache4diffusion.sites import Parts
 
@@ -34,7 +37,7 @@ class PartsDriver(Driver):
     site: Parts
     part_site: type[PartSite] = PartSite
     resting_module: type[RestingModule] = RestingModule
-    rests: tuple[InnerRole, ...] = ("nan_token", "zero_width")  # inner modules that need not run while parts do not
+    rests: tuple[InnerRole, ...] = get_args(InnerRole)  # inner modules that need not run while parts do not
 
     def __init__(self, host: Host, site: Parts) -> None:
         super().__init__(host, site)
@@ -72,7 +75,7 @@ class PartsDriver(Driver):
         for site in self.sites:
             for inner in site.part.inner:
                 # What enters a part is what its norm makes: for those who look at it, norms run.
-                is_read = self.sees_input and inner.role == "nan_token"
+                is_read = self.sees_input and inner.role != "zero_width"
                 if inner.role in self.rests and not is_read and all(path in wrapped for path in inner.feeds):
                     resting[inner.path] = inner
         self.resting = [self.resting_module(inner, modules[path], self) for path, inner in resting.items()]
@@ -139,6 +142,10 @@ class PartsDriver(Driver):
         mine = [kept[site.name] for site in self.sites if site.key == key and site.name in kept]
         return bool(mine) and all(self.predictor.is_ready(state) for state in mine)
 
+    def was_reached(self, context: Context) -> bool:
+        """Also where nothing that was recorded could be kept."""
+        return super().was_reached(context) or "is_reached" in context.scratch
+
     def run(self, context: Context, inner: InnerCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Set the switch, run the host's code, collect what compiled blocks kept."""
         switch = self.switch
@@ -154,8 +161,16 @@ class PartsDriver(Driver):
                 self.tokens.finish_full(context)
             return output
         finally:
-            switch.turn(on=False)
-            switch.context = None
+            self._conclude(context)
+
+    def _conclude(self, context: Context) -> None:
+        """What a call has put off is done, what it has made ahead or left at the sites is dropped."""
+        try:
+            self.host.store.writes.make()
+        finally:
+            context.scratch.pop("predictions", None)
+            self.switch.turn(on=False)
+            self.switch.context = None
             for site in self.sites:
                 site.fresh = site.prepared = site.entered = None
                 site.fresh_seen = []
@@ -169,7 +184,7 @@ class PartsDriver(Driver):
             lengths = {"image": 0, "text": 0}
             streams = self.host.blocks[position].streams
             for stream, value in zip(streams, self.host.stream_inputs(position, args, kwargs), strict=True):
-                lengths["text" if stream.kind == "text" else "image"] += value.shape[1]
+                lengths["text" if stream.kind in BESIDE else "image"] += value.shape[1]
             context.state.extra[f"lengths.{position}"] = (lengths["image"], lengths["text"])
         return inner(*args, **kwargs)
 
@@ -197,7 +212,7 @@ class PartsDriver(Driver):
         if ready is not None:
             like, rows = take_apart(ready)[0][0], context.batch if context.rows is None else len(context.rows)
             for rest in self.resting:
-                if rest.inner.role == "zero_width":
+                if rest.inner.role != "nan_token":
                     rest.blank = rest.blanks(like, rows)
 
     def _collect(self) -> None:
@@ -230,7 +245,18 @@ class PartsDriver(Driver):
                     "that it was not given. Use a predictor that sees only the feature, such as 'reuse'."
                 )
             site.pairs, seen = pairs, [seen[i] for i in pairs]
-        self.keep(context, site.name, tensors, seen)
+        context.scratch["is_reached"] = True
+        with self._copying(site):
+            self.keep(context, site.name, tensors, seen)
+
+    def _copying(self, site: PartSite) -> AbstractContextManager[None]:
+        """While a part's feature is kept: its copy may wait for those of others, unless the host writes into it.
+
+        Nothing is known of how the host goes on with what entered a part.
+        """
+        if site.part.is_mutated or self.sees_input:
+            return nullcontext()
+        return self.host.store.writes.waiting(site.distrust)
 
     def prepare(self, site: PartSite) -> Any:
         """What a compiled block finds at the part: its output, or what a corrector makes the output from in there."""
@@ -252,6 +278,24 @@ class PartsDriver(Driver):
         if site.is_traced:  # a snapshot handed out as it is would be a view, which a compiled block tells from others
             tensors = [tensor.detach() for tensor in tensors]
         return site.rebuild(own(tensors, context.state.sites[site.name]) if site.part.is_mutated else tensors)
+
+    def predicted(
+        self, context: Context, name: str, seen: Sequence[Tensor] = (), rows: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        """Made along with the predictions of the parts that follow, where they are alike."""
+        predictor = self.predictor
+        if isinstance(predictor, LinearPredictor) and context.rows is None and rows is None:
+            if "predictions" not in context.scratch:
+                context.scratch["predictions"] = Predictions(predictor, self.coming(context), context.time)
+            leaves = context.scratch["predictions"].take(name)
+            if leaves is not None:
+                return leaves
+        return super().predicted(context, name, seen, rows)
+
+    def coming(self, context: Context) -> dict[str, Any]:
+        """What is remembered of the parts that will be predicted in this call, in order."""
+        known = context.state.sites
+        return {site.name: known[site.name] for site in self.sites if site.name in known and not site.must_run}
 
     def forget(self, site: PartSite) -> None:
         """Start anew with this part, in the branch that runs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 from torch import Tensor
@@ -31,8 +32,8 @@ class Stretch:
 def stretches(site: Span, lengths: list[int], seams: tuple[bool, ...]) -> list[Stretch]:
     """Cut the main block lists into stretches.
 
-    One over all lists where the streams keep their shape at the seams; else one per list, all under one decision;
-    with ``per_list`` one per list, each under its own.
+    One over all lists that go on with what the one before left; else one per list, all under one decision; with
+    ``per_list`` one per list, each under its own.
 
     Args:
         site: counts of blocks at the front and the back that always run.
@@ -59,6 +60,23 @@ def stretches(site: Span, lengths: list[int], seams: tuple[bool, ...]) -> list[S
         if first <= last:
             found.append(Stretch(f"span.{number}", 0, first, last))
     return found
+
+
+def broken(stretch: Stretch, starts: Sequence[int]) -> list[Stretch]:
+    """A stretch in pieces that begin where the denoiser makes something else of the streams, under its one decision."""
+    cuts = [stretch.first, *(start for start in starts if stretch.first < start <= stretch.last), stretch.last + 1]
+    if len(cuts) == 2:
+        return [stretch]
+    return [
+        replace(stretch, name=f"{stretch.name}.{number}", first=first, last=end - 1)
+        for number, (first, end) in enumerate(pairwise(cuts))
+    ]
+
+
+def breaks_of(anatomy: Anatomy) -> list[int]:
+    """Positions of the main blocks that do not go on with what the one before left in their list."""
+    starts = accumulate((len(stack.blocks) for stack in anatomy.main), initial=0)
+    return [start + number for start, stack in zip(starts, anatomy.main, strict=False) for number in stack.breaks]
 
 
 class SpanDriver(Driver):
@@ -90,7 +108,8 @@ class SpanDriver(Driver):
                 f"{anatomy.denoiser} has no stack of blocks that carries the latent, so there is no span to cache. "
                 "Methods for the whole denoiser ('taylorseer-lite') or for U-Net levels ('deepcache') may work."
             )
-        self.stretches = self.cut([len(stack.blocks) for stack in anatomy.main], anatomy.seams)
+        whole = self.cut([len(stack.blocks) for stack in anatomy.main], anatomy.seams)
+        self.stretches = self._in_pieces(whole, set(breaks_of(anatomy)))
         self._check_predictor(anatomy)
         self._passing = {}
         if not self.stretches:
@@ -101,6 +120,29 @@ class SpanDriver(Driver):
             block = self.host.blocks[position]
             if not block.can_rebuild or any(s.output is None and s.feeds_output for s in block.streams):
                 raise AnatomyError(f"{block.path} returns more than its streams, so it cannot be bypassed.")
+
+    def _in_pieces(self, whole: Sequence[Stretch], starts: set[int]) -> list[Stretch]:
+        """Cut stretches where a block does not go on with what the one before left, and behind every block whose output
+        somebody reads who runs on cached steps: what leaves a stretch is predicted, what passes through it is not.
+
+        Args:
+            whole: the stretches.
+            starts: positions at which a piece must begin.
+        """
+        while True:
+            pieces = [piece for stretch in whole for piece in broken(stretch, sorted(starts))]
+            more = {p + 1 for piece in pieces for p in self._read_outside(piece, pieces)} - starts
+            if not more:
+                return pieces
+            starts = starts | more
+
+    def _read_outside(self, piece: Stretch, pieces: Sequence[Stretch]) -> list[int]:
+        """Positions in a piece, but for its last, whose output is read by what runs, or by what a piece begins with."""
+        blocks = self.host.blocks
+        together = [other for other in pieces if other.key == piece.key]
+        rest = {blocks[p].path for other in together for p in range(other.first + 1, other.last + 1)}
+        rest.add(blocks[piece.first].path)
+        return [p for p in range(piece.first, piece.last) if not rest.issuperset(blocks[p].block.read_by)]
 
     def _check_predictor(self, anatomy: Anatomy) -> None:
         """Leave out what the predictor does not serve; see whether what it sees is there at all."""
@@ -253,30 +295,36 @@ class SpanDriver(Driver):
         state, called = context.state, tuple(self._called(context, stretch))
         if called != tuple(self._route(context, stretch)):
             state.sites.pop(stretch.name, None)
+            state.broadcast.pop(stretch.name, None)
             state.routes[stretch.name] = called
-        seen = self._seen(context, passage.entered, called[-1]) if self._is_known(passage) else None
+        features, seen = self._measured(context, stretch, passage) if self._is_known(passage) else ([], None)
         if seen is None:
             state.sites.pop(stretch.name, None)
         else:
-            features = [self._feature(passage, i) for i in self.kept(called[-1])]
             self.keep(context, stretch.name, features, seen)
+
+    def _measured(
+        self, context: Context, stretch: Stretch, passage: Passage
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        """What is recorded of each stream, and what a corrector sees of them."""
+        features = [self._feature(passage, i) for i in self.kept(self._route(context, stretch)[-1])]
+        if self.sees_input:
+            self._note_broadcast(context, stretch, passage.entered, features)
+        return features, self._seen(context, stretch, passage.entered)
 
     def _finish_rows(self, context: Context, stretch: Stretch, passage: Passage, verdict: Verdict) -> None:
         """Behind the last block, of which some rows ran: write the others' predictions into what it returned."""
-        end = self._route(context, stretch)[-1]
-        is_known, kept = self._is_known(passage), self.kept(end)
-        features = [self._feature(passage, i) for i in kept]
-        seen = self._seen(context, passage.entered, end)
+        features, seen = self._measured(context, stretch, passage)
         assert seen is not None  # or nothing would be ready
         rows = [context.rows[r] if context.rows else r for r in verdict.full_rows]
         cached = [context.rows[r] if context.rows else r for r in verdict.cached_rows]
         there = verdict.cached_rows
         predicted = self.forecast(context, stretch.name, [select_rows(leaf, there) for leaf in seen], cached)
-        for i, leaf in zip(kept, predicted, strict=True):
+        for i, leaf in zip(self.kept(self._route(context, stretch)[-1]), predicted, strict=True):
             if self.form == "residual":
                 leaf = passage.out[i][there] + leaf
             passage.out[i][there] = leaf
-        if is_known:
+        if self._is_known(passage):
             fresh = [select_rows(feature, verdict.full_rows) for feature in features]
             self.keep(context, stretch.name, fresh, [select_rows(leaf, verdict.full_rows) for leaf in seen], rows)
 
@@ -284,19 +332,37 @@ class SpanDriver(Driver):
         """What is recorded of one stream."""
         return passage.left[i] if self.form == "output" else passage.residual(i)
 
-    def _seen(self, context: Context, entered: Sequence[Tensor], end: int) -> list[Tensor] | None:
-        """What a corrector sees of the streams that a stretch keeps; None where it cannot be told.
+    def _seen(self, context: Context, stretch: Stretch, entered: Sequence[Tensor]) -> list[Tensor] | None:
+        """What a corrector sees of the streams that the stretch keeps; None where it cannot be told.
 
         Args:
             context: the call.
-            entered: what entered the stretch, one tensor per stream.
-            end: position of its last block.
+            stretch: of blocks.
+            entered: what entered it, one tensor per stream.
         """
         sees = self.host.sees
         if sees is None:
             return []
-        streams = entered if sees == "input" else context.scratch.get("front_residuals")
-        return None if streams is None else [streams[i] for i in self.kept(end)]
+        kept = self.kept(self._route(context, stretch)[-1])
+        if sees == "front":
+            residuals = context.scratch.get("front_residuals")
+            return None if residuals is None else [residuals[i] for i in kept]
+        count = len(context.rows) if context.rows is not None else context.batch
+        broadcast = context.state.broadcast[stretch.name]
+        streams = zip((entered[i] for i in kept), broadcast, strict=True)
+        return [leaf.expand(count, *leaf.shape[1:]) if is_one and len(leaf) == 1 else leaf for leaf, is_one in streams]
+
+    def _note_broadcast(
+        self, context: Context, stretch: Stretch, entered: Sequence[Tensor], features: Sequence[Tensor]
+    ) -> None:
+        """Note which streams enter with one row for all, such as the text of one negative prompt, and leave with many.
+
+        A map of what enters would leave as few.
+        """
+        known = context.state.broadcast.get(stretch.name, (False,) * len(features))
+        kept = self.kept(self._route(context, stretch)[-1])
+        pairs = zip(known, (entered[i] for i in kept), features, strict=True)
+        context.state.broadcast[stretch.name] = tuple(was or len(x) < len(feature) for was, x, feature in pairs)
 
     def _some_rows(
         self,
@@ -336,7 +402,7 @@ class SpanDriver(Driver):
         return self.host.blocks[position].rebuild(values)
 
     def _predict(self, context: Context, stretch: Stretch, entered: Sequence[Tensor]) -> list[Tensor]:
-        seen = self._seen(context, entered, self._route(context, stretch)[-1])
+        seen = self._seen(context, stretch, entered)
         assert seen is not None  # or nothing would be ready
         return self.forecast(context, stretch.name, seen)
 

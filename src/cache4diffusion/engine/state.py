@@ -67,6 +67,7 @@ class BranchState:
     references: dict[Any, Tensor] = field(default_factory=dict)  # what the watch compares with
     sites: dict[str, Any] = field(default_factory=dict)  # predictor states, by site name
     layouts: dict[str, Any] = field(default_factory=dict)  # how the outputs there are made of tensors, likewise
+    broadcast: dict[str, tuple[bool, ...]] = field(default_factory=dict)  # streams that enter with one row for all
     tokens: dict[str, Any] = field(default_factory=dict)  # token-rule states, by site name
     extra: dict[str, Any] = field(default_factory=dict)  # a driver's own
     routes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # blocks that ran at a span, where not all did
@@ -90,6 +91,7 @@ class BranchState:
         """Clear what predictions are made from; the next step will be full."""
         self.sites.clear()
         self.layouts.clear()
+        self.broadcast.clear()
         self.tokens.clear()
         self.references.clear()
         self.extra.clear()

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from cache4diffusion.anatomy import Anatomy
+from cache4diffusion.anatomy.facts import BESIDE
 from cache4diffusion.engine.attention import OBSERVED, AttentionCapture
 from cache4diffusion.engine.leaves import get_argument, own, with_arguments
-from cache4diffusion.engine.maps import grid_of, patch_grid
+from cache4diffusion.engine.maps import image_grid
 from cache4diffusion.engine.state import BranchState, Context
 from cache4diffusion.errors import AnatomyError
 from cache4diffusion.gates import Step
@@ -70,7 +71,8 @@ class TokenDriver:
                 self._layers[position] = (index, len(stack.blocks))
                 position += 1
         for site in self.driver.sites:
-            if site.part.kind == "fused":
+            # Some tokens of what is concatenated are computed, if all of it is known to be of tokens one by one.
+            if any(inner.role == "zero_width" and inner.kind == "tokenwise" for inner in site.part.inner):
                 for inner in site.part.inner:
                     self._site_of_inner[inner.path] = site
 
@@ -134,10 +136,18 @@ class TokenDriver:
         return site.position if site is not None else None
 
     def took_inner(self, rest: RestingModule, output: Any) -> None:
-        """Keep the un-projected attention output of a fused block."""
+        """Keep the un-projected attention output of a fused block.
+
+        Where it comes in several pieces, as of HunyuanVideo, all of it runs on partial steps too.
+        """
         context = self.driver.switch.context
-        if context is not None and rest.inner.kind == "attn" and isinstance(output, Tensor):
+        if context is None or rest.inner.kind != "attn" or rest.inner.path not in self._site_of_inner:
+            return
+        if isinstance(output, Tensor):
             self.driver.host.store.remember(context.state.extra, _inner(rest), output)
+        else:
+            for inner in self._site_of_inner[rest.inner.path].part.inner:
+                self._site_of_inner.pop(inner.path, None)
 
     def finish_full(self, context: Context) -> None:
         """After a full step: hand what was seen to the rule; every token is fresh."""
@@ -147,6 +157,8 @@ class TokenDriver:
                 place = self._place(context, site)
                 state = context.state.tokens.setdefault(site.name, self.rule.init())
                 seen = context.scratch.get(("attention", site.position), {})
+                # An attention that runs piece by piece shows a piece.
+                seen = {what: values for what, values in seen.items() if values.shape[1] >= place.length}
                 for what in wanted:
                     if what not in seen:
                         self.driver.host.note(
@@ -168,10 +180,10 @@ class TokenDriver:
         batch, length = history.rings[0].shape[:2]
         image, text = context.state.extra.get(f"lengths.{site.position}", (length, 0))
         kind = site.part.outputs[0][1]
-        segments = (Segment("text" if kind == "text" else "image", 0, length),)
+        segments = (Segment("text" if kind in BESIDE else "image", 0, length),)
         if kind == "joint" and text and image + text == length:
             streams = self.driver.host.blocks[site.position].block.streams
-            first = "text" if streams[site.part.segments[0][0]].kind == "text" else "image"
+            first = "text" if streams[site.part.segments[0][0]].kind in BESIDE else "image"
             seam = text if first == "text" else image
             second = "image" if first == "text" else "text"
             segments = (Segment(first, 0, seam), Segment(second, seam, length))
@@ -189,19 +201,9 @@ class TokenDriver:
         known = context.state.extra.setdefault("grids", {})
         if count not in known:
             host, (args, kwargs) = self.driver.host, context.scratch["call"]
-            name, wanted = type(host.inputs.module).__name__, "no bonus can be given by neighbourhood; use bonus=0"
-            latent = host.inputs.split(args, kwargs)[1]
-            if latent.ndim == 3:
-                ids, shapes = (
-                    get_argument(host.inputs.module, args, kwargs, (key,)) for key in ("img_ids", "img_shapes")
-                )
-                host.trace.syncs += isinstance(ids, Tensor)
-                grid = grid_of(name, latent[:, :count], ids, shapes, wanted)
-                known[count] = (1, grid.height, grid.width)
-            else:
-                patch = getattr(getattr(host.inputs.module, "config", None), "patch_size", None)
-                side = patch[-1] if isinstance(patch, (tuple, list)) else patch
-                known[count] = patch_grid(name, latent, count, side if isinstance(side, int) else None, wanted)
+            host.trace.syncs += isinstance(get_argument(host.inputs.module, args, kwargs, ("img_ids",)), Tensor)
+            wanted = "no bonus can be given by neighbourhood; use bonus=0"
+            known[count] = image_grid(host.inputs, args, kwargs, count, wanted)
         return known[count]
 
     def bring(self, state: BranchState, name: str) -> None:
@@ -272,7 +274,7 @@ class TokenDriver:
         context = self.driver.switch.context
         assert context is not None
         state = context.state.sites[site.name]
-        leaves = self.driver.predictor.predict(state, context.time, context.rows)
+        leaves = self.driver.predicted(context, site.name)
         self.driver.bring_after(context, site.name)
         path = site.part.inputs[0]
         x = get_argument(site.module, args, kwargs, path)
@@ -297,7 +299,7 @@ class TokenDriver:
         context = self.driver.switch.context
         assert context is not None
         x = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
-        is_norm = rest.inner.kind == "norm"
+        is_norm = rest.inner.role != "zero_width"  # or runs in front of a part as norms do
         if all(self._rests(context, site, None if is_norm else x) for site in rest.fed):
             return rest.placeholder(args, kwargs)
         if is_norm or rest.inner.path not in self._site_of_inner:

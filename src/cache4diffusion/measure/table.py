@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from rich.table import Table
 from rich.text import Text
 
-from ..units import size_text
+from ..units import size_text, value_text
 from .results import Results, Row
 
 MINUS = "\u2212"  # a real minus sign, as wide as a digit
@@ -61,8 +61,8 @@ def steps(row: Row) -> str:
 
 
 def settings(row: Row) -> str:
-    """``interval=5, order=1``; what is unset (None, an empty list) is left out."""
-    return ", ".join(f"{key}={value}" for key, value in row.settings.items() if value not in (None, [], ()))
+    """``interval=5, full_steps=[0..8, 10, 17]``; what is unset (None, an empty list) is left out."""
+    return ", ".join(f"{key}={value_text(value)}" for key, value in row.settings.items() if value not in (None, [], ()))
 
 
 def _signed(value: float) -> str:

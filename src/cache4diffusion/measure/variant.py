@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+from ..units import value_text
 from .errors import MeasureError
 
 
@@ -53,7 +54,7 @@ def labels_of(variants: Sequence[Variant]) -> list[str]:
         if not label and len(same) > 1:
             keys = dict.fromkeys(key for other in same for key in other.settings)
             differ = [key for key in keys if len({repr(other.settings.get(key)) for other in same}) > 1]
-            said = ", ".join(f"{key}={variant.settings[key]}" for key in differ if key in variant.settings)
+            said = ", ".join(f"{key}={value_text(variant.settings[key])}" for key in differ if key in variant.settings)
             label = f"{variant.name} ({said})" if said else variant.name
         labels.append(label)
     names = [label or variant.name for label, variant in zip(labels, variants, strict=True)]

@@ -55,6 +55,11 @@ class AdaCache(Method):
         family="adaptive gates",
         when="videos differ: quiet scenes should be cached for long, moving ones should not",
         dial=Dial("thresholds", 0.1, 6.0, unit=(0.08, 0.16, 0.24, 0.32, 0.40), beside={"rates": (6, 5, 4, 3, 2, 1)}),
+        ladder=(
+            {"thresholds": (0.008, 0.016, 0.024, 0.032, 0.04), "rates": (6, 5, 4, 3, 2, 1)},
+            {"thresholds": (0.024, 0.048, 0.072, 0.096, 0.12), "rates": (6, 5, 4, 3, 2, 1)},
+            {"thresholds": (0.08, 0.16, 0.24, 0.32, 0.4), "rates": (6, 5, 4, 3, 2, 1)},
+        ),
         citation="Kahatapitiya et al., Adaptive Caching for Faster Video Generation with Diffusion Transformers, "
         "ICCV 2025",
         published={

@@ -62,6 +62,7 @@ class BlockCaching(Method):
         off={"threshold": 0.0},
         family="reuse of blocks and parts",
         when="blocks may have schedules measured on your denoiser, and scale and shift trained against artefacts",
+        ladder=({"threshold": 0.05, "scale_shift": False}, {"threshold": 0.1, "scale_shift": False}, {}),
         citation="Wimbauer et al., Cache Me if You Can: Accelerating Diffusion Models through Block Caching, CVPR 2024",
         needs_calibration=True,
     )

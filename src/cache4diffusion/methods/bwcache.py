@@ -48,6 +48,7 @@ class BWCache(Method):
         family="adaptive gates",
         when="a video denoiser changes little in its middle steps",
         dial=Dial("threshold", 0.05, 0.5),
+        ladder=({"threshold": 0.05}, {"threshold": 0.2}, {"threshold": 0.2, "tail": 0.1}),
         citation="Cui et al., BWCache: Accelerating Video Diffusion Transformers through Block-Wise Caching, ICLR 2026",
         published={
             "Open-Sora": {"threshold": 0.15, "reuse": 0.1, "tail": 0.5},

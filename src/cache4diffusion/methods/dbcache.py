@@ -61,6 +61,7 @@ class DBCache(Method):
         family="adaptive gates",
         when="quality must hold from image to image: the dial is one threshold, the memory a few tensors",
         dial=Dial("threshold", 0.06, 0.9),
+        ladder=({"threshold": 0.05, "front": 1}, {"threshold": 0.15, "front": 1}, {"threshold": 0.4, "front": 1}),
         citation="DefTruth et al., cache-dit: A PyTorch-native inference engine with hybrid cache acceleration, 2025",
         published={
             "default, F8B0_W8_R0.08": {"threshold": 0.08, "front": 8, "back": 0, "warmup": 8},

@@ -56,6 +56,7 @@ class DBPrune(Method):
         family="adaptive gates",
         when="every block should decide for itself, and there is memory for what all of them add",
         dial=Dial("threshold", 0.03, 1.0),
+        ladder=({"threshold": 0.05, "front": 1}, {"threshold": 0.15, "front": 1}, {"threshold": 0.4, "front": 1}),
         citation="DefTruth et al., cache-dit: A PyTorch-native inference engine with hybrid cache acceleration, 2025",
         published={
             "default, F8B0_W8_R0.08": {"threshold": 0.08, "front": 8, "back": 0, "warmup": 8},

@@ -55,6 +55,7 @@ class DiCache(Method):
         family="adaptive gates",
         when="nothing can be calibrated, and the cached residual should follow where the first blocks are going",
         dial=Dial("threshold", 0.1, 3.0),
+        ladder=({"threshold": 0.1}, {"threshold": 0.3}, {"threshold": 2.0}),
         citation="Bu et al., DiCache: Let Diffusion Model Determine Its Own Cache, 2025",
         published={
             "FLUX.1-dev, 30 steps": {"threshold": 0.4, "retention": 0.2, "limit": 1.5},

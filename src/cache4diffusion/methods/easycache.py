@@ -48,6 +48,7 @@ class EasyCache(Method):
         family="adaptive gates",
         when="any denoiser should be cached adaptively, without calibration and without looking inside it",
         dial=Dial("threshold", 0.02, 1.0),
+        ladder=({"threshold": 0.02}, {"threshold": 0.05}, {"threshold": 0.2, "warmup": 5}),
         citation="Zhou et al., Less is Enough: Training-Free Video Diffusion Acceleration via Runtime-Adaptive "
         "Caching, 2025",
         published={

@@ -46,6 +46,7 @@ class FBCache(Method):
         family="adaptive gates",
         when="a transformer needs the simplest adaptive cache: one threshold, almost no memory",
         dial=Dial("threshold", 0.06, 1.2),
+        ladder=({"threshold": 0.05}, {"threshold": 0.1}, {"threshold": 0.25}),
         citation="Cheng, ParaAttention: Context parallel attention and first block cache, 2024",
         published={
             "FLUX.1-dev": {"threshold": 0.08},

@@ -52,6 +52,7 @@ class ICC(Method):
         off={"interval": 1},
         family="correctors",
         when="cached steps must still follow their input, at a low rank's cost and with much memory",
+        ladder=({}, {"interval": 3}, {"interval": 6}),
         citation="Increment-Calibrated Caching with Channel-Aware SVD, CVPR 2025",
         needs_calibration=True,
         published={"DiT-XL/2, DDIM, 100 steps": {"interval": 2, "rank": 128}},

@@ -54,6 +54,7 @@ class L2C(Method):
         off={"threshold": 0.0},
         family="learned routers",
         when="little error matters more than speed, and routers may be trained on your denoiser for some minutes",
+        ladder=({"threshold": 0.1}, {"threshold": 0.5}, {"threshold": 0.9}),
         citation="Ma et al., Learning-to-Cache: Accelerating Diffusion Transformer via Layer Caching, NeurIPS 2024",
         needs_calibration=True,
         published={

@@ -60,6 +60,7 @@ class MagCache(Method):
         off={"threshold": 0.0},
         family="reuse of blocks and parts",
         when="the denoiser's magnitude ratios are known, and deciding should cost nothing",
+        ladder=({"threshold": 0.02}, {"threshold": 0.08}, {"threshold": 0.5}),
         citation="Ma et al., MagCache: Fast Video Generation with Magnitude-Aware Cache, NeurIPS 2025",
         published={
             "FLUX.1-dev": {"threshold": 0.24, "max_run": 5, "retention": 0.1, "ratios": "flux"},

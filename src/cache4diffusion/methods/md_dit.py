@@ -59,6 +59,7 @@ class MDDiT(Method):
         off={"interval": 1},
         family="tokens",
         when="you compare routings: as published it needs a denoiser trained for it, ours does not",
+        ladder=({"capacity": 0.5}, {}, {"capacity": 0.0}),
         citation="Step-aware Mixture-of-Depths for Efficient Diffusion Transformers, NeurIPS 2024 workshop",
         needs_calibration=True,
     )

@@ -48,6 +48,7 @@ class SeaCache(Method):
         family="adaptive gates",
         when="TeaCache fits, but no coefficients are known for your flow-matching denoiser",
         dial=Dial("threshold", 0.08, 4.0),
+        ladder=({"threshold": 0.1}, {"threshold": 0.3}, {"threshold": 0.5}),
         citation="Chung et al., SeaCache: Spectral-Evolution-Aware Cache for Accelerating Diffusion Models, CVPR 2026",
         published={
             "FLUX.1-dev, 18.0 s to 9.4 s": {"threshold": 0.3, "power": 2.0},

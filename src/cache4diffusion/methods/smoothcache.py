@@ -52,6 +52,7 @@ class SmoothCache(Method):
         off={"threshold": 0.0},
         family="reuse of blocks and parts",
         when="a schedule may be measured on your denoiser, for attention and for MLPs each its own",
+        ladder=({"threshold": 0.05}, {"threshold": 0.1}, {"threshold": 0.3}),
         citation="Liu et al., SmoothCache: A Universal Inference Acceleration Technique for DiT, CVPR-W 2025",
         needs_calibration=True,
         published={

@@ -60,6 +60,7 @@ class SpeCa(Method):
         family="adaptive gates",
         when="images of a batch differ: easy ones should skip more steps than hard ones",
         dial=Dial("threshold", 0.3, 30.0, beside={"floor": 0.0}),
+        ladder=({"threshold": 0.1, "warmup": 10, "floor": 0.03}, {"warmup": 10}, {"threshold": 1.0, "floor": 0.3}),
         citation="Liu et al., SpeCa: Accelerating Diffusion Transformers with Speculative Feature Caching, ACM MM 2025",
         published={
             name: dict(zip(_TUNED, values, strict=False))

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from cache4diffusion.predictors.history import History, Track, weighted_sum
+from cache4diffusion.predictors.history import History, Track, WeightedSum, add_up, weighted_sum
 from cache4diffusion.storage import PLAIN, Store
 
 
@@ -74,6 +74,7 @@ class LinearPredictor(ABC):
     """
 
     is_row_wise: ClassVar[bool] = False  # whether the weights of rows differ although their times are the same
+    keeps_constants: ClassVar[bool] = True  # whether what never changes is predicted exactly: weights add up to 1
 
     @property
     @abstractmethod
@@ -104,14 +105,7 @@ class LinearPredictor(ABC):
     def predict(self, state: History, time: float, rows: Sequence[int] | None = None) -> list[Tensor]:
         """The weighted sum, per leaf."""
         if state.shared is not None and not self.is_row_wise:
-            terms = self._terms(state, state.shared, 0, time)
-            weights, outputs = [weight for _, weight in terms], []
-            for ring in state.rings:
-                snapshots = [ring.read(slot) for slot, _ in terms]
-                if rows is not None:
-                    snapshots = [_take(snapshot, rows) for snapshot in snapshots]
-                outputs.append(weighted_sum(snapshots, weights, ring.dtype))
-            return outputs
+            return add_up([self._sum(state, state.shared, time)], rows)[0]
         chosen = range(state.rings[0].shape[0]) if rows is None else rows
         parts = [self._terms(state, track, row, time) for row, track in zip(chosen, state.of(chosen), strict=True)]
         used, outputs = {slot for terms in parts for slot, _ in terms}, []
@@ -123,6 +117,15 @@ class LinearPredictor(ABC):
             ]
             outputs.append(torch.stack(predicted))
         return outputs
+
+    def sum_at(self, state: History, time: float) -> WeightedSum | None:
+        """What `predict` adds up for all rows alike, if it does nothing else; else None.
+
+        Sums of many sites that have the same weights are made together. A class with a `predict` of its own has none.
+        """
+        if state.shared is None or self.is_row_wise or type(self).predict is not LinearPredictor.predict:
+            return None
+        return self._sum(state, state.shared, time)
 
     def prefetch(self, state: History, time: float) -> None:
         """Begin to bring the snapshots of the sum, those of all rows."""
@@ -153,6 +156,10 @@ class LinearPredictor(ABC):
             by_slot[slot] = weight
         return by_slot
 
+    def _sum(self, state: History, track: Track, time: float) -> WeightedSum:
+        terms = self._terms(state, track, 0, time)
+        return WeightedSum(state, tuple(slot for slot, _ in terms), tuple(weight for _, weight in terms))
+
     def _terms(self, state: History, track: Track, row: int, time: float) -> list[tuple[int, float]]:
         """Slots and weights of the snapshots that count; of the newest one, if none does."""
         weights = self._weights_at(state, track, row, time)
@@ -179,7 +186,3 @@ def _weights(predictor: LinearPredictor, times: tuple[float, ...], time: float) 
     """Weights of all snapshots; the many sites of a denoiser ask for the same ones."""
     weights = predictor.weights(times, time)
     return weights + [0.0] * (len(times) - len(weights))
-
-
-def _take(snapshot: Tensor, rows: Sequence[int]) -> Tensor:
-    return snapshot.index_select(0, torch.tensor(rows, device=snapshot.device))

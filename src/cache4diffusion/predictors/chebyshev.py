@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -48,6 +49,8 @@ class Chebyshev(LinearPredictor):
 
     Memory: one copy of the feature per full step of the run (at most ``window``), per site and branch.
     """
+
+    keeps_constants: ClassVar[bool] = False  # the ridge shrinks them
 
     degree: int = 4
     ridge: float = 0.1

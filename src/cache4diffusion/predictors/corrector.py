@@ -35,6 +35,7 @@ class Corrector(ABC):
 
     sees: ClassVar[Sight]
     predicts: ClassVar[Literal["anything", "residual"]] = "anything"  # what a feature must be for it to make sense
+    keeps_constants: ClassVar[bool] = True  # whether what never changes is predicted exactly
 
     @property
     def needs_num_steps(self) -> bool:

@@ -8,13 +8,14 @@ floats.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from cache4diffusion.storage import PLAIN, Ring, Store
+from cache4diffusion.storage import PLAIN, Ring, Store, axes_in_memory, stacked
 
 _FIRST_SLOTS = 8  # of a long ring
 
@@ -163,10 +164,55 @@ class History:
                 ring.prefetch(slot)
 
 
-def weighted_sum(snapshots: Sequence[Tensor], weights: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
-    """``sum_j weights[j] * snapshots[j]``, accumulated in float32 (or wider).
+@dataclass(frozen=True)
+class WeightedSum:
+    """A prediction that is ``sum_j weights[j] * S_j`` over snapshots of one site, the same for every row.
 
-    A single weight of exactly 1 returns that snapshot itself, without a copy where it is of the wanted dtype.
+    Args:
+        history: where the snapshots are.
+        slots: which of them, one or more.
+        weights: of each.
+    """
+
+    history: History
+    slots: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the snapshots can be added up as they lie: nothing has to be fetched or unpacked before."""
+        return all(ring.is_direct for ring in self.history.rings)
+
+    @property
+    def nbytes(self) -> int:
+        """What is allocated to make it: the sum, and what it is added up in; nothing for a snapshot as it lies."""
+        total = 0
+        for ring in self.history.rings:
+            if self.weights == (1.0,):
+                dtypes = {ring.dtype} - {ring.kept}
+            else:
+                dtypes = {ring.dtype, _wide(ring.kept)}
+            total += math.prod(ring.shape) * sum(dtype.itemsize for dtype in dtypes)
+        return total
+
+
+def add_up(sums: Sequence[WeightedSum], rows: Sequence[int] | None = None) -> list[list[Tensor]]:
+    """The leaves of each of these sums (of the given rows), in a few operations for all of them together.
+
+    Args:
+        sums: one or more, all with the same weights.
+        rows: None for all.
+    """
+    rings = [(ring, found.slots) for found in sums for ring in found.history.rings]
+    columns = [[ring.read(slots[j]) for ring, slots in rings] for j in range(len(sums[0].weights))]
+    if rows is not None:
+        columns = [[_take(snapshot, rows) for snapshot in column] for column in columns]
+    leaves = iter(weighted_sums(columns, sums[0].weights, [ring.dtype for ring, _ in rings]))
+    return [[next(leaves) for _ in found.history.rings] for found in sums]
+
+
+def weighted_sum(snapshots: Sequence[Tensor], weights: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
+    """``sum_j weights[j] * snapshots[j]``: `weighted_sums` of one feature.
 
     Args:
         snapshots: what is summed up, one or more.
@@ -174,14 +220,80 @@ def weighted_sum(snapshots: Sequence[Tensor], weights: Sequence[float], dtype: t
         dtype: of the result; None: the snapshots' own.
     """
     dtype = snapshots[0].dtype if dtype is None else dtype
-    terms = [(s, w) for s, w in zip(snapshots, weights, strict=True) if w != 0.0]
-    if len(terms) == 1 and terms[0][1] == 1.0:
-        return terms[0][0].to(dtype)
-    if not terms:
-        return torch.zeros_like(snapshots[0], dtype=dtype)
-    first, weight = terms[0]
-    is_narrow = first.dtype in (torch.float16, torch.bfloat16)
-    total = (first.float() if is_narrow else first) * weight
-    for snapshot, weight in terms[1:]:
-        total.add_(snapshot, alpha=weight)
-    return total.to(dtype)
+    return weighted_sums([[snapshot] for snapshot in snapshots], weights, [dtype])[0]
+
+
+def weighted_sums(
+    columns: Sequence[Sequence[Tensor]], weights: Sequence[float], dtypes: Sequence[torch.dtype]
+) -> list[Tensor]:
+    """``sum_j weights[j] * columns[j][i]`` for every feature ``i``, accumulated in float32 (or wider).
+
+    All features of a dtype go through the same few operations, so their number costs no time of its own; the numbers do
+    not depend on what else is added up. A single weight of exactly 1 returns the snapshots themselves, without a copy
+    where they are of the wanted dtype. Sums that are rounded at the end may lie in one piece of memory, each in its own
+    part of it.
+
+    Args:
+        columns: for each weight, the snapshot of every feature.
+        weights: one or more.
+        dtypes: of the results.
+    """
+    terms = [(column, weight) for column, weight in zip(columns, weights, strict=True) if weight != 0.0]
+    results = list(columns[0])
+    for chosen in _alike((x.dtype, dtype, x.device) for x, dtype in zip(columns[0], dtypes, strict=True)):
+        own = [([column[i] for i in chosen], weight) for column, weight in terms]
+        made = _sums(own, dtypes[chosen[0]]) if own else [torch.zeros_like(results[i], dtype=dtypes[i]) for i in chosen]
+        for i, total in zip(chosen, made, strict=True):
+            results[i] = total
+    return results
+
+
+def _sums(terms: Sequence[tuple[list[Tensor], float]], dtype: torch.dtype) -> list[Tensor]:
+    """The sums of snapshots of one dtype and device."""
+    (newest, weight), *others = terms
+    if not others and weight == 1.0:
+        return _converted(newest, dtype)
+    if newest[0].dtype in (torch.float16, torch.bfloat16):
+        totals = _converted(newest, torch.float32)
+        torch._foreach_mul_(totals, weight)
+    else:
+        totals = list(torch._foreach_mul(newest, weight))
+    for snapshots, weight in others:
+        torch._foreach_add_(totals, snapshots, alpha=weight)
+    return _converted(totals, dtype)
+
+
+def _converted(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Tensors of one dtype and device in another dtype (or themselves), each lying in memory as it does."""
+    converted = list(tensors)
+    if tensors[0].dtype == dtype:
+        return converted
+    orders = [axes_in_memory(tensor) for tensor in tensors]
+    for chosen in _alike((x.shape, tuple(order)) for x, order in zip(tensors, orders, strict=True)):
+        like = tensors[chosen[0]]
+
+        def make(shape: tuple[int, ...], like: Tensor = like) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=like.device)
+
+        places = stacked(make, len(chosen), like.shape, orders[chosen[0]]).unbind()
+        for i, place in zip(chosen, places, strict=True):
+            converted[i] = place
+    torch._foreach_copy_(converted, tensors)
+    return converted
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What snapshots of a dtype are added up in."""
+    return dtype if dtype in (torch.float64, torch.complex64, torch.complex128) else torch.float32
+
+
+def _alike(kinds: Iterable[Hashable]) -> Iterable[list[int]]:
+    """Positions of equal values, together."""
+    found: dict[Hashable, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        found.setdefault(kind, []).append(i)
+    return found.values()
+
+
+def _take(snapshot: Tensor, rows: Sequence[int]) -> Tensor:
+    return snapshot.index_select(0, torch.tensor(rows, device=snapshot.device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -42,6 +43,8 @@ class LearnedCombination(LinearPredictor):
 
     Memory: one copy of the feature per full step of the run, or ``history``.
     """
+
+    keeps_constants: ClassVar[bool] = False  # the ridge shrinks them
 
     gram: tuple[tuple[float, ...], ...] = ()
     ridge: float = 1e-5

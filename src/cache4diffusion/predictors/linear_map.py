@@ -54,6 +54,8 @@ class LinearMap(Corrector):
     Memory: the maps, which branches share; no feature. Cost: ``D^2`` multiply-adds per token.
     """
 
+    keeps_constants: ClassVar[bool] = False  # it is a fit
+
     sees: ClassVar[Sight] = "input"
     predicts: ClassVar[Literal["anything", "residual"]] = "residual"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +41,8 @@ class ScaleShift(LinearPredictor):
 
     Memory: one copy of the feature, and the numbers.
     """
+
+    keeps_constants: ClassVar[bool] = False  # it is trained
 
     tables: Mapping[str, tuple[Table, ...]] = field(default_factory=dict)
 

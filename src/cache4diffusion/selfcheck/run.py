@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,10 +12,10 @@ from torch import nn
 from cache4diffusion.accelerate import choose, compose, denoisers_of
 from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.calls import quiet
-from cache4diffusion.compare import NOTHING_CACHED, parse_method
+from cache4diffusion.compare import parse_method
 from cache4diffusion.composition import Composition
 from cache4diffusion.errors import AnatomyError, CalibrationError, CompositionError, SettingError
-from cache4diffusion.few_steps import FewStepsWarning
+from cache4diffusion.few_steps import unconcerned
 from cache4diffusion.method import METHODS, Method
 from cache4diffusion.selfcheck.checks import OF_DENOISERS, OF_RUNS
 from cache4diffusion.selfcheck.findings import INVARIANTS, Finding, SelfCheck, Status
@@ -57,9 +56,7 @@ def selfcheck(
     for name, denoiser in denoisers_of(target).items():
         if owner_of(denoiser) is not None:
             raise SettingError(f"{name} is accelerated: call remove() on its handle first, selfcheck attaches its own.")
-    with warnings.catch_warnings(), quiet(target) if not isinstance(target, nn.Module) else nullcontext():
-        warnings.filterwarnings("ignore", message=NOTHING_CACHED)  # where that is wrong, it is a finding
-        warnings.simplefilter("ignore", FewStepsWarning)  # these runs are short on purpose
+    with unconcerned(), quiet(target) if not isinstance(target, nn.Module) else nullcontext():
         stage = Stage(target, inputs, dict(call or {}), steps)
         names = dict.fromkeys(type(unwrapped(subject.denoiser)).__name__ for subject in stage.subjects)
         found = SelfCheck(", ".join(names))

@@ -17,6 +17,7 @@ from cache4diffusion.anatomy import Anatomy
 from cache4diffusion.calls import Call, Sampling
 from cache4diffusion.composition import Composition
 from cache4diffusion.engine.inputs import inputs_of
+from cache4diffusion.engine.leaves import get_argument, with_arguments
 from cache4diffusion.errors import SettingError
 from cache4diffusion.handle import Handle
 from cache4diffusion.method import Method
@@ -58,6 +59,10 @@ class Case:
             "high_gain": 1.0,
         }
         known = {name: value for name, value in wanted.items() if name in self.chosen.settings}
+        for entry in dataclasses.fields(self.chosen):
+            most = entry.metadata["range"].maximum
+            if entry.name in known and most is not None:
+                known[entry.name] = min(known[entry.name], most)
         if self.chosen.is_off():
             known.pop("threshold", None)
         return dataclasses.replace(self, chosen=dataclasses.replace(self.chosen, **known))
@@ -177,15 +182,20 @@ class Stage:
     def _loop(self, subject: Subject) -> list[Tensor]:
         roles = inputs_of(subject.denoiser)
         args, kwargs = subject.calls[0]
-        clock, latent, _ = roles.split(args, kwargs)
-        outputs: list[Tensor] = []
-        half = latent.shape[0] // 2
-        is_guided = half * 2 == latent.shape[0] and torch.equal(latent[:half], latent[half:])  # both branches at once
+        clock = None if roles.timestep is None else get_argument(roles.module, args, kwargs, (roles.timestep,))
+        latent, outputs = get_argument(roles.module, args, kwargs, (roles.latent,)), []
+        is_whole = isinstance(latent, Tensor) and latent.is_floating_point()
+        half = latent.shape[0] // 2 if is_whole else 0
+        is_even = half > 0 and half * 2 == latent.shape[0]
+        is_guided = is_even and torch.equal(latent[:half], latent[half:])  # both branches at once
         for index in range(self.steps):
-            time = clock * (self.steps - index) / self.steps
-            if isinstance(clock, Tensor):
-                time = time.to(clock.dtype)
-            outputs += tensors(subject.compute(roles.at(args, kwargs, time, latent)))
+            changed: dict[Any, Any] = {(roles.latent,): latent}
+            if clock is not None:
+                time = clock * (self.steps - index) / self.steps
+                changed[(roles.timestep,)] = time.to(clock.dtype) if isinstance(clock, Tensor) else time
+            outputs += tensors(subject.compute(with_arguments(roles.module, args, kwargs, changed)))
+            if not is_whole:  # a list of samples, or indices of a codebook: what changes is the clock
+                continue
             last = outputs[-1]
             latent = latent - 0.1 * last if last.shape == latent.shape else 0.97 * latent
             if is_guided:

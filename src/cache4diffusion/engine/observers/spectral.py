@@ -21,6 +21,16 @@ class SpectralObserver(SignalObserver):
 
     watch: Spectral
 
+    def install(self) -> None:
+        """Find the watch point, and see that its tokens are an image's."""
+        super().install()
+        assert self.host.anatomy is not None
+        if not self.watch.grid and self.host.anatomy.tokens is None:
+            raise AnatomyError(
+                f"{self.words} filters the tokens as a grid, and in {self.host.anatomy.denoiser} image and text are in "
+                "one row when they enter the first block. Use a gate that filters nothing, as of 'teacache'."
+            )
+
     def signal(self, context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The modulated input ``[B, N, D]`` as a grid, filtered, in its own shape and dtype."""
         plain = super().signal(context, args, kwargs)
