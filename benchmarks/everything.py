@@ -3,6 +3,7 @@
     python benchmarks/everything.py                        # all, family by family: docs/benchmarks/all-methods.*
     python benchmarks/everything.py --families trajectory  # some families; those measured earlier are kept
     python benchmarks/everything.py --front                # then the front on more captions: all-methods-front.*
+    python benchmarks/everything.py --front --share 1/2    # half of it, beside another process that does 2/2
     python benchmarks/everything.py --page                 # write the pages anew from what is measured
 
 It is ``c4d bench --methods all``, cut into families so that what is measured is not lost, put together into one file.
@@ -83,12 +84,26 @@ def measure_families(options: argparse.Namespace) -> None:
         side_by_side(load_model(options.model), members, options.captions, results=file, keep_going=True)
 
 
-def measure_front(results: Results, options: argparse.Namespace) -> Results:
-    """The rows of the front that cache, and what is given by name, on more captions."""
+def measure_front(results: Results, options: argparse.Namespace) -> None:
+    """The rows of the front that cache, and what is given by name, on more captions: this process's share of them."""
     wanted = [row for row in front_of(results.methods) if row.flops_speedup > 1.1]
-    methods = [c4d.method(row.method, **_given(row)) for row in wanted]
-    file = Path(f"{options.write}-front.json")
-    return side_by_side(load_model(options.model), [*methods, *options.also], options.front, results=file)
+    methods = [*(c4d.method(row.method, **_given(row)) for row in wanted), *options.also]
+    number, count = options.share
+    mine = methods[number - 1 :: count]
+    print(f"front, {number} of {count}: {len(mine)} rows", file=sys.stderr)
+    file = part_file(options.parts, f"front {number} of {count}")
+    side_by_side(load_model(options.model), mine, options.front, results=file)
+
+
+def front_parts(folder: Path) -> list[Results]:
+    """What was measured of the front, if all of it was; of several divisions, the newest."""
+    found = []
+    for first in folder.glob("front-1-of-*.json"):
+        count = int(first.stem.split("-")[-1])
+        files = [part_file(folder, f"front {number} of {count}") for number in range(1, count + 1)]
+        if all(file.exists() for file in files):
+            found.append((max(file.stat().st_mtime for file in files), [Results.load(file) for file in files]))
+    return max(found, key=lambda each: each[0])[1] if found else []
 
 
 def _given(row: Row) -> dict[str, object]:
@@ -207,6 +222,13 @@ def front_page(results: Results) -> str:
     )
 
 
+def _share(text: str) -> tuple[int, int]:
+    number, count = map(int, text.split("/"))
+    if not 1 <= number <= count:
+        raise ValueError(text)
+    return number, count
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="scenes-flux", help="a reference model")
@@ -215,6 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--calibrations", default="out/calibrations", help="a folder made by calibrations.py")
     parser.add_argument("--parts", type=Path, default=Path("out/everything"), help="a folder for the families' results")
     parser.add_argument("--front", type=int, nargs="?", const=480, metavar="CAPTIONS", help="measure the front again")
+    parser.add_argument("--share", type=_share, default=(1, 1), metavar="K/N", help="of the front, in this process")
     parser.add_argument("--also", action="append", default=[], metavar="METHOD", help="beside the front")
     parser.add_argument("--page", action="store_true", help="measure nothing")
     parser.add_argument("--write", default="docs/benchmarks/all-methods", metavar="STEM", help="STEM.json and STEM.md")
@@ -230,9 +253,11 @@ def main(arguments: list[str] | None = None) -> int:
     whole = merged(parts) if parts else Results.load(f"{options.write}.json")
     whole.save(f"{options.write}.json")
     Path(f"{options.write}.md").write_text(page(whole), encoding="utf-8")
-    again = Path(f"{options.write}-front.json")
     if options.front is not None:
         measure_front(whole, options)
+    again, fronts = Path(f"{options.write}-front.json"), front_parts(options.parts)
+    if fronts:
+        merged(fronts).save(again)
     if again.exists():
         again.with_suffix(".md").write_text(front_page(Results.load(again)), encoding="utf-8")
     return 0

@@ -1,6 +1,7 @@
 """benchmarks/everything.py: parts put together, and what its page says of them."""
 
 import itertools
+import os
 
 import pytest
 
@@ -66,3 +67,23 @@ def test_a_page_is_written_anew_from_its_file(made_up, tmp_path):
     assert everything.main(["--page", "--write", str(tmp_path / "all"), "--parts", str(tmp_path / "none")]) == 0
     assert Results.load(tmp_path / "all.json") == made_up[0]
     assert (tmp_path / "all.md").read_text() == everything.page(made_up[0])
+
+
+def test_the_front_is_the_newest_division_that_is_whole(made_up, tmp_path):
+    whole = made_up[0]
+    halves = [with_rows(whole, whole.methods[:3]), with_rows(whole, whole.methods[3:])]
+    assert everything.front_parts(tmp_path) == []
+    halves[0].save(tmp_path / "front-1-of-2.json")
+    assert everything.front_parts(tmp_path) == [], "one half is missing"
+    halves[1].save(tmp_path / "front-2-of-2.json")
+    assert everything.merged(everything.front_parts(tmp_path)) == whole
+    halves[0].save(tmp_path / "front-1-of-1.json")
+    os.utime(tmp_path / "front-1-of-1.json", (2e9, 2e9))
+    assert everything.front_parts(tmp_path) == [halves[0]], "measured later"
+
+
+@pytest.mark.parametrize("share", ["0/2", "3/2", "2"])
+def test_a_share_is_one_of_so_many(share, capsys):
+    with pytest.raises(SystemExit):
+        everything.main(["--front", "--share", share])
+    assert "--share" in capsys.readouterr().err
