@@ -22,6 +22,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import cache4diffusion as c4d
+from cache4diffusion.calibration.figure import Figure
 from cache4diffusion.cli.models import load_model
 from cache4diffusion.info import FAMILIES
 from cache4diffusion.ladder import ladder
@@ -169,8 +170,19 @@ def front_table(rows: Iterable[Row]) -> list[str]:
     return lines
 
 
-def page(results: Results) -> str:
-    """All methods."""
+def drawing(results: Results) -> str:
+    """Every row by what it saves and how close it stays; the text of an SVG file."""
+
+    def places(rows: Iterable[Row]) -> list[tuple[float, float]]:
+        return sorted((row.flops_speedup, row.psnr) for row in rows)
+
+    lines = {"fewer steps": places(results.fewer_steps), "front": places(front_of(results.methods))}
+    title = f"{results.conditions.denoiser}, {results.conditions.captions} captions"
+    return Figure("FLOPs speed-up", "PSNR in dB", {"methods": places(results.methods)}, lines).svg(title)
+
+
+def page(results: Results, picture: str) -> str:
+    """All methods; ``picture`` is the name of their `drawing`."""
     methods = results.methods
     winners = {row.method for row in methods if beats_fewer_steps(row)}
     names = list(dict.fromkeys(row.method for row in methods))
@@ -186,10 +198,13 @@ def page(results: Results) -> str:
         "",
         "*Beats fewer steps*: settings at which more than half of all captions (the lower end of the 95 % interval is "
         "above one half) are closer to the uncached image than with fewer steps that cost as many FLOPs. *Breaks*: the "
-        "first setting at which accuracy is lost for certain, or half of the captions or fewer are closer.",
+        "first setting at which accuracy is lost for certain, or half of the captions or fewer are closer. Latencies "
+        "are medians of few batches: where other work is on the machine they scatter by a third, FLOPs do not.",
         "",
         f"{len(winners)} methods beat fewer steps at one setting or more; never: "
         f"{', '.join(f'`{name}`' for name in names if name not in winners) or 'none'}.",
+        "",
+        f"![PSNR against FLOPs speed-up]({picture})",
         "",
         "## The front",
         "",
@@ -252,7 +267,9 @@ def main(arguments: list[str] | None = None) -> int:
     parts = [Results.load(file) for file in parts if file.exists()]
     whole = merged(parts) if parts else Results.load(f"{options.write}.json")
     whole.save(f"{options.write}.json")
-    Path(f"{options.write}.md").write_text(page(whole), encoding="utf-8")
+    drawn = Path(f"{options.write}.svg")
+    drawn.write_text(drawing(whole), encoding="utf-8")
+    drawn.with_suffix(".md").write_text(page(whole, drawn.name), encoding="utf-8")
     if options.front is not None:
         measure_front(whole, options)
     again, fronts = Path(f"{options.write}-front.json"), front_parts(options.parts)

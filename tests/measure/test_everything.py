@@ -1,6 +1,7 @@
 """benchmarks/everything.py: parts put together, and what its page says of them."""
 
 import itertools
+import math
 import os
 
 import pytest
@@ -55,7 +56,8 @@ def test_parts_of_other_uncached_images_are_refused(made_up):
 
 
 def test_the_page_has_every_method_and_says_what_breaks(made_up):
-    text = everything.page(made_up[0])
+    text = everything.page(made_up[0], "all.svg")
+    assert "![PSNR against FLOPs speed-up](all.svg)" in text
     for row in made_up[0].methods:
         assert f"| `{row.method}` | {row.fidelity} | " in text
     worst = min(made_up[0].methods, key=lambda row: row.psnr_wins)
@@ -66,7 +68,9 @@ def test_a_page_is_written_anew_from_its_file(made_up, tmp_path):
     made_up[0].save(tmp_path / "all.json")
     assert everything.main(["--page", "--write", str(tmp_path / "all"), "--parts", str(tmp_path / "none")]) == 0
     assert Results.load(tmp_path / "all.json") == made_up[0]
-    assert (tmp_path / "all.md").read_text() == everything.page(made_up[0])
+    assert (tmp_path / "all.md").read_text() == everything.page(made_up[0], "all.svg")
+    dots = (tmp_path / "all.svg").read_text().count("<circle")
+    assert dots == sum(math.isfinite(row.psnr) for row in made_up[0].methods)
 
 
 def test_the_front_is_the_newest_division_that_is_whole(made_up, tmp_path):
