@@ -3,6 +3,7 @@
     python benchmarks/everything.py                        # all, family by family: docs/benchmarks/all-methods.*
     python benchmarks/everything.py --families trajectory  # some families; those measured earlier are kept
     python benchmarks/everything.py --front                # then the front on more captions: all-methods-front.*
+    python benchmarks/everything.py --front --share 1/2    # half of it, beside another process that does 2/2
     python benchmarks/everything.py --page                 # write the pages anew from what is measured
 
 It is ``c4d bench --methods all``, cut into families so that what is measured is not lost, put together into one file.
@@ -21,6 +22,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import cache4diffusion as c4d
+from cache4diffusion.calibration.figure import Figure
 from cache4diffusion.cli.models import load_model
 from cache4diffusion.info import FAMILIES
 from cache4diffusion.ladder import ladder
@@ -83,12 +85,26 @@ def measure_families(options: argparse.Namespace) -> None:
         side_by_side(load_model(options.model), members, options.captions, results=file, keep_going=True)
 
 
-def measure_front(results: Results, options: argparse.Namespace) -> Results:
-    """The rows of the front that cache, and what is given by name, on more captions."""
+def measure_front(results: Results, options: argparse.Namespace) -> None:
+    """The rows of the front that cache, and what is given by name, on more captions: this process's share of them."""
     wanted = [row for row in front_of(results.methods) if row.flops_speedup > 1.1]
-    methods = [c4d.method(row.method, **_given(row)) for row in wanted]
-    file = Path(f"{options.write}-front.json")
-    return side_by_side(load_model(options.model), [*methods, *options.also], options.front, results=file)
+    methods = [*(c4d.method(row.method, **_given(row)) for row in wanted), *options.also]
+    number, count = options.share
+    mine = methods[number - 1 :: count]
+    print(f"front, {number} of {count}: {len(mine)} rows", file=sys.stderr)
+    file = part_file(options.parts, f"front {number} of {count}")
+    side_by_side(load_model(options.model), mine, options.front, results=file)
+
+
+def front_parts(folder: Path) -> list[Results]:
+    """What was measured of the front, if all of it was; of several divisions, the newest."""
+    found = []
+    for first in folder.glob("front-1-of-*.json"):
+        count = int(first.stem.split("-")[-1])
+        files = [part_file(folder, f"front {number} of {count}") for number in range(1, count + 1)]
+        if all(file.exists() for file in files):
+            found.append((max(file.stat().st_mtime for file in files), [Results.load(file) for file in files]))
+    return max(found, key=lambda each: each[0])[1] if found else []
 
 
 def _given(row: Row) -> dict[str, object]:
@@ -154,8 +170,19 @@ def front_table(rows: Iterable[Row]) -> list[str]:
     return lines
 
 
-def page(results: Results) -> str:
-    """All methods."""
+def drawing(results: Results) -> str:
+    """Every row by what it saves and how close it stays; the text of an SVG file."""
+
+    def places(rows: Iterable[Row]) -> list[tuple[float, float]]:
+        return sorted((row.flops_speedup, row.psnr) for row in rows)
+
+    lines = {"fewer steps": places(results.fewer_steps), "front": places(front_of(results.methods))}
+    title = f"{results.conditions.denoiser}, {results.conditions.captions} captions"
+    return Figure("FLOPs speed-up", "PSNR in dB", {"methods": places(results.methods)}, lines).svg(title)
+
+
+def page(results: Results, picture: str) -> str:
+    """All methods; ``picture`` is the name of their `drawing`."""
     methods = results.methods
     winners = {row.method for row in methods if beats_fewer_steps(row)}
     names = list(dict.fromkeys(row.method for row in methods))
@@ -171,10 +198,13 @@ def page(results: Results) -> str:
         "",
         "*Beats fewer steps*: settings at which more than half of all captions (the lower end of the 95 % interval is "
         "above one half) are closer to the uncached image than with fewer steps that cost as many FLOPs. *Breaks*: the "
-        "first setting at which accuracy is lost for certain, or half of the captions or fewer are closer.",
+        "first setting at which accuracy is lost for certain, or half of the captions or fewer are closer. Latencies "
+        "are medians of few batches: where other work is on the machine they scatter by a third, FLOPs do not.",
         "",
         f"{len(winners)} methods beat fewer steps at one setting or more; never: "
         f"{', '.join(f'`{name}`' for name in names if name not in winners) or 'none'}.",
+        "",
+        f"![PSNR against FLOPs speed-up]({picture})",
         "",
         "## The front",
         "",
@@ -207,6 +237,13 @@ def front_page(results: Results) -> str:
     )
 
 
+def _share(text: str) -> tuple[int, int]:
+    number, count = map(int, text.split("/"))
+    if not 1 <= number <= count:
+        raise ValueError(text)
+    return number, count
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="scenes-flux", help="a reference model")
@@ -215,6 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--calibrations", default="out/calibrations", help="a folder made by calibrations.py")
     parser.add_argument("--parts", type=Path, default=Path("out/everything"), help="a folder for the families' results")
     parser.add_argument("--front", type=int, nargs="?", const=480, metavar="CAPTIONS", help="measure the front again")
+    parser.add_argument("--share", type=_share, default=(1, 1), metavar="K/N", help="of the front, in this process")
     parser.add_argument("--also", action="append", default=[], metavar="METHOD", help="beside the front")
     parser.add_argument("--page", action="store_true", help="measure nothing")
     parser.add_argument("--write", default="docs/benchmarks/all-methods", metavar="STEM", help="STEM.json and STEM.md")
@@ -229,10 +267,14 @@ def main(arguments: list[str] | None = None) -> int:
     parts = [Results.load(file) for file in parts if file.exists()]
     whole = merged(parts) if parts else Results.load(f"{options.write}.json")
     whole.save(f"{options.write}.json")
-    Path(f"{options.write}.md").write_text(page(whole), encoding="utf-8")
-    again = Path(f"{options.write}-front.json")
+    drawn = Path(f"{options.write}.svg")
+    drawn.write_text(drawing(whole), encoding="utf-8")
+    drawn.with_suffix(".md").write_text(page(whole, drawn.name), encoding="utf-8")
     if options.front is not None:
         measure_front(whole, options)
+    again, fronts = Path(f"{options.write}-front.json"), front_parts(options.parts)
+    if fronts:
+        merged(fronts).save(again)
     if again.exists():
         again.with_suffix(".md").write_text(front_page(Results.load(again)), encoding="utf-8")
     return 0

@@ -81,6 +81,16 @@ def test_calibrated_methods_are_checked_with_their_calibration(denoiser, name):
     assert all(silent[invariant].startswith("its predictor does not keep") for invariant in fits)
 
 
+def test_a_threshold_that_a_training_belongs_to_is_not_raised():
+    pipe, call = flux_pipeline(), {**SMALL, "output_type": "latent"}
+    brief = {"steps": STEPS, "call": call, "trial": 0, "runs": 1, "threshold": 0.8}
+    made = c4d.calibrate(pipe, "block-caching", [prompt()], **brief)
+    chosen = c4d.method("block-caching", calibration=made)
+    found = c4d.selfcheck(pipe, [chosen], call={**prompt(), **call}, steps=STEPS)
+    assert found.ok, str(found)
+    assert found.of("block-caching", "repeatable").status == "passed"
+
+
 def test_a_pipeline_is_checked_with_its_own_calls_and_guidance():
     pipe = flux_pipeline()
     g = torch.Generator().manual_seed(0)

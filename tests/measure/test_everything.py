@@ -1,6 +1,8 @@
 """benchmarks/everything.py: parts put together, and what its page says of them."""
 
 import itertools
+import math
+import os
 
 import pytest
 
@@ -54,7 +56,8 @@ def test_parts_of_other_uncached_images_are_refused(made_up):
 
 
 def test_the_page_has_every_method_and_says_what_breaks(made_up):
-    text = everything.page(made_up[0])
+    text = everything.page(made_up[0], "all.svg")
+    assert "![PSNR against FLOPs speed-up](all.svg)" in text
     for row in made_up[0].methods:
         assert f"| `{row.method}` | {row.fidelity} | " in text
     worst = min(made_up[0].methods, key=lambda row: row.psnr_wins)
@@ -65,4 +68,26 @@ def test_a_page_is_written_anew_from_its_file(made_up, tmp_path):
     made_up[0].save(tmp_path / "all.json")
     assert everything.main(["--page", "--write", str(tmp_path / "all"), "--parts", str(tmp_path / "none")]) == 0
     assert Results.load(tmp_path / "all.json") == made_up[0]
-    assert (tmp_path / "all.md").read_text() == everything.page(made_up[0])
+    assert (tmp_path / "all.md").read_text() == everything.page(made_up[0], "all.svg")
+    dots = (tmp_path / "all.svg").read_text().count("<circle")
+    assert dots == sum(math.isfinite(row.psnr) for row in made_up[0].methods)
+
+
+def test_the_front_is_the_newest_division_that_is_whole(made_up, tmp_path):
+    whole = made_up[0]
+    halves = [with_rows(whole, whole.methods[:3]), with_rows(whole, whole.methods[3:])]
+    assert everything.front_parts(tmp_path) == []
+    halves[0].save(tmp_path / "front-1-of-2.json")
+    assert everything.front_parts(tmp_path) == [], "one half is missing"
+    halves[1].save(tmp_path / "front-2-of-2.json")
+    assert everything.merged(everything.front_parts(tmp_path)) == whole
+    halves[0].save(tmp_path / "front-1-of-1.json")
+    os.utime(tmp_path / "front-1-of-1.json", (2e9, 2e9))
+    assert everything.front_parts(tmp_path) == [halves[0]], "measured later"
+
+
+@pytest.mark.parametrize("share", ["0/2", "3/2", "2"])
+def test_a_share_is_one_of_so_many(share, capsys):
+    with pytest.raises(SystemExit):
+        everything.main(["--front", "--share", share])
+    assert "--share" in capsys.readouterr().err

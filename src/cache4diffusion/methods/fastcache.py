@@ -59,7 +59,7 @@ class FastCache(Method):
         off={"threshold": 0.0},
         family="correctors",
         when="the calibration's verdict says that your blocks act nearly linearly",
-        ladder=({}, {"threshold": 0.2}, {"threshold": 0.5}),
+        ladder=({}, {"threshold": 0.2}, {"threshold": 0.33}),
         citation="Liu et al., FastCache: Fast Caching for Diffusion Transformer Through Learnable Linear "
         "Approximation, 2025",
         needs_calibration=True,

@@ -52,7 +52,7 @@ class HarmoniCa(Method):
         off={"threshold": 0.0},
         family="learned routers",
         when="steps are few, and a schedule for every part may be trained on whole runs of your denoiser",
-        ladder=({"threshold": 0.1}, {"threshold": 0.5}, {"threshold": 0.9}),
+        ladder=({"threshold": 0.02}, {"threshold": 0.1}, {"threshold": 0.5}),
         citation="Huang et al., HarmoniCa: Harmonizing Training and Inference for Better Feature Caching, ICML 2025",
         needs_calibration=True,
         published={"DiT-XL/2-256, 10 steps": {"threshold": 0.1}},

@@ -58,7 +58,6 @@ class LazyDiT(Method):
         off={"threshold": 0.0},
         family="learned routers",
         when="images of a batch differ, and each part may learn on your denoiser when to compute",
-        ladder=({"threshold": 0.45}, {}, {"threshold": 0.55}),
         citation="Shen et al., LazyDiT: Lazy Learning for the Acceleration of Diffusion Transformers, AAAI 2025",
         needs_calibration=True,
         published={"DiT-XL/2, 50 steps": {"threshold": 0.5}},

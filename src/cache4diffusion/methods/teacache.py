@@ -68,7 +68,7 @@ class TeaCache(Method):
         family="adaptive gates",
         when="coefficients were fitted to your denoiser, or may be, and a cached step should run no block at all",
         dial=Dial("threshold", 0.08, 3.0),
-        ladder=({"threshold": 0.05}, {"threshold": 0.1}, {"threshold": 0.18}),
+        ladder=({"threshold": 0.05}, {"threshold": 0.1}, {"threshold": 0.17}),
         citation="Liu et al., Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model, CVPR 2025",
         published={
             f"{name}, {note}": {"coefficients": name, "threshold": threshold}

@@ -65,7 +65,11 @@ class Case:
                 known[entry.name] = min(known[entry.name], most)
         if self.chosen.is_off():
             known.pop("threshold", None)
-        return dataclasses.replace(self, chosen=dataclasses.replace(self.chosen, **known))
+        try:
+            forced = dataclasses.replace(self.chosen, **known)
+        except SettingError:  # its calibration was trained for one threshold, and is no use at another
+            forced = dataclasses.replace(self.chosen, **{k: v for k, v in known.items() if k != "threshold"})
+        return dataclasses.replace(self, chosen=forced)
 
     def off(self) -> Case:
         """At the registry's off settings."""
