@@ -314,6 +314,7 @@ class SpanDriver(Driver):
 
     def _finish_rows(self, context: Context, stretch: Stretch, passage: Passage, verdict: Verdict) -> None:
         """Behind the last block, of which some rows ran: write the others' predictions into what it returned."""
+        is_known = self._is_known(passage)  # before anything is written
         features, seen = self._measured(context, stretch, passage)
         assert seen is not None  # or nothing would be ready
         rows = [context.rows[r] if context.rows else r for r in verdict.full_rows]
@@ -324,7 +325,7 @@ class SpanDriver(Driver):
             if self.form == "residual":
                 leaf = passage.out[i][there] + leaf
             passage.out[i][there] = leaf
-        if self._is_known(passage):
+        if is_known:
             fresh = [select_rows(feature, verdict.full_rows) for feature in features]
             self.keep(context, stretch.name, fresh, [select_rows(leaf, verdict.full_rows) for leaf in seen], rows)
 
