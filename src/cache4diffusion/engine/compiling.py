@@ -119,9 +119,11 @@ def leave_us_alone() -> None:
     if skip_code is None:
         return
     package = __name__.partition(".")[0]
-    for name, module in list(sys.modules.items()):
-        if (name == package or name.startswith(f"{package}.")) and name not in _LEFT_ALONE:
+    mine = [name for name in list(sys.modules) if name.startswith(package) and name not in _LEFT_ALONE]
+    for name in mine:
+        if name == package or name.startswith(f"{package}."):
             _LEFT_ALONE.add(name)
+            module = sys.modules[name]
             for value in list(vars(module).values()):
                 if getattr(value, "__module__", None) == name:
                     for code in _codes(value, set()):
