@@ -9,7 +9,9 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 import cache4diffusion as c4d
+from cache4diffusion.engine import compiling
 from cache4diffusion.engine.compiling import _codes
+from cache4diffusion.engine.denoiser import shifted
 from cache4diffusion.errors import CompositionError, RunError
 from cache4diffusion.gates import FixedInterval
 from cache4diffusion.predictors import Increment, Weights
@@ -387,3 +389,22 @@ def test_a_corrector_corrects_inside_compiled_blocks(site, order):
         assert not torch._dynamo.utils.counters["graph_break"]
     assert len(set(counts)) == 1, "the same graphs at 4 and at 8 blocks, and none more in a second run"
     assert max(float((a - b).norm() / b.norm()) for a, b in zip(expected, reused, strict=True)) > 1e-4, "it corrects"
+
+
+def test_frames_of_ours_stay_alone_without_being_told_again(monkeypatch):
+    """Telling Dynamo of every function took longer than attaching."""
+    denoiser = flux(1)
+    c4d.accelerate(denoiser, "fora").remove()
+    told = []
+    monkeypatch.setattr(compiling, "skip_code", told.append)
+    torch._dynamo.reset()
+    c4d.accelerate(denoiser, "fora").remove()
+    assert not told
+    seen = []
+
+    def backend(graph, examples):
+        seen.append(graph)
+        return graph.forward
+
+    assert torch.compile(shifted, backend=backend)(torch.ones(1, 2), torch.ones(1, 2), 1).tolist() == [[2, 2]]
+    assert not seen, "a function of this package was compiled"

@@ -23,6 +23,7 @@ from cache4diffusion.errors import (
     RunError,
     SettingError,
 )
+from scripts import script
 
 trained = pytest.mark.parametrize("name", TRAINED)
 
@@ -156,7 +157,7 @@ def test_the_teachers_trajectory_is_the_uncached_one_and_the_students_is_not(pip
         with Trainer(pipe, training, 0, {}) as trainer:
             trainer.look(lambda: toys.generate(pipe, STEPS))
             latents = []
-            trainer.teach(0, lambda latents=latents: latents.append(toys.generate(pipe, STEPS)) or latents)
+            trainer.teach(0, lambda latents=latents: latents.append(toys.generate(pipe, STEPS)) or latents[-1])
         assert torch.equal(latents[-1], plain) == is_plain
 
 
@@ -166,6 +167,14 @@ def test_sequential_guidance_fills_a_cache_for_every_branch():
     made = c4d.calibrate(pipe, "l2c", [toys.prompt(1, negative=2)], steps=4, call=CALL, trial=0, runs=1)
     assert counter.counts[""] == 2 * (4 + 4 + 2 + 4), "look, teacher, student, verdict, in two branches"
     assert len(made.entry.sums["losses"]) == 1
+
+
+def test_a_pipeline_that_returns_no_tensors_is_rehearsed_by_its_images():
+    pipe = script("matrix").dit()  # knows no output_type="latent"
+    pipe.set_progress_bar_config(disable=True)
+    made = c4d.calibrate(pipe, "harmonica", [0], steps=4, call={"guidance_scale": 3.0}, trial=1, runs=1, refresh=1)
+    assert len(made.entry.sums["losses"]) == 1
+    assert made.trial is not None
 
 
 def test_batched_guidance_learns_from_both_halves():

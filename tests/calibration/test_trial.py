@@ -8,7 +8,7 @@ from calibrating import CALL, STEPS, calibrated, prompts
 
 import cache4diffusion as c4d
 import toys
-from cache4diffusion.calibration import Trial, load_calibration, merge_calibrations, trying
+from cache4diffusion.calibration import Trial, load_calibration, merge_calibrations, outputs, trying
 from cache4diffusion.calibration.run import try_out
 from cache4diffusion.compare import parse_method
 from cache4diffusion.errors import AnatomyError, CalibrationError, FileFormatError, SettingError
@@ -176,5 +176,5 @@ def test_bad_arguments_are_refused_before_anything_runs(pipe, arguments, said):
 
 def test_what_gives_no_numbers_cannot_be_compared():
     with pytest.raises(CalibrationError, match="there are no numbers to compare"):
-        trying._flat([])
-    assert trying._flat([torch.ones(2), {"b": torch.zeros(1, 2)}]).tolist() == [1, 1, 0, 0]
+        outputs.numbers_of([])
+    assert outputs.numbers_of([torch.ones(2), {"b": torch.zeros(1, 2)}]).tolist() == [1, 1, 0, 0]

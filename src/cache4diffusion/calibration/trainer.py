@@ -13,11 +13,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from cache4diffusion.accelerate import denoisers_of
+from cache4diffusion.calibration.outputs import numbers_of
 from cache4diffusion.calibration.pupil import Pupil, mean
 from cache4diffusion.calibration.store import Entry
 from cache4diffusion.calibration.training import Answer, Training
 from cache4diffusion.engine.compiling import is_compiled
-from cache4diffusion.engine.leaves import take_apart
 from cache4diffusion.errors import AlreadyAcceleratedError, CalibrationError, CompositionError
 from cache4diffusion.run import RunTracker
 from cache4diffusion.wrap import owner_of
@@ -114,7 +114,7 @@ class Trainer:
         def rehearse(answer: Answer) -> Tensor:
             pupil.rehearsed = answer
             try:
-                return take_apart(sample())[0][0].detach().float()
+                return numbers_of(sample())
             finally:
                 pupil.rehearsed = None
 

@@ -138,7 +138,7 @@ class Training(Calibrator):
         Args:
             numbers: so far.
             run: its index.
-            rehearse: samples this run with these answers, without learning, and returns its final latent.
+            rehearse: samples this run with these answers, without learning, and returns all numbers of its result.
         """
         return None
 

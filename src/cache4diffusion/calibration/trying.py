@@ -12,12 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from cache4diffusion.accelerate import accelerate
+from cache4diffusion.calibration.outputs import numbers_of
 from cache4diffusion.calibration.trial import Trial
 from cache4diffusion.composition import Composition
 from cache4diffusion.cost import summarise
@@ -51,7 +50,7 @@ def tried(
     """
     with torch.inference_mode():
         runs = [functools.partial(sample, prompt, seed + OTHER_NOISE) for prompt, seed in samples]
-        bench = _Bench(pipe, steps, runs, [_flat(run()) for run in runs])
+        bench = _Bench(pipe, steps, runs, [numbers_of(run()) for run in runs])
         speedup, errors = bench.measure(method)
         name, reuse = bench.reuse_at(speedup)
         other, others = bench.measure(reuse)
@@ -74,7 +73,7 @@ class _Bench:
         costs, errors = [], []
         with unconcerned(), accelerate(self.pipe, chosen) as handle:
             for run, wanted in list(zip(self.runs, self.plain, strict=True))[:runs]:
-                found = _flat(run())
+                found = numbers_of(run())
                 summary = summarise(handle)
                 if summary.predicted is None:
                     raise CalibrationError(f"FLOPs cannot be counted here: {'; '.join(summary.problems)}")
@@ -121,16 +120,3 @@ def schedule(wanted: float, steps: int) -> dict[str, int]:
 def full_steps(interval: int, warmup: int, steps: int) -> int:
     """Of a run: the first ``warmup`` (1 or more), then every ``interval``-th counted from the first."""
     return warmup + (steps - 1) // interval - (warmup - 1) // interval
-
-
-def _flat(output: Any) -> Tensor:
-    """All numbers of what a pipeline returned."""
-    leaves = [_numbers(leaf) for leaf in pytree.tree_leaves(output)]
-    if not leaves:
-        raise CalibrationError(f"The pipeline returned {type(output).__name__}: there are no numbers to compare.")
-    return torch.cat(leaves)
-
-
-def _numbers(leaf: Any) -> Tensor:
-    values = leaf if isinstance(leaf, Tensor) else torch.from_numpy(np.asarray(leaf, dtype=np.float64))
-    return values.detach().to("cpu", torch.float64).flatten()

@@ -26,6 +26,8 @@ try:  # both are private; without them a denoiser compiled from outside shows in
 except ImportError:
     get_eval_frame_callback = skip_code = None
 
+_LEFT_ALONE: set[str] = set()  # modules of this package
+
 WHOLE = (
     "was compiled as a whole, which hides the blocks and parts inside that this method must reach. Compile the blocks "
     "instead (denoiser.compile_repeated_blocks(fullgraph=True), or block.compile() for each), or use a method for the "
@@ -111,12 +113,18 @@ def drop_graphs(denoiser: nn.Module) -> None:
 
 
 def leave_us_alone() -> None:
-    """Tell Dynamo not to compile the frames of this package by themselves. ``torch._dynamo.reset()`` undoes it."""
+    """Tell Dynamo not to compile the frames of this package by themselves; modules imported since then are added.
+
+    It lasts: ``torch._dynamo.reset()`` forgets what Dynamo has seen, and these it never sees.
+    """
     if skip_code is None:
         return
     package = __name__.partition(".")[0]
-    for name, module in list(sys.modules.items()):
+    mine = [name for name in list(sys.modules) if name.startswith(package) and name not in _LEFT_ALONE]
+    for name in mine:
         if name == package or name.startswith(f"{package}."):
+            _LEFT_ALONE.add(name)
+            module = sys.modules[name]
             for value in list(vars(module).values()):
                 if getattr(value, "__module__", None) == name:
                     for code in _codes(value, set()):
