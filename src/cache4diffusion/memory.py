@@ -26,6 +26,7 @@ from cache4diffusion.calls import Call, Sampling, default_steps, quiet
 from cache4diffusion.compare import parse_method
 from cache4diffusion.composition import Composition
 from cache4diffusion.copies import CopyEngine
+from cache4diffusion.engine.group import ALONE
 from cache4diffusion.engine.inputs import inputs_of
 from cache4diffusion.errors import AnatomyError, SettingError
 from cache4diffusion.gates import Step
@@ -277,7 +278,9 @@ class Rehearsal:
         composition, found = dataclasses.replace(composition, guards=guards), {"denoiser": self.twin}
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # the real run will say it again
-            handle = attach(self.twin, found, {"denoiser": composition}, nan_guard="off", store=lambda: store)
+            handle = attach(
+                self.twin, found, {"denoiser": composition}, nan_guard="off", store=lambda: store, group=ALONE
+            )
             with handle:
                 (engine,) = handle._engines
                 engine.prepare(*self.calls[0], anatomy=self._anatomy)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -131,6 +131,8 @@ class Bands:
     Memory: ``order + low_order + 2`` copies of the feature per site and branch (the code keeps ``2 (order + 1)``). The
     transform runs at full steps only.
     """
+
+    mixes_tokens: ClassVar[bool] = True  # frequencies are those of the whole row or plane
 
     order: int = 2
     low_order: int = 0

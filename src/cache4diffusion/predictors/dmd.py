@@ -81,6 +81,7 @@ class DynamicModes(LinearPredictor):
     """
 
     is_row_wise: ClassVar[bool] = True
+    mixes_tokens: ClassVar[bool] = True  # the modes are fitted to all of them
 
     history: int = 6
     rank: int = 0

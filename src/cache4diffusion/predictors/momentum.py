@@ -117,6 +117,7 @@ class AdaptedMomentum(Momentum):
     """
 
     is_row_wise: ClassVar[bool] = True
+    mixes_tokens: ClassVar[bool] = True  # beta is searched by the error of all of them
 
     gamma: float = 0.1
     lowest: float = 0.0
