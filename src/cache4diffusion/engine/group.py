@@ -162,8 +162,8 @@ class Group(Alone):
 
     def _echo(self, note: str) -> RunError:
         return RunError(
-            f"{note} It shares its samples with this process, which cannot go on without it. The group is out of step "
-            "now: end its processes, or destroy the process group and make it anew."
+            f"{note.rstrip('.')}. It shares its samples with this process, which cannot go on without it. The group is "
+            "out of step now: end its processes, or destroy the process group and make it anew."
         )
 
     def fail(self, error: BaseException | None) -> RunError | None:
