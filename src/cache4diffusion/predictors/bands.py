@@ -102,10 +102,10 @@ def _low_dct(tokens: Tensor, height: int, width: int, cutoff: float) -> Tensor:
 
 def _cosines(count: int, like: Tensor) -> Tensor:
     """Orthonormal DCT-II: row u is the cosine of frequency u."""
-    n = torch.arange(count, device=like.device, dtype=torch.float64)
+    n = torch.arange(count, dtype=torch.float64)
     table = torch.cos(math.pi / count * n[:, None] * (n[None, :] + 0.5)) * math.sqrt(2 / count)
     table[0] /= math.sqrt(2)
-    return table.to(like.dtype)
+    return table.to(like)
 
 
 @dataclass(frozen=True)
