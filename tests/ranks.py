@@ -13,6 +13,7 @@ import traceback
 import warnings
 from multiprocessing import forkserver
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,6 +31,8 @@ def on_ranks(job, *args, tmp_path, count=2, timeout=600.0, seconds=300.0, mortal
         seconds: after which processes are taken for stuck.
         mortal: ranks that may end without a result (None).
     """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        pytest.skip("processes cannot be forked on this platform")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["toys"])
     found = os.environ.get("PYTHONPATH")

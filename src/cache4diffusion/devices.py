@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 _STREAMS = ("Stream", "Event", "stream", "current_stream")  # what copies beside the computation are made with
 
@@ -47,7 +48,8 @@ def in_double(x: Tensor) -> Tensor:
 def has_double(device: torch.device) -> bool:
     """Whether a device computes in float64. Apple's do not, nor do some of Intel's."""
     try:
-        torch.ones(1, dtype=torch.float64, device=device).add_(1)
+        with _disable_current_modes():  # the device itself, also while something runs on tensors without data
+            torch.ones(1, dtype=torch.float64, device=device).add_(1)
     except (TypeError, RuntimeError):
         return False
     return True
