@@ -167,8 +167,8 @@ class FakeStream:
         self.log.append(f"out of {self.name}")
 
 
-class FakeCuda:
-    """As much of ``torch.cuda`` as the copies use; events take 2 ms."""
+class FakeStreams:
+    """As much of ``torch.cuda`` or ``torch.xpu`` as the copies use; events take 2 ms."""
 
     def __init__(self):
         self.log = []
@@ -205,18 +205,18 @@ class FakeCuda:
 
 class Streams(StreamCopyEngine):
     def hold(self, tensor, stream):
-        self._cuda.log.append(f"{stream.name} holds {tensor.tolist()}")
+        self._streams.log.append(f"{stream.name} holds {tensor.tolist()}")
 
     def room(self, shape, dtype, device):
         return torch.empty(shape, dtype=dtype, device=device)
 
 
 def test_streams_wait_for_what_they_need_and_for_nothing_else():
-    cuda = FakeCuda()
-    copies, host = Streams(torch.device("cpu"), cuda), torch.zeros(2)
+    streams = FakeStreams()
+    copies, host = Streams(torch.device("cpu"), streams), torch.zeros(2)
     copies.offload(torch.ones(2), host)
     coming = copies.prefetch(host)
-    assert cuda.log == [
+    assert streams.log == [
         "side waits for main",  # which makes the source
         "in side",
         "out of side",
@@ -225,11 +225,11 @@ def test_streams_wait_for_what_they_need_and_for_nothing_else():
         "out of side",
         "event",
     ]
-    cuda.log.clear()
+    streams.log.clear()
     assert copies.fetch(coming).tolist() == [1.0, 1.0]
-    assert cuda.log == ["main waits for event", "main holds [1.0, 1.0]"]
+    assert streams.log == ["main waits for event", "main holds [1.0, 1.0]"]
     copies.finish()
-    assert cuda.log[-1] == "host waits for side"
+    assert streams.log[-1] == "host waits for side"
     assert (copies.bytes, copies.ms) == (16, 4.0)
     copies.start_over()
     assert (copies.bytes, copies.ms) == (0, 0.0)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from cache4diffusion.engine import Engine
 from cache4diffusion.engine.admission import Admission
 from cache4diffusion.engine.compiling import WHOLE, forbids_compiled_blocks, hides_sites, is_compiled
 from cache4diffusion.engine.finite import NanGuard
+from cache4diffusion.engine.group import Alone, shares_tokens
 from cache4diffusion.engine.host import no_stack
 from cache4diffusion.engine.inputs import inputs_of
 from cache4diffusion.engine.leaves import parameter_names
@@ -51,6 +52,9 @@ from cache4diffusion.storage import Store
 from cache4diffusion.tokens import TOKEN_RULES
 from cache4diffusion.trace import Trace
 from cache4diffusion.wrap import owner_of
+
+if TYPE_CHECKING:
+    from cache4diffusion.engine.group import Processes
 
 # Where pipelines keep what they call in their loop, in the order in which two-expert pipelines use them.
 DENOISER_NAMES = ("transformer", "transformer_2", "unet", "prior", "denoiser", "dit", "model")
@@ -115,6 +119,7 @@ def accelerate(
     strict: bool | None = None,
     inputs: tuple[Any, ...] | Mapping[str, Any] | list[Any] | None = None,
     call: Mapping[str, Any] | None = None,
+    group: Processes | None = None,
     **settings: Any,
 ) -> Handle:
     """Cache features of a pipeline's denoisers (or of one denoiser) from now on, until ``handle.remove()``.
@@ -138,6 +143,9 @@ def accelerate(
             leave little to gain, and calibrations made with other weights.
         inputs: what the budget is checked against: arguments of a call of a bare denoiser, as in `cache_bytes`.
         call: likewise: arguments of the pipeline's call, as in `cache_bytes`. Its first step is computed.
+        group: the processes that share every sample with this one: a group of ``torch.distributed``, or a device mesh
+            with one dimension. All of them take the same decisions. None: as diffusers' ``enable_parallelism`` tells;
+            without that, this process decides by itself.
         **settings: the method's settings by name; and, to combine methods by axis, ``site=``, ``gate=``,
             ``predictor=``, ``tokens=``, ``cfg=`` (each a name such as ``"newton(order=2)"`` or an object), ``decide=``
             and ``branches=``.
@@ -167,21 +175,27 @@ def accelerate(
     }
     settings |= {name: value for name, value in given.items() if value is not None}
     choice = choose(target, found, method_or_profile, settings)
-    handle = start(target, choice, nan_guard, inputs=inputs, call=call)
+    handle = start(target, choice, nan_guard, inputs=inputs, call=call, group=group)
     if method_or_profile is None:
         print(f"cache4diffusion: using {handle.label} (name a method to choose another)")
     return handle
 
 
 def start(
-    target: Any, choice: Choice, nan_guard: NanGuard | None = None, *, inputs: Any = None, call: Any = None
+    target: Any,
+    choice: Choice,
+    nan_guard: NanGuard | None = None,
+    *,
+    inputs: Any = None,
+    call: Any = None,
+    group: Processes | None = None,
 ) -> Handle:
     """Put a choice to work, as `accelerate` does.
 
     Args:
         target: the pipeline, or the denoiser.
         choice: what runs.
-        nan_guard, inputs, call: as in `accelerate`.
+        nan_guard, inputs, call, group: as in `accelerate`.
 
     Raises:
         Cache4DiffusionError: as `accelerate`.
@@ -194,7 +208,7 @@ def start(
         if budget is None:
             raise SettingError("inputs= and call= are what a memory_budget= is checked against: give one, or neither.")
         choice = budget.settle_at(target, inputs, call)
-    return attach(target, found, choice.compositions(found), choice, nan_guard=nan_guard, budget=budget)
+    return attach(target, found, choice.compositions(found), choice, nan_guard=nan_guard, budget=budget, group=group)
 
 
 def _refuse_accelerated(found: Mapping[str, nn.Module]) -> None:
@@ -219,6 +233,7 @@ def attach(
     listeners: Mapping[str, Listener] | None = None,
     budget: Budget | None = None,
     store: Callable[[], Store] | None = None,
+    group: Processes | Alone | None = None,
 ) -> Handle:
     """Put compositions to work in the denoisers of a pipeline (or in one denoiser).
 
@@ -232,6 +247,7 @@ def attach(
         listeners: hear of what is recorded in a denoiser.
         budget: weighs what will be stored, before it is.
         store: makes what keeps the snapshots of one denoiser; None: as the choice says.
+        group: as in `accelerate`; `ALONE` where nothing is to be decided with others.
     """
     trace = Trace()
     handle: Handle | None = None
@@ -250,6 +266,7 @@ def attach(
         for name, denoiser in found.items():
             composition = compositions[name]
             check_composition(name, denoiser, composition)
+            composition.check_group(shares_tokens(denoiser, group))
             engine = Engine(
                 denoiser,
                 composition,
@@ -264,6 +281,7 @@ def attach(
                 admission=Admission(partial(handle._weigh, name)) if budget is not None else None,
                 is_guided=None if isinstance(target, nn.Module) else _guidance_of(target),
                 on_check=handle._check_run,
+                group=group,
             )
             handle._engines.append(engine)
             tracker.watch_denoiser(denoiser)

@@ -13,6 +13,7 @@ from cache4diffusion.guidance import BranchRule
 from cache4diffusion.predictors import Predictor, Reuse, TwoSided
 from cache4diffusion.sites import (
     Blocks,
+    Denoiser,
     GatedParts,
     Linears,
     Parts,
@@ -239,6 +240,27 @@ class Composition:
             or getattr(rule, "never_caches", False)
             for rule in rules
         )
+
+    def check_group(self, is_sharded: bool) -> None:
+        """Refuse what must see whole samples, where every process holds a share of their tokens.
+
+        Raises:
+            CompositionError: the message says what does.
+        """
+        watch = self.gate.watch if self.gate is not None else None
+        is_outside = isinstance(self.site, (Denoiser, Trajectory))
+        guilty = [
+            self.gate if watch is not None and watch.mixes_tokens else None,
+            self.predictor if getattr(self.predictor, "mixes_tokens", False) and not is_outside else None,
+            self.tokens,
+        ]
+        names = [type(part).__name__ for part in guilty if part is not None]
+        if is_sharded and names:
+            raise CompositionError(
+                f"{' and '.join(names)} must see all tokens of a sample, and each of the processes that share one (by "
+                "enable_parallelism, or group=) holds some of them. Use other parts, or site='denoiser', whose input "
+                "and output are whole."
+            )
 
     def check_run(self, num_steps: int, levels: tuple[float, ...] | None = None) -> None:
         """Refuse settings that contradict the run's length (or its noise levels, where they are known).

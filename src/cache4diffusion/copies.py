@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cache4diffusion.devices import streams_of
+
 
 @dataclass(frozen=True)
 class Coming:
@@ -79,7 +81,7 @@ class CopyEngine:
 
 
 class StreamCopyEngine(CopyEngine):
-    """Copies in a CUDA stream of its own, from and to page-locked host memory: computation goes on meanwhile.
+    """Copies in a stream of its own, from and to page-locked host memory: computation goes on meanwhile.
 
     One stream for both directions keeps a copy out behind the one that filled its source. An offload waits for what the
     computation has been given so far, since that makes its source; a prefetch for nothing but earlier copies; a fetch
@@ -87,13 +89,13 @@ class StreamCopyEngine(CopyEngine):
 
     Args:
         device: of the denoiser.
-        cuda: ``torch.cuda``, or what stands for it.
+        streams: the module with its streams and events, as of `streams_of`.
     """
 
-    def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
+    def __init__(self, device: torch.device, streams: Any) -> None:
         super().__init__(device)
-        self._cuda = cuda
-        self.stream = cuda.Stream(device)
+        self._streams = streams
+        self.stream = streams.Stream(device)
         self._clocked: deque[tuple[Any, Any]] = deque()  # begin and end of copies whose time is not read yet
 
     @property
@@ -110,7 +112,7 @@ class StreamCopyEngine(CopyEngine):
 
     def offload(self, source: Tensor, target: Tensor) -> None:
         """Once everything given to the device so far is done."""
-        self.stream.wait_stream(self._cuda.current_stream(self.device))
+        self.stream.wait_stream(self._streams.current_stream(self.device))
         with self._copying(target):
             target.copy_(source, non_blocking=True)
         self.hold(source, self.stream)
@@ -124,7 +126,7 @@ class StreamCopyEngine(CopyEngine):
 
     def fetch(self, coming: Coming) -> Tensor:
         """What is computed from here on waits for the copy."""
-        current = self._cuda.current_stream(self.device)
+        current = self._streams.current_stream(self.device)
         current.wait_event(coming.ticket)
         self.hold(coming.tensor, current)
         return coming.tensor
@@ -144,8 +146,8 @@ class StreamCopyEngine(CopyEngine):
 
     @contextmanager
     def _copying(self, copied: Tensor) -> Iterator[None]:
-        begin, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
-        with self._cuda.stream(self.stream):
+        begin, end = (self._streams.Event(enable_timing=True) for _ in range(2))
+        with self._streams.stream(self.stream):
             begin.record(self.stream)
             yield
             end.record(self.stream)
@@ -161,4 +163,5 @@ class StreamCopyEngine(CopyEngine):
 
 def copy_engine(device: torch.device) -> CopyEngine:
     """The best there is for a device."""
-    return StreamCopyEngine(device) if device.type == "cuda" else CopyEngine(device)
+    streams = streams_of(device)
+    return CopyEngine(device) if streams is None else StreamCopyEngine(device, streams)

@@ -26,6 +26,7 @@ from cache4diffusion.calls import Call, Sampling, default_steps, quiet
 from cache4diffusion.compare import parse_method
 from cache4diffusion.composition import Composition
 from cache4diffusion.copies import CopyEngine
+from cache4diffusion.engine.group import ALONE
 from cache4diffusion.engine.inputs import inputs_of
 from cache4diffusion.errors import AnatomyError, SettingError
 from cache4diffusion.gates import Step
@@ -236,7 +237,7 @@ class Rehearsal:
         self.calls = calls
         self._anatomy: Anatomy | None = None  # found in the first run that needs it
         with FakeCopyMode(FakeTensorMode(allow_non_fake_inputs=True)):
-            self.twin = copy.deepcopy(unwrapped(denoiser))
+            self.twin = _twin_of(unwrapped(denoiser))
         try:
             with torch.no_grad():
                 for call in self.calls:
@@ -277,7 +278,9 @@ class Rehearsal:
         composition, found = dataclasses.replace(composition, guards=guards), {"denoiser": self.twin}
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # the real run will say it again
-            handle = attach(self.twin, found, {"denoiser": composition}, nan_guard="off", store=lambda: store)
+            handle = attach(
+                self.twin, found, {"denoiser": composition}, nan_guard="off", store=lambda: store, group=ALONE
+            )
             with handle:
                 (engine,) = handle._engines
                 engine.prepare(*self.calls[0], anatomy=self._anatomy)
@@ -300,6 +303,30 @@ class Rehearsal:
 
     def _latent(self) -> Tensor:
         return inputs_of(self.twin).split(*self.calls[0])[1]
+
+
+def _twin_of(denoiser: nn.Module) -> nn.Module:
+    """A copy that computes by itself.
+
+    diffusers' hooks hold functions, which are not copied: those that split samples over processes are put on anew. What
+    they exchange is as imaginary as the tensors.
+    """
+    config = getattr(denoiser, "_parallel_config", None)
+    context = getattr(config, "context_parallel_config", None)
+    twin = copy.deepcopy(denoiser, {id(shared): shared for shared in (config, context) if shared is not None})
+    if context is None:
+        return twin
+    from diffusers.hooks.context_parallel import ContextParallelGatherHook, ContextParallelSplitHook
+
+    for module in twin.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        hooks = {} if registry is None else dict(registry.hooks)
+        if all(isinstance(hook, (ContextParallelGatherHook, ContextParallelSplitHook)) for hook in hooks.values()):
+            for name in reversed(hooks):
+                registry.remove_hook(name, recurse=False)
+            for name, hook in hooks.items():
+                registry.register_hook(hook, name)
+    return twin
 
 
 def _steps_that_fill(composition: Composition, letters: str) -> int:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cache4diffusion.devices import has_clock
+
 FULL, CACHED, PARTIAL, MIXED, HALF = "F", "c", "p", "m", "h"
 
 
@@ -134,14 +136,17 @@ class Ledger:
 
 
 class Timer:
-    """Wall time of calls. On an accelerator by events that are read later, so that timing never waits."""
+    """Wall time of calls. On an accelerator by events that are read later, so that timing never waits.
+
+    Where a device has no such events it is the time until everything was given to it.
+    """
 
     def __init__(self) -> None:
         self._pending: deque[tuple[Record, Any, Any]] = deque()  # oldest first
 
     def events(self, device: torch.device) -> Any:
-        """A fresh recorded event on ``device``, or None on the CPU."""
-        if device.type == "cpu" or not torch.accelerator.is_available():
+        """A fresh recorded event on ``device``, or None on the CPU and where events tell no time."""
+        if not has_clock(device):
             return None
         event = torch.Event(device, enable_timing=True)
         event.record()

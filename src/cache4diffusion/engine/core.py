@@ -17,7 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from cache4diffusion.engine.attachment import Attachment
 from cache4diffusion.engine.branches import BranchDriver
 from cache4diffusion.engine.driver import Driver, Inner
 from cache4diffusion.engine.finite import FiniteGuard, NanGuard
+from cache4diffusion.engine.group import ALONE, Alone, group_of
 from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.leaves import specs_of
 from cache4diffusion.engine.listener import Listener
@@ -40,6 +41,9 @@ from cache4diffusion.gates import Step
 from cache4diffusion.run import Call, Run, RunTracker
 from cache4diffusion.storage import Store
 from cache4diffusion.trace import CACHED, FULL, HALF, Ledger, Record, Timer, Trace, bytes_by_place
+
+if TYPE_CHECKING:
+    from cache4diffusion.engine.group import Processes
 
 
 class Engine:
@@ -60,6 +64,7 @@ class Engine:
         admission: holds calls back until what they would store was weighed.
         is_guided: the pipeline's own word on whether guidance is on.
         on_check: told of every new run once its first call is known, before anything is cached; may refuse it.
+        group: the processes that share every sample; None: as the denoiser tells.
     """
 
     def __init__(
@@ -78,12 +83,14 @@ class Engine:
         admission: Admission | None = None,
         is_guided: Callable[[], bool | None] | None = None,
         on_check: Callable[[Run], None] | None = None,
+        group: Processes | Alone | None = None,
     ) -> None:
         self.denoiser, self.tracker, self.trace = denoiser, tracker, trace
         self.name, self.admission = name, admission
         self._batch_order, self._listener = batch_order, listener
         self._nan_guard: NanGuard | None = nan_guard
-        self._is_guided, self._on_check = is_guided, on_check
+        self._is_guided, self._on_check, self._given = is_guided, on_check, group
+        self._groups: dict[int, Alone] = {}  # by run: the processes that share its samples
         self.ledger, self.timer = Ledger(), Timer()
         self.call_specs: Any = None  # shapes of the newest run's first call, for cost estimates
         self.num_steps: int | None = None  # of the newest run
@@ -98,7 +105,7 @@ class Engine:
         self.composition = composition
         self.gate, self.predictor = composition.gate, composition.predictor
         self.host = Host(self.denoiser, composition, self.trace, self.name, self._listener, store)
-        finite = FiniteGuard(self._nan_guard, self.trace)
+        finite = FiniteGuard(self._nan_guard, self.host)
         self.runner: SiteRunner | None = None
         self.branches: BranchDriver | None = None
         if composition.site is not None:
@@ -185,6 +192,9 @@ class Engine:
     def on_run_end(self, run: Run, aborted: bool) -> None:
         """Forget everything of this run. Another thread may be in the middle of a run of its own."""
         self._checked_runs.discard(run.id)
+        group = self._groups.pop(run.id, ALONE)
+        if aborted:
+            group.fail(None)
         if self.branches is not None and not aborted:
             self.branches.conclude(run.id)
         if self.admission is not None:
@@ -254,6 +264,7 @@ class Engine:
                 self.attachment.check_visible()
                 timestep, latent, conditioning = self.host.inputs.split(args, kwargs)
                 call = self.tracker.enter(id(self), timestep=timestep, conditioning=conditioning, latent=latent)
+                group = self._join(call)
                 if self.admission is not None and self._is_held_back(call, args, kwargs):
                     return self._plainly(call, latent, inner, args, kwargs)
                 is_new = call.run.id not in self._checked_runs
@@ -266,15 +277,33 @@ class Engine:
                     self.attachment.make_room()
                 if call.is_edited:
                     self._forget_conditioning(call)
+                self.host.group = group
                 with self.attachment.room:
                     if self.branches is not None:
                         output = self.branches.run(call, latent, inner, args, kwargs)
                         self.account()
                         return output
                     return self.run_branch(call, latent, inner, args, kwargs)
-            except BaseException:
+            except BaseException as error:
+                echo = self.host.group.fail(error)
                 self.tracker.fail()
+                if echo is not None:
+                    raise echo from error
                 raise
+
+    def _join(self, call: Call) -> Alone:
+        """The processes that share the samples of this call's run.
+
+        Raises:
+            CompositionError: what runs here needs whole samples.
+        """
+        run = call.run.id
+        if run not in self._groups:
+            group = self._groups[run] = group_of(self.denoiser, self._given)
+            self.composition.check_group(group.is_sharded)
+        self.host.group = self._groups[run]
+        self.host.group.enter(call.step, call.ordinal)
+        return self.host.group
 
     def _kind_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
         """What decides how much a call stores."""

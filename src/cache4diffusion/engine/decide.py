@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from cache4diffusion.composition import Composition
+from cache4diffusion.engine.group import ALONE, Alone
 from cache4diffusion.engine.state import Context, Unit, Verdict
 from cache4diffusion.gates import Place, Placed, Verification
 
@@ -83,10 +84,11 @@ def decide(
     return Verdict(tuple(cached), reason, tuple(scores))
 
 
-def mean_size(x: Tensor, per_row: bool) -> Tensor:
-    """``mean|x|`` in float32, per row or over all rows; shape [rows] or [1]."""
-    sizes = _total(x.float().abs(), True) / max(x[0].numel(), 1)
-    return sizes if per_row else sizes.mean().reshape(1)
+def mean_sizes(*tensors: Tensor, per_row: bool, group: Alone = ALONE) -> list[Tensor]:
+    """``mean|x|`` of each in float32, per row or over all rows; shape [rows] or [1]."""
+    counts = [max(x[0].numel(), 1) for x in tensors]
+    sizes = group.means([_total(x.float().abs(), True) for x in tensors], counts)
+    return list(sizes) if per_row else [size.mean().reshape(1) for size in sizes]
 
 
 def revoke(composition: Composition, context: Context, key: int, reason: str) -> Verdict:
@@ -113,17 +115,30 @@ def _commit(composition: Composition, unit: Unit, context: Context, cached: bool
         unit.feedback = None  # what an earlier run of cached steps was worth says nothing of the next
 
 
-def relative_change(now: Tensor, before: Tensor, per_row: bool, norm: Literal["l1", "l2"] = "l1") -> Tensor:
+def relative_change(
+    now: Tensor, before: Tensor, per_row: bool, norm: Literal["l1", "l2"] = "l1", group: Alone = ALONE
+) -> Tensor:
     """``|now - before| / |before|`` in float32, per row or over all rows; shape [rows] or [1].
 
     0 where nothing changed and nothing was there, infinite where something came from nothing.
     """
+    share = quotient(*group.total(*change_and_size(now, before, per_row, norm)))
+    return share if norm == "l1" else share.sqrt()
+
+
+def change_and_size(
+    now: Tensor, before: Tensor, per_row: bool, norm: Literal["l1", "l2"] = "l1"
+) -> tuple[Tensor, Tensor]:
+    """Sums of ``|now - before|`` and of ``|before|`` (or of their squares) over what is here, as `relative_change`."""
     before = before.float()
     change = now.float() - before
     change, size = (change.abs_(), before.abs()) if norm == "l1" else (change.square_(), before.square())
-    num, den = _total(change, per_row), _total(size, per_row)
-    share = num / den.masked_fill_(num == 0, 1)
-    return share if norm == "l1" else share.sqrt()
+    return _total(change, per_row), _total(size, per_row)
+
+
+def quotient(num: Tensor, den: Tensor) -> Tensor:
+    """``num / den``; 0 where both are."""
+    return num / den.masked_fill(num == 0, 1)
 
 
 def _total(sizes: Tensor, per_row: bool) -> Tensor:
@@ -131,17 +146,19 @@ def _total(sizes: Tensor, per_row: bool) -> Tensor:
     return sizes.sum(tuple(range(1, sizes.ndim))) if per_row else sizes.sum().reshape(1)
 
 
-def prediction_error(predicted: Tensor, true: Tensor, verification: Verification, per_row: bool = True) -> Tensor:
+def prediction_error(
+    predicted: Tensor, true: Tensor, verification: Verification, per_row: bool = True, group: Alone = ALONE
+) -> Tensor:
     """Error in float32 by the verification's metric, per row or over all rows; shape [rows] or [1]."""
     rows = predicted.shape[0] if per_row else 1
     pred, real = (x.float().reshape(rows, -1) for x in (predicted, true))
     eps = verification.eps
-    if verification.metric == "relative_l1":
-        return ((pred - real).abs() / (real.abs() + eps)).mean(1)
-    if verification.metric == "l1":
-        return (pred - real).abs().mean(1)
-    if verification.metric == "l2":
-        return (pred - real).square().mean(1).sqrt()
-    if verification.metric == "relative_l2":
-        return ((pred - real) / (real.abs() + eps)).square().mean(1).sqrt()
-    return 1 - torch.nn.functional.cosine_similarity(pred, real, dim=1, eps=eps)
+    if verification.metric == "cosine":
+        dot, *squares = group.total((pred * real).sum(1), pred.square().sum(1), real.square().sum(1))
+        return 1 - dot / math.prod(square.sqrt().clamp_min(eps) for square in squares)
+    error = (pred - real).abs()
+    if verification.metric.startswith("relative"):
+        error = error / (real.abs() + eps)
+    is_square = verification.metric.endswith("l2")
+    (mean,) = group.means([(error.square() if is_square else error).sum(1)], [error.shape[1]])
+    return mean.sqrt() if is_square else mean

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from cache4diffusion.trace import Trace
+from cache4diffusion.engine.host import Host
 
 NanGuard = Literal["now", "next", "off"]
 
@@ -26,11 +26,12 @@ class FiniteGuard:
     Args:
         mode: ``"now"`` reads the check at once; ``"next"`` at the next step (no sync); ``"off"`` does not look. None:
             now on the CPU, else next.
-        trace: counts the transfers that a late reading costs.
+        host: whose trace counts the transfers that a late reading costs. Where processes share its samples, what is not
+            finite for one of them is not finite for any.
     """
 
-    def __init__(self, mode: NanGuard | None, trace: Trace) -> None:
-        self.mode, self.trace = mode, trace
+    def __init__(self, mode: NanGuard | None, host: Host) -> None:
+        self.mode, self.host = mode, host
 
     def passes(self, state: Unread, predicted: Sequence[Tensor]) -> bool:
         """Whether ``predicted`` may be handed on: it is finite, or that is left to `passed`."""
@@ -39,17 +40,17 @@ class FiniteGuard:
         if mode == "off" or not floating:
             return True
         if mode == "now" and all(math.isfinite(x.sum(dtype=torch.float32)) for x in floating):
-            return True  # nothing infinite, and no NaN, is in a finite sum; one that overflowed is looked at again
+            return self.host.group.all(True)  # a finite sum holds nothing else; one that overflowed is looked at again
         is_finite = torch.stack([torch.isfinite(x).all() for x in floating]).all()
         if mode == "next":
             state.unread_finite = is_finite
             return True
-        return bool(is_finite)
+        return self.host.group.all(bool(is_finite))
 
     def passed(self, state: Unread) -> bool:
         """Whether what was handed on before was finite, as far as that is not known yet."""
         if state.unread_finite is None:
             return True
         is_finite, state.unread_finite = bool(state.unread_finite), None
-        self.trace.syncs += 1
-        return is_finite
+        self.host.trace.syncs += 1
+        return self.host.group.all(is_finite)

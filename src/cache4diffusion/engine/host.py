@@ -12,6 +12,7 @@ from cache4diffusion.anatomy.tree import argument_leaves
 from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.composition import Composition
 from cache4diffusion.engine.blocks import BlockView, views_of
+from cache4diffusion.engine.group import ALONE, Alone
 from cache4diffusion.engine.inputs import inputs_of
 from cache4diffusion.engine.leaves import get_output, parameter_names, take_rows
 from cache4diffusion.engine.listener import Listener
@@ -53,6 +54,7 @@ class Host:
         self.anatomy: Anatomy | None = None
         self.blocks: list[BlockView] = []  # the main blocks of all lists
         self.modules: list[nn.Module] = []  # theirs
+        self.group: Alone = ALONE  # the processes that share the call in progress
         self.writes = False  # whether streams are known to be written into, so that copies must be looked at
         self._axes: dict[Any, dict[LeafPath, int]] = {}  # of the denoiser's arguments, by kind of call
 

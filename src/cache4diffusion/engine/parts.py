@@ -328,7 +328,8 @@ class PartsDriver(Driver):
         else:
             path = next(s.output for s in self.host.blocks[last].streams if s.output is not None)
             before, after = get_output(predicted, path), get_output(true, path)
-        return prediction_error(before, after, watch, per_row=self.host.composition.decide != "batch")
+        per_row = self.host.composition.decide != "batch"
+        return prediction_error(before, after, watch, per_row, self.host.group)
 
     def bring(self, state: BranchState, name: str, time: float) -> None:
         """Also what a token rule needs there."""

@@ -19,6 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from cache4diffusion.devices import in_double
 from cache4diffusion.engine.driver import Driver, Inner
 from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.leaves import Layout, Spec, take_apart
@@ -173,7 +174,7 @@ class TrajectoryDriver(Driver):
         if times is None:
             raise RunError("Looking ahead needs the timesteps of the run: with handle.run(timesteps=timesteps).")
         scale = times[pending.target] / times[context.step.index]
-        moved = (timestep.double() * scale).to(timestep.dtype) if isinstance(timestep, Tensor) else timestep * scale
+        moved = (in_double(timestep) * scale).to(timestep) if isinstance(timestep, Tensor) else timestep * scale
         ahead = ahead.to(latent.dtype).repeat(copies, *[1] * (ahead.ndim - 1))
         return inputs.at(args, kwargs, moved, ahead)
 
@@ -288,5 +289,5 @@ def refuse(scheduler: Any, site: Trajectory, arguments: dict[str, Any] | None = 
 
 def sigmas_of(scheduler: Any, step: int) -> list[float]:
     """Noise levels by step of the run, read after the step of index ``step``."""
-    sigmas = torch.as_tensor(scheduler.sigmas).double().tolist()
+    sigmas = torch.as_tensor(scheduler.sigmas).cpu().double().tolist()
     return sigmas[scheduler.step_index - 1 - step :]

@@ -34,7 +34,7 @@ from cache4diffusion.gates.guards import (
     Window,
 )
 from cache4diffusion.gates.interval import FixedInterval
-from cache4diffusion.gates.learned import LearnedScore, score_of
+from cache4diffusion.gates.learned import LearnedScore, logit_of, score_of
 from cache4diffusion.gates.lifetimes import accumulated_steps
 from cache4diffusion.gates.look_ahead import LookAhead
 from cache4diffusion.gates.magnitude import MagnitudeError
@@ -120,6 +120,7 @@ __all__ = [
     "WideningInterval",
     "Window",
     "accumulated_steps",
+    "logit_of",
     "routed_steps",
     "score_of",
 ]

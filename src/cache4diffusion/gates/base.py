@@ -46,6 +46,11 @@ class Watch:
     needs_stack: ClassVar[bool] = False  # seen in the blocks that carry the latent
     is_feedback: ClassVar[bool] = False  # seen at one step, and the score of the next
 
+    @property
+    def mixes_tokens(self) -> bool:
+        """Whether the score is no sum over tokens, so that a share of them says nothing of a sample."""
+        return False
+
 
 @dataclass(frozen=True)
 class Signal(Watch):
@@ -77,6 +82,11 @@ class Spectral(Watch):
 
     power: float = 2.0
     grid: tuple[int, ...] = ()
+
+    @property
+    def mixes_tokens(self) -> bool:
+        """The filter needs the whole grid."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -132,6 +142,11 @@ class Outputs(Watch):
     blocks: float | Literal["all"] = "all"
     of: Literal["residual", "stream"] = "stream"
     frames: bool = False
+
+    @property
+    def mixes_tokens(self) -> bool:
+        """The motion is that between whole frames."""
+        return self.frames
 
 
 @dataclass(frozen=True)

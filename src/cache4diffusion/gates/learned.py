@@ -72,5 +72,10 @@ class LearnedScore:
 
 def score_of(entering: Sequence[Tensor], weights: Tensor) -> Tensor:
     """``sigmoid`` of the sum, over streams, tokens and channels, of what enters times its weight; per row, float32."""
+    return logit_of(entering, weights).sigmoid()
+
+
+def logit_of(entering: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """That sum; over shares of the tokens it adds up."""
     sums = [stream.float().flatten(1, -2).sum(1) for stream in entering]
-    return (torch.cat(sums, dim=1) @ weights).sigmoid()
+    return torch.cat(sums, dim=1) @ weights

@@ -137,8 +137,8 @@ class PeakMemory:
 def _reset_allocator_peak() -> bool:
     synchronize()
     reset = getattr(torch.accelerator, "reset_peak_memory_stats", None)  # not in torch < 2.9
-    if reset is None and torch.cuda.is_available():
-        reset = torch.cuda.reset_peak_memory_stats
+    if reset is None:
+        reset = getattr(_accelerator(), "reset_peak_memory_stats", None)
     try:
         if reset is None:
             return False
@@ -148,9 +148,14 @@ def _reset_allocator_peak() -> bool:
     return True
 
 
+def _accelerator() -> Any:
+    """The accelerator's own module, such as ``torch.cuda`` or ``torch.xpu``."""
+    return torch.get_device_module(torch.accelerator.current_accelerator())
+
+
 def _allocator_peak() -> int:
     synchronize()
-    read = getattr(torch.accelerator, "max_memory_allocated", None) or torch.cuda.max_memory_allocated
+    read = getattr(torch.accelerator, "max_memory_allocated", None) or _accelerator().max_memory_allocated
     return int(read())
 
 

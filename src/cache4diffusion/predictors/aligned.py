@@ -36,6 +36,7 @@ class ProbeAligned(Corrector):
     """
 
     sees: ClassVar[Sight] = "front"
+    mixes_tokens: ClassVar[bool] = True  # gamma is a mean over all of them
 
     limit: float = 1.5
     per_row: bool = True

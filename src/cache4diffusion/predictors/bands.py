@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -102,10 +102,10 @@ def _low_dct(tokens: Tensor, height: int, width: int, cutoff: float) -> Tensor:
 
 def _cosines(count: int, like: Tensor) -> Tensor:
     """Orthonormal DCT-II: row u is the cosine of frequency u."""
-    n = torch.arange(count, device=like.device, dtype=torch.float64)
+    n = torch.arange(count, dtype=torch.float64)
     table = torch.cos(math.pi / count * n[:, None] * (n[None, :] + 0.5)) * math.sqrt(2 / count)
     table[0] /= math.sqrt(2)
-    return table.to(like.dtype)
+    return table.to(like)
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,8 @@ class Bands:
     Memory: ``order + low_order + 2`` copies of the feature per site and branch (the code keeps ``2 (order + 1)``). The
     transform runs at full steps only.
     """
+
+    mixes_tokens: ClassVar[bool] = True  # frequencies are those of the whole row or plane
 
     order: int = 2
     low_order: int = 0

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from cache4diffusion.devices import in_double
 from cache4diffusion.errors import SettingError
 from cache4diffusion.predictors.base import LinearPredictor
 from cache4diffusion.predictors.differences import lagrange
@@ -81,6 +82,7 @@ class DynamicModes(LinearPredictor):
     """
 
     is_row_wise: ClassVar[bool] = True
+    mixes_tokens: ClassVar[bool] = True  # the modes are fitted to all of them
 
     history: int = 6
     rank: int = 0
@@ -114,7 +116,7 @@ class DynamicModes(LinearPredictor):
         for row, window, track in zip(chosen, windows, state.of(chosen), strict=True):
             state.fits_by_row[row] = None
             if len(window) >= 4:
-                columns = [torch.cat([leaf[row].double().flatten() for leaf in opened[slot]]) for slot in window]
+                columns = [torch.cat([in_double(leaf[row]).flatten() for leaf in opened[slot]]) for slot in window]
                 state.fits_by_row[row] = self._fit(columns, track.times[0] - track.times[1])
 
     def weights(self, times: Sequence[float], time: float) -> list[float]:

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from cache4diffusion.devices import in_double
 from cache4diffusion.errors import SettingError
 from cache4diffusion.predictors.base import LinearPredictor
 from cache4diffusion.predictors.differences import combine, ladder, powers
@@ -117,6 +118,7 @@ class AdaptedMomentum(Momentum):
     """
 
     is_row_wise: ClassVar[bool] = True
+    mixes_tokens: ClassVar[bool] = True  # beta is searched by the error of all of them
 
     gamma: float = 0.1
     lowest: float = 0.0
@@ -168,5 +170,8 @@ class AdaptedMomentum(Momentum):
         tried.betas = dict(zip(rows, betas, strict=True))
         predicted = self.predict(tried, time, rows)
         return torch.stack(
-            [(p.double() - leaf.double()).square().flatten(1).sum(1) for p, leaf in zip(predicted, leaves, strict=True)]
+            [
+                (in_double(p) - in_double(leaf)).square().flatten(1).sum(1)
+                for p, leaf in zip(predicted, leaves, strict=True)
+            ]
         ).sum(0)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cache4diffusion.devices import in_double
 from cache4diffusion.errors import SettingError
 from cache4diffusion.predictors.base import RecursivePredictor
 
@@ -57,7 +58,7 @@ class ScaledDelta(RecursivePredictor):
 
 def compare_changes(now: Tensor, before: Tensor) -> tuple[float, float]:
     """Ratio of the norms of two successive changes, and the cosine between them; 0 where one is nothing."""
-    now, before = now.double().flatten(), before.double().flatten()
+    now, before = in_double(now).flatten(), in_double(before).flatten()
     lengths = torch.linalg.vector_norm(now), torch.linalg.vector_norm(before)
     cosine = torch.dot(now, before) / (lengths[0] * lengths[1]).clamp_min(1e-300)
     return float(lengths[0] / lengths[1].clamp_min(1e-300)), float(cosine)
@@ -77,7 +78,7 @@ def fit_changes(trajectories: Sequence[Sequence[Tensor]]) -> tuple[tuple[float, 
     for i in range(2, len(trajectories[0])):
         seen = []
         for run in trajectories:
-            now, before = (run[j].double() - run[j - 1].double() for j in (i, i - 1))
+            now, before = (in_double(run[j]) - in_double(run[j - 1]) for j in (i, i - 1))
             seen.append(compare_changes(now, before))
         ratios.append(sum(ratio for ratio, _ in seen) / len(seen))
         cosines.append(sum(cosine for _, cosine in seen) / len(seen))

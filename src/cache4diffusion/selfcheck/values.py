@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cache4diffusion.devices import in_double
 from cache4diffusion.engine.leaves import flatten
 
 
@@ -25,7 +26,7 @@ def difference(a: Tensor, b: Tensor) -> float:
     """Largest difference over the largest value; infinite where shapes differ or something is not finite."""
     if a.shape != b.shape:
         return float("inf")
-    a, b = a.detach().double(), b.detach().double()
+    a, b = in_double(a.detach()), in_double(b.detach())
     value = float((a - b).abs().max() / a.abs().max().clamp_min(1e-12)) if a.numel() else 0.0
     return value if value == value else float("inf")
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cache4diffusion.engine.decide import mean_size
+from cache4diffusion.engine.decide import mean_sizes
 from cache4diffusion.engine.leaves import flatten
 from cache4diffusion.engine.observers.base import Observe, Observer, remember
 from cache4diffusion.engine.state import Context
@@ -25,12 +25,16 @@ class DriftObserver(Observer):
             if "rate" not in kept:
                 return [None] * len(context.state.units[0])
             self.host.trace.syncs += 1
-            moved = mean_size(latent - kept["latent"], self.per_row)
-            score = kept["rate"] * moved / mean_size(kept["output"], self.per_row)
+            moved, size = self.sizes(latent - kept["latent"], kept["output"])
+            score = kept["rate"] * moved / size
             still = (moved == 0) & kept["rate"].isfinite()
             return torch.where(still, torch.zeros_like(score), score).tolist()
 
         return observe
+
+    def sizes(self, *tensors: Tensor) -> list[Tensor]:
+        """Mean size of each."""
+        return mean_sizes(*tensors, per_row=self.per_row, group=self.host.group)
 
     def finish(self, context: Context, output: Any) -> None:
         """On a full step learn how the output answers to the latent; remember this latent on every step."""
@@ -40,8 +44,7 @@ class DriftObserver(Observer):
             rows = None if verdict.is_full else verdict.full_rows
             reached = next(leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor))
             if "output" in kept:
-                answered = mean_size(reached - kept["output"], self.per_row)
-                moved = mean_size(latent - kept["full_latent"], self.per_row)
+                answered, moved = self.sizes(reached - kept["output"], latent - kept["full_latent"])
                 rate = torch.where(answered == 0, torch.zeros_like(moved), answered / moved)
                 remember(kept, "rate", rate, rows if self.per_row else None)
             remember(kept, "output", reached, rows)

@@ -31,12 +31,13 @@ class EntranceObserver(Observer):
     def score(self, now: Seen, then: Seen) -> Tensor:
         """Its relative change."""
         ((name, entered),) = now.items()
-        return relative_change(entered, then[name], self.per_row, self.watch.norm)
+        return relative_change(entered, then[name], self.per_row, self.watch.norm, self.host.group)
 
     def tell(self, context: Context, scores: list[float]) -> list[Any]:
         """With ``leaders`` also what the step's first blocks scored, on average; with a size, how much entered."""
         if self.watch.with_size:
-            return [(score, context.scratch["entering"]) for score in scores]
+            entering = self.host.group.count(context.scratch["entering"])
+            return [(score, entering) for score in scores]
         if not self.watch.leaders:
             return scores
         earlier = [verdict.scores for verdict in context.verdicts.values()]

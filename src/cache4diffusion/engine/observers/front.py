@@ -102,7 +102,7 @@ class FrontObserver(Observer):
     def score(self, now: Seen, then: Seen) -> Tensor:
         """Its relative change, or by how much that differs from the input's."""
         what, *entered = now
-        change = relative_change(now[what], then[what], self.per_row)
+        change = relative_change(now[what], then[what], self.per_row, group=self.host.group)
         for name in entered:
-            change = (change - relative_change(now[name], then[name], self.per_row)).abs()
+            change = (change - relative_change(now[name], then[name], self.per_row, group=self.host.group)).abs()
         return change

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cache4diffusion.engine.decide import mean_size, relative_change
+from cache4diffusion.engine.decide import change_and_size, mean_sizes, quotient
 from cache4diffusion.engine.driver import Inner
 from cache4diffusion.engine.observers.base import Observer, remember
 from cache4diffusion.engine.state import Context
@@ -67,7 +67,7 @@ class OutputsObserver(Observer):
         rows = self._rows(context)
         fresh = now if rows is None or context.rows is not None else now[rows]
         if then is not None:
-            change = relative_change(fresh, then if rows is None else then[rows], self.per_row)
+            change = change_and_size(fresh, then if rows is None else then[rows], self.per_row)
             context.scratch.setdefault("changes", []).append(change)
             if self.watch.frames:
                 context.scratch.setdefault("motions", []).append(self.motion(context, fresh))
@@ -101,7 +101,8 @@ class OutputsObserver(Observer):
     def report(self, context: Context, rows: list[int] | None) -> None:
         """Leave the mean over the watched blocks for the next step."""
         self.host.trace.syncs += 1
-        scores: list[Any] = torch.stack(context.scratch["changes"]).mean(0).tolist()
+        changes, sizes = (torch.stack(sums) for sums in zip(*context.scratch["changes"], strict=True))
+        scores: list[Any] = quotient(*self.host.group.total(changes, sizes)).mean(0).tolist()
         if self.watch.frames:
             motions = torch.stack(context.scratch["motions"]).mean(0).tolist()
             scores = list(zip(scores, motions, strict=True))
@@ -122,6 +123,6 @@ class OutputsObserver(Observer):
             )
         stride = tokens.shape[1] // frames
         later, earlier = tokens[:, stride:], tokens[:, :-stride]
-        size = mean_size(later, self.per_row) + mean_size(earlier, self.per_row)
-        moved = mean_size(later.float() - earlier.float(), self.per_row)
+        *sizes, moved = mean_sizes(later, earlier, later.float() - earlier.float(), per_row=self.per_row)
+        size = sizes[0] + sizes[1]
         return torch.where(size == 0, torch.zeros_like(size), moved / size)

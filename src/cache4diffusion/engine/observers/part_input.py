@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cache4diffusion.engine.observers.base import Observer
 from cache4diffusion.engine.state import Context
-from cache4diffusion.gates import PartInput, Place, score_of
+from cache4diffusion.gates import PartInput, Place, logit_of
 from cache4diffusion.gates.timetable import nearest_steps
 
 
@@ -45,7 +45,8 @@ class PartInputObserver(Observer):
         if weights is None:
             scores = torch.full((entering[0].shape[0],), 0.5)
         else:
-            scores = score_of(entering, weights)
+            (logits,) = self.host.group.total(logit_of(entering, weights))
+            scores = logits.sigmoid()
         return scores if self.per_row else scores.mean().reshape(1)
 
     def _weights_at(self, context: Context, part: str, device: torch.device) -> Tensor | None:

@@ -51,7 +51,7 @@ class SignalObserver(Observer):
 
     def score(self, now: Seen, then: Seen) -> Tensor:
         """Its relative change."""
-        return relative_change(now["signal"], then["signal"], self.per_row)
+        return relative_change(now["signal"], then["signal"], self.per_row, group=self.host.group)
 
     def signal(self, context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Run the first block up to its first part, and no further."""

@@ -31,7 +31,8 @@ def training_parser(description: str | None, **defaults: Any) -> argparse.Argume
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int)
     parser.add_argument("--save-minutes", type=float, default=5.0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    parser.add_argument("--device", default="cpu" if found is None else str(found))
     parser.add_argument("--resume", choices=("auto", "ema"), default="auto")
     parser.set_defaults(**defaults)
     return parser

@@ -8,7 +8,7 @@ than one. Here each process has one thread and the processes meet three times pe
     3. everyone takes parameters from a shared counter, sums gradients, steps -- all meet
 
 A process on a busy core simply takes fewer microbatches. The data of a microbatch depends on (seed, update, number of
-the microbatch), not on who took it. On CUDA the same loop runs in one process.
+the microbatch), not on who took it. On an accelerator the same loop runs in one process.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class TrainSettings:
         save_minutes: time between two checkpoints.
         log_every: updates between two lines of the log.
         ema: share of the updates so far over which the averaged weights reach back.
-        device: "cpu" or "cuda".
+        device: "cpu", or an accelerator such as "cuda".
         resume: "auto" continues from weights and optimizer state, "ema" from the averaged weights with a fresh
             optimizer (what is left when only those were kept); both start afresh where there is no checkpoint.
     """
@@ -111,7 +111,7 @@ class Trainer:
             raise ValueError(f"resume={settings.resume!r}: choose 'auto' or 'ema'.")
         self.model, self.loss, self.settings = model, loss, settings
         self.device = torch.device(settings.device)
-        self.workers = 1 if self.device.type == "cuda" else settings.workers
+        self.workers = settings.workers if self.device.type == "cpu" else 1
         self.folder = Path(settings.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.history: dict[str, Any] = {"updates": 0, "seconds": 0.0, "curve": [], "facts": facts or {}}
