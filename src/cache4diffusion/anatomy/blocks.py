@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from cache4diffusion.anatomy.facts import OtherLeaf, Stream, StreamKind, StreamRef
+from cache4diffusion.anatomy.facts import OtherLeaf, Stream, StreamKind, StreamRef, call_name
 from cache4diffusion.anatomy.flow import Sum, Trunk, ancestors, dependents
 from cache4diffusion.anatomy.tape import Call, Recording, TensorSerial
 from cache4diffusion.anatomy.tree import LeafPath, leaves, map_leaves
@@ -39,7 +39,7 @@ class BlockView:
     """A block's call, with what the analysis has found of it."""
 
     call: Call
-    calls: int
+    calls: int  # of the module, per forward
     threads: list[Thread] = field(default_factory=list)
     sums: list[Sum] = field(default_factory=list)
     restarts: list[str] = field(default_factory=list)
@@ -67,6 +67,11 @@ class BlockView:
                 sums = {**sums, **self._look_inside(recording, path, serial, taken)}
         self.sums = sorted(sums.values(), key=lambda item: item.op)
         self.axes = [len(recording.shape(thread.enters)) for thread in self.threads]
+
+    @property
+    def name(self) -> str:
+        """Of this call."""
+        return call_name(self.call.path, self.call.turn)
 
     @property
     def is_of_tokens(self) -> bool:

@@ -21,6 +21,11 @@ PartKind = Literal["attn", "cross_attn", "ffn", "fused", "other"]
 InnerRole = Literal["nan_token", "zero_width", "one_token"]
 
 
+def call_name(path: str, turn: int) -> str:
+    """What one of the calls of a module goes by: its path, and a number from the second call on."""
+    return path if turn == 0 else f"{path}#{turn + 1}"
+
+
 @dataclass(frozen=True)
 class Stream:
     """A sequence of tokens that enters a block as an argument and leaves it as an output.
@@ -60,7 +65,7 @@ class Inner:
 
 @dataclass(frozen=True)
 class Part:
-    """A residual sub-layer: ``f`` in ``x + gate * f(norm(x))``.
+    """A residual sub-layer: ``f`` in ``x + gate * f(norm(x))``, as one call of a module makes it.
 
     Args:
         path: module path from the denoiser.
@@ -73,7 +78,8 @@ class Part:
         inputs: its arguments that depend on the block's streams.
         inner: modules of the block that run only to feed parts, this one among them.
         is_mutated: whether the block changes its output in place: hand out copies.
-        calls: how often it runs per block call.
+        calls: how often the module runs per denoiser call. Where that is more than once, each call is a part.
+        turn: which of these calls this is; 0 is the first.
         linears: paths of the linear layers that run once in it, or in a module that runs only to feed it.
     """
 
@@ -87,6 +93,12 @@ class Part:
     is_mutated: bool = False
     calls: int = 1
     linears: tuple[str, ...] = ()
+    turn: int = 0
+
+    @property
+    def name(self) -> str:
+        """Tells it from all other parts: its path, and a number from the module's second call on."""
+        return call_name(self.path, self.turn)
 
 
 @dataclass(frozen=True)
@@ -105,7 +117,7 @@ class OtherLeaf(Mark):
 
 @dataclass(frozen=True)
 class Block:
-    """One block of a stack, as it was called.
+    """One block of a stack, as it was called. A module that runs several times is as many blocks.
 
     Args:
         path: module path from the denoiser.
@@ -114,9 +126,10 @@ class Block:
         output_template: the block's output with a `StreamRef` or `OtherLeaf` for each leaf; None stays None.
         mutates: stream arguments that the block changes in place.
         inputs: its other tensor arguments (timestep embedding, rotary tables, conditioning, ...).
-        calls: how often it runs per denoiser call.
-        read_by: who reads what it left, besides the main block after it: paths of later blocks (long skips) or of other
-            modules, ``""`` for the denoiser's own code.
+        calls: how often the module runs per denoiser call.
+        turn: which of these calls this is; 0 is the first.
+        read_by: who reads what it left, besides the main block after it: names of later blocks (long skips), ``""`` for
+            the denoiser's own code.
     """
 
     path: str
@@ -126,7 +139,13 @@ class Block:
     mutates: tuple[LeafPath, ...] = ()
     inputs: tuple[LeafPath, ...] = ()
     calls: int = 1
+    turn: int = 0
     read_by: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Tells it from all other blocks: its path, and a number from the module's second call on."""
+        return call_name(self.path, self.turn)
 
     @property
     def can_rebuild(self) -> bool:

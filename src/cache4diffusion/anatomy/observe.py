@@ -82,9 +82,9 @@ def _turn(stack: Stack, view: StackView) -> Stack:
     """The blocks of a stack that run in one turn."""
     if len(view.blocks) == len(stack.blocks):
         return stack
-    numbers = {block.call.path: number for number, block in enumerate(view.blocks)}
-    blocks = tuple(block for block in stack.blocks if block.path in numbers)
-    breaks = tuple(numbers[stack.blocks[i].path] for i in stack.breaks if stack.blocks[i].path in numbers)
+    numbers = {block.name: number for number, block in enumerate(view.blocks)}
+    blocks = tuple(block for block in stack.blocks if block.name in numbers)
+    breaks = tuple(numbers[stack.blocks[i].name] for i in stack.breaks if stack.blocks[i].name in numbers)
     return dataclasses.replace(stack, blocks=blocks, breaks=tuple(number for number in breaks if number))
 
 

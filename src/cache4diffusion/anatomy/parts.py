@@ -38,8 +38,7 @@ _END_OF: dict[frozenset[str], PartKind] = {
 class PartView:
     """A part while it is being established."""
 
-    path: str
-    calls: list[Call] = field(default_factory=list)
+    call: Call
     outputs: dict[LeafPath, dict[int, int]] = field(default_factory=dict)
     """For each leaf: the stream arguments it is added to, and from which of its tokens on."""
 
@@ -61,23 +60,21 @@ class BlockReader:
 
     def part_views(self) -> list[PartView]:
         """The parts in the order in which they run."""
-        found: dict[str, PartView] = {}
+        found: dict[int, PartView] = {}
         for item in self.block.sums:
             for serial in item.added:
                 if serial in self.depends:
                     before = len(found)
                     hits = self._parts_behind(serial, set(), 0)
                     for call, leaf, start in hits:
-                        view = found.setdefault(call.path, PartView(call.path))
-                        if call not in view.calls:
-                            view.calls.append(call)
+                        view = found.setdefault(call.index, PartView(call))
                         for order, target in enumerate(item.reaches):
                             view.outputs.setdefault(leaf, {}).setdefault(target, start + order)
                     if not hits and len(found) == before:
                         self.notes.append(
                             f"{self.call.path}: something that is no module's output is added to a stream"
                         )
-        return sorted(found.values(), key=lambda view: view.calls[0].index)
+        return [found[index] for index in sorted(found)]
 
     def _parts_behind(self, serial: int, seen: set[int], start: int) -> list[tuple[Call, LeafPath, int]]:
         """The outermost working modules whose outputs (from token ``start`` on), scaled or summed, make this tensor."""
@@ -170,22 +167,21 @@ class BlockReader:
 
     def part(self, view: PartView) -> Part:
         """The finished fact, without its inner modules."""
-        call = view.calls[0]
+        call = view.call
         leaves = sorted(view.outputs, key=str)
         targets = [tuple(sorted(view.outputs[leaf], key=view.outputs[leaf].__getitem__)) for leaf in leaves]
         kinds: list[StreamKind] = [self.block.kind_of(several) for several in targets]
         streams = {thread.root: index for index, thread in enumerate(self.block.threads)}
-        is_mutated = any(written(self.recording, set(c.outputs.values()), c.last, self.call.last) for c in view.calls)
-        calls = sum(other.path == view.path for other in self.inner_calls)
         return Part(
-            path=view.path,
+            path=call.path,
             kind=self.kind(call),
             outputs=tuple(zip(leaves, kinds, strict=True)),
             segments=tuple(tuple(streams[t] for t in several if t in streams) for several in targets),
             is_tokenwise=self.is_tokenwise(call),
             inputs=self.input_leaves(call),
-            is_mutated=is_mutated,
-            calls=calls,
+            is_mutated=written(self.recording, set(call.outputs.values()), call.last, self.call.last),
+            calls=self.recording.times[call.path],
+            turn=call.turn,
         )
 
 

@@ -91,27 +91,27 @@ class StackFinder:
     def _stack(self, path: str, module: nn.Module) -> StackView | None:
         blocks = []
         for name, child in module.named_children():
-            view = self._block(f"{path}.{name}", child)
-            if view is not None and not view.is_of_tokens:
+            views = self._blocks(f"{path}.{name}", child)
+            if not all(view.is_of_tokens for view in views):
                 return None
-            if view is not None:
-                blocks.append(view)
+            blocks += views
         blocks.sort(key=lambda block: block.call.index)
         return StackView(path, blocks) if blocks else None
 
-    def _block(self, path: str, module: nn.Module) -> BlockView | None:
-        """A member of a list that was called; of one that is a container itself, what streams run through in it."""
+    def _blocks(self, path: str, module: nn.Module) -> list[BlockView]:
+        """The calls of a member of a list; of one that is a container itself, of what streams run through in it."""
         calls = self._calls.get(path, [])
         if calls:
-            view = BlockView(calls[0], len(calls))
+            views = [BlockView(call, len(calls)) for call in calls]
             if any(True for _ in unwrapped(module).children()):
-                view.look(self.recording)
-            return view
+                for view in views:
+                    view.look(self.recording)
+            return views
         if not isinstance(module, nn.ModuleDict):
-            return None
-        inside = [self._block(f"{path}.{name}", child) for name, child in module.named_children()]
-        found = [view for view in inside if view is not None and view.is_of_tokens]
-        return found[0] if len(found) == 1 else None
+            return []
+        inside = [self._blocks(f"{path}.{name}", child) for name, child in module.named_children()]
+        found = [views for views in inside if views and all(view.is_of_tokens for view in views)]
+        return found[0] if len(found) == 1 else []
 
     # Links between blocks, and what the streams stand for ----
 
@@ -221,7 +221,7 @@ class StackFinder:
             for path in block.restarts:
                 self.notes.append(f"{block.call.path}: its residual stream starts behind {path}")
             if block.calls > 1:
-                self.notes.append(f"{block.call.path}: runs {block.calls} times per forward; the first was analysed")
+                self.notes.append(f"{block.call.path}: runs {block.calls} times per forward; each is a block of its own")
         return any(stack.parts)
 
     def main(self, stacks: list[StackView]) -> list[StackView]:
@@ -267,7 +267,7 @@ class StackFinder:
             for serial in value_inputs(op):
                 readers.setdefault(serial, []).append(number)
         for block in blocks:
-            inside.update(dict.fromkeys(range(block.call.first, block.call.last), block.call.path))
+            inside.update(dict.fromkeys(range(block.call.first, block.call.last), block.name))
         for block, after in itertools.pairwise(blocks):
             block.read_by = tuple(dict.fromkeys(self._read_besides(block, after, readers, inside)))
 
@@ -283,7 +283,7 @@ class StackFinder:
             if serial in ends:
                 yield ""
             for number in readers.get(serial, ()):
-                if number < block.call.last or inside.get(number) == after.call.path:
+                if number < block.call.last or inside.get(number) == after.name:
                     continue
                 if number in inside:
                     yield inside[number]
@@ -329,6 +329,7 @@ class StackFinder:
                     mutates=block.mutated(self.recording),
                     inputs=tuple(path for path in block.call.arguments if path not in entering),
                     calls=block.calls,
+                    turn=block.call.turn,
                     read_by=block.read_by,
                 )
             )

@@ -51,6 +51,7 @@ class Call:
     arguments: dict[LeafPath, int] = field(default_factory=dict)
     outputs: dict[LeafPath, int] = field(default_factory=dict)
     template: Any = None  # the output, with the serial number in place of each tensor
+    turn: int = 0  # how many calls of the same module came before
     end: int = -1  # index of the first call after this one that is not inside it
 
 
@@ -62,6 +63,7 @@ class Recording:
     calls: list[Call] = field(default_factory=list)
     facts: list[TensorFact] = field(default_factory=list)
     producer: list[int] = field(default_factory=list)  # by serial: index of the op that made it, -1 if none
+    times: dict[str, int] = field(default_factory=dict)  # by module path: how often it was called
 
     @property
     def root(self) -> Call:
@@ -165,6 +167,8 @@ class Tape(TorchFunctionMode):
         """Note that a module is called."""
         calls = self.recording.calls
         call = Call(path, len(calls), self._open[-1] if self._open else -1, len(self.recording.ops))
+        call.turn = self.recording.times.get(path, 0)
+        self.recording.times[path] = call.turn + 1
         call.arguments = {p: self.serial(leaf) for p, leaf in argument_leaves(args, kwargs) if isinstance(leaf, Tensor)}
         calls.append(call)
         self._open.append(call.index)

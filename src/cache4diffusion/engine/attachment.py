@@ -89,10 +89,14 @@ class Attachment:
         self.is_installed = True
 
     def _wrap_blocks(self, runner: SiteRunner) -> None:
+        positions: dict[nn.Module, list[int]] = {}
         for position, module in enumerate(self.host.modules):
+            positions.setdefault(module, []).append(position)
+        for module, several in positions.items():
 
-            def handler(inner: Inner, args: Any, kwargs: Any, position: int = position) -> Any:
-                return runner.on_block(position, inner, args, kwargs)
+            def handler(inner: Inner, args: Any, kwargs: Any, several: list[int] = several) -> Any:
+                position = several[0] if len(several) == 1 else runner.turn(several)
+                return inner(*args, **kwargs) if position is None else runner.on_block(position, inner, args, kwargs)
 
             self.blocks.append(CallWrapper(module, handler, allow_compile=self._allow_block_compile))
         if any(is_compiled(wrapper.module) for wrapper in self.blocks):
@@ -143,6 +147,7 @@ class Attachment:
 
     def _allow_block_compile(self) -> None:
         """``block.compile()`` on a wrapped block."""
-        reason = forbids_compiled_blocks(self.host.composition)
-        if reason is not None:
+        driver = None if self.runner is None else self.runner.driver
+        reason = forbids_compiled_blocks(self.host.composition) or (driver and driver.forbids_compiled_blocks)
+        if reason:
             raise CompositionError(f"{self.host.name}: {reason}")

@@ -35,6 +35,11 @@ class BlockView:
         return self.block.path
 
     @property
+    def name(self) -> str:
+        """Of this call of the module."""
+        return self.block.name
+
+    @property
     def can_rebuild(self) -> bool:
         """Whether the output can be made from stream values alone."""
         return self.block.can_rebuild

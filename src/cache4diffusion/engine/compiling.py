@@ -40,6 +40,11 @@ GATED = (
     "method whose decisions fall before the call ('fora', 'l2c'), or leave the blocks as they are."
 )
 
+TURNS = (
+    "parts of blocks that run several times in a call are told apart by counting, so the blocks must not be compiled. "
+    "Use a method for spans ('fbcache') or the whole denoiser ('taylorseer-lite'), or leave the blocks as they are."
+)
+
 
 def forbids_compiled_blocks(composition: Composition) -> str | None:
     """Why the blocks must not be compiled, in words; None if they may be."""

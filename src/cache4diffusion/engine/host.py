@@ -65,7 +65,7 @@ class Host:
         self.anatomy = anatomy or observe(self.denoiser, args, kwargs)
         self._axes = {}
         self.blocks = views_of(self.anatomy)
-        self.modules = [unwrapped(self.denoiser).get_submodule(view.path) for view in self.blocks]
+        self.modules = [self.plain.get_submodule(view.path) for view in self.blocks]
         self.writes = any(block.mutates for stack in self.anatomy.main for block in stack.blocks)
         for note in self.anatomy.notes:
             self.note(note)
@@ -75,6 +75,16 @@ class Host:
     def note(self, text: str) -> None:
         """Tell the user something about this denoiser, once."""
         self.trace.note(f"{self.name}: {text}")
+
+    @property
+    def plain(self) -> nn.Module:
+        """The denoiser without what is wrapped around it: module paths begin there."""
+        return unwrapped(self.denoiser)
+
+    @property
+    def words(self) -> str:
+        """What asks for the site, in messages."""
+        return type(self.composition.tokens or self.gate or self.predictor).__name__
 
     @property
     def is_unet(self) -> bool:

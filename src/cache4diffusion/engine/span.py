@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -140,8 +141,8 @@ class SpanDriver(Driver):
         """Positions in a piece, but for its last, whose output is read by what runs, or by what a piece begins with."""
         blocks = self.host.blocks
         together = [other for other in pieces if other.key == piece.key]
-        rest = {blocks[p].path for other in together for p in range(other.first + 1, other.last + 1)}
-        rest.add(blocks[piece.first].path)
+        rest = {blocks[p].name for other in together for p in range(other.first + 1, other.last + 1)}
+        rest.add(blocks[piece.first].name)
         return [p for p in range(piece.first, piece.last) if not rest.issuperset(blocks[p].block.read_by)]
 
     def _check_predictor(self, anatomy: Anatomy) -> None:
@@ -416,13 +417,22 @@ class SpanDriver(Driver):
                 shares.append((route, sum(verdict.cached) / len(verdict.cached)))
         key = tuple(shares)
         if key not in self._rested:
-            blocks = self.host.blocks
-            self._rested[key] = tuple((blocks[p].path, share) for route, share in shares for p in route)
+            found: dict[str, float] = {}
+            for route, share in shares:
+                for view in (self.host.blocks[p] for p in route):
+                    found[view.path] = found.get(view.path, 0.0) + share / view.block.calls
+            self._rested[key] = tuple(found.items())
         return self._rested[key]
 
     def bypassed(self) -> list[str]:
         """The blocks of the stretches."""
-        return [self.host.blocks[position].path for position in self._by_position]
+        return self._always(self._by_position)
+
+    def _always(self, positions: Iterable[int]) -> list[str]:
+        """The modules of which all calls are among these blocks."""
+        views = [self.host.blocks[position] for position in positions]
+        calls = Counter(view.path for view in views)
+        return list(dict.fromkeys(view.path for view in views if calls[view.path] == view.block.calls))
 
 
 class SwitchingSpanDriver(SpanDriver):
@@ -475,7 +485,7 @@ class SwitchingSpanDriver(SpanDriver):
     def bypassed(self) -> list[str]:
         """The blocks that belong to both sides."""
         sides = [{p for s in side for p in range(s.first, s.last + 1)} for side in (self.rear, self.front)]
-        return [self.host.blocks[position].path for position in sorted(sides[0] & sides[1])]
+        return self._always(sorted(sides[0] & sides[1]))
 
 
 class BlocksDriver(SpanDriver):
