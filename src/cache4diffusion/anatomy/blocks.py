@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from cache4diffusion.anatomy.facts import OtherLeaf, Stream, StreamKind, StreamRef, call_name
+from cache4diffusion.anatomy.facts import Handed, OtherLeaf, Stream, StreamKind, StreamRef, call_name
 from cache4diffusion.anatomy.flow import Sum, Trunk, ancestors, dependents
 from cache4diffusion.anatomy.tape import Call, Recording, TensorSerial
 from cache4diffusion.anatomy.tree import LeafPath, leaves, map_leaves
@@ -110,13 +110,20 @@ class BlockView:
         return one_kind(thread.kind for thread in self.threads if thread.root in targets)
 
     def output_template(self) -> Any:
-        """The output with a `StreamRef` for each stream and an `OtherLeaf` for what is none."""
+        """The output with a `StreamRef` for each stream, a `Handed` for what it got, an `OtherLeaf` for the rest."""
         places = {thread.output: StreamRef(index) for index, thread in enumerate(self.threads)}
+        given = {serial: path for path, serial in reversed(self.call.arguments.items())}
 
         def change(path: LeafPath, leaf: Any) -> Any:
             if path in places:
                 return places[path]
-            return None if leaf is None else OtherLeaf(isinstance(leaf, TensorSerial))
+            if leaf is None:
+                return None
+            if isinstance(leaf, TensorSerial):
+                return Handed(given[leaf]) if leaf in given else OtherLeaf(is_tensor=True)
+            same = (p for p, value in self.call.constants.items() if value is leaf and p[1:] == path and path)
+            place = next(same, None)
+            return OtherLeaf(is_tensor=False) if place is None else Handed(place)
 
         return map_leaves(change, self.call.template)
 

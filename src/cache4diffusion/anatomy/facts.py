@@ -7,11 +7,11 @@ A *stack* is a list of blocks that run one after another; a *stream* is a sequen
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from cache4diffusion.anatomy.tree import LeafPath, Mark, map_leaves
+from cache4diffusion.anatomy.tree import LeafPath, Mark, leaves, map_leaves
 
 StreamKind = Literal["image", "other", "text", "joint", "unknown"]
 BESIDE = ("text", "other")
@@ -109,6 +109,13 @@ class StreamRef(Mark):
 
 
 @dataclass(frozen=True)
+class Handed(Mark):
+    """Stands in an output template for what was given as this argument, and is handed on as it is."""
+
+    argument: LeafPath
+
+
+@dataclass(frozen=True)
 class OtherLeaf(Mark):
     """Stands in an output template for a leaf that is no stream; ``is_tensor`` False: a number, a string, ..."""
 
@@ -123,8 +130,9 @@ class Block:
         path: module path from the denoiser.
         streams: what runs through it.
         parts: its residual sub-layers in the order in which they run.
-        output_template: the block's output with a `StreamRef` or `OtherLeaf` for each leaf; None stays None.
+        output_template: the block's output with a `StreamRef`, `Handed` or `OtherLeaf` for each leaf; None stays None.
         mutates: stream arguments that the block changes in place.
+        puts: where it puts what it makes into a container that it is given.
         inputs: its other tensor arguments (timestep embedding, rotary tables, conditioning, ...).
         calls: how often the module runs per denoiser call.
         turn: which of these calls this is; 0 is the first.
@@ -137,6 +145,7 @@ class Block:
     parts: tuple[Part, ...]
     output_template: Any
     mutates: tuple[LeafPath, ...] = ()
+    puts: tuple[LeafPath, ...] = ()
     inputs: tuple[LeafPath, ...] = ()
     calls: int = 1
     turn: int = 0
@@ -148,17 +157,30 @@ class Block:
         return call_name(self.path, self.turn)
 
     @property
-    def can_rebuild(self) -> bool:
-        """Whether the output consists of streams and None alone, so that it can be made without running the block."""
-        found = []
-        map_leaves(lambda _, leaf: found.append(leaf), self.output_template)
-        return all(leaf is None or isinstance(leaf, StreamRef) for leaf in found)
+    def strangers(self) -> tuple[LeafPath, ...]:
+        """Where the output holds what is neither a stream nor handed on: that cannot be made without running the block."""
+        known = (StreamRef, Handed, type(None))
+        return tuple(path for path, leaf in leaves(self.output_template) if not isinstance(leaf, known))
 
-    def rebuild(self, values: Sequence[Any]) -> Any:
-        """Return the block's output around ``values``, one per stream. Leaves that are no stream become None."""
-        return map_leaves(
-            lambda _, leaf: values[leaf.index] if isinstance(leaf, StreamRef) else None, self.output_template
-        )
+    @property
+    def can_rebuild(self) -> bool:
+        """Whether all that the block does can be done without running it, once it is known what its streams become."""
+        return not self.strangers and not self.puts
+
+    def rebuild(self, values: Sequence[Any], argument: Callable[[LeafPath], Any] = lambda _: None) -> Any:
+        """Return the block's output around ``values``, one per stream.
+
+        Args:
+            values: one per stream.
+            argument: of the call, by path; for what is handed on. Other leaves become None.
+        """
+
+        def fill(_: LeafPath, leaf: Any) -> Any:
+            if isinstance(leaf, StreamRef):
+                return values[leaf.index]
+            return argument(leaf.argument) if isinstance(leaf, Handed) else None
+
+        return map_leaves(fill, self.output_template)
 
 
 @dataclass(frozen=True)

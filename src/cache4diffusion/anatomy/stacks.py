@@ -327,6 +327,7 @@ class StackFinder:
                     parts=tuple(parts),
                     output_template=block.output_template(),
                     mutates=block.mutated(self.recording),
+                    puts=block.call.puts,
                     inputs=tuple(path for path in block.call.arguments if path not in entering),
                     calls=block.calls,
                     turn=block.call.turn,

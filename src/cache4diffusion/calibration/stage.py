@@ -149,7 +149,7 @@ class Stage:
             leaves = self._meet(name, "block", [], compute)
             for i, leaf in zip(kept, leaves, strict=True):
                 left[i] = streams[i] + leaf
-            return block.rebuild(left)
+            return block.rebuild(left, self.host.modules[position], args, kwargs)
 
         return handler
 

@@ -125,7 +125,11 @@ class Host:
 
     def pass_through(self, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A block's output as if it had done nothing."""
-        return self.blocks[position].rebuild(self.stream_inputs(position, args, kwargs))
+        return self.rebuild(position, self.stream_inputs(position, args, kwargs), args, kwargs)
+
+    def rebuild(self, position: int, values: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A block's output around what its streams became."""
+        return self.blocks[position].rebuild(values, self.modules[position], args, kwargs)
 
     # -- rows ------------------------------------------------------------------------------------------------------
 

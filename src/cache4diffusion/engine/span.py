@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cache4diffusion.anatomy import Anatomy
+from cache4diffusion.anatomy import Anatomy, Block, LeafPath
 from cache4diffusion.engine.driver import Driver, Inner, Rested
 from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.leaves import get_output, own, select_rows
@@ -28,6 +28,24 @@ class Stretch:
     key: int  # which decision it follows
     first: int
     last: int
+
+
+def why_not_bypassed(block: Block) -> str | None:
+    """Why a block must always run, in a sentence; None if it need not."""
+    remedy = "Methods for its parts ('fora', 'taylorseer') or for the whole denoiser ('taylorseer-lite') need not do that."
+    if block.puts:
+        return (
+            f"{block.path} puts what it makes into a container that it is given ({_words(block.puts)}), so it cannot be "
+            f"bypassed: let it return a new one. {remedy}"
+        )
+    if block.strangers or any(stream.output is None and stream.feeds_output for stream in block.streams):
+        where = f" (at {_words(block.strangers)})" if block.strangers else ""
+        return f"{block.path} returns more than its streams and what it was given{where}, so it cannot be bypassed. {remedy}"
+    return None
+
+
+def _words(paths: Iterable[LeafPath]) -> str:
+    return ", ".join("".join(f"[{key!r}]" for key in path) or "its whole output" for path in paths)
 
 
 def stretches(site: Span, lengths: list[int], seams: tuple[bool, ...]) -> list[Stretch]:
@@ -118,9 +136,9 @@ class SpanDriver(Driver):
             self.host.note(f"{self.site} leaves none of the {count} blocks to cache, so nothing is cached.")
         self._by_position = {p: s for s in self.stretches for p in range(s.first, s.last + 1)}
         for position in sorted({p for s in self.stretches for p in range(s.first, s.last + 1)}):
-            block = self.host.blocks[position]
-            if not block.can_rebuild or any(s.output is None and s.feeds_output for s in block.streams):
-                raise AnatomyError(f"{block.path} returns more than its streams, so it cannot be bypassed.")
+            why = why_not_bypassed(self.host.blocks[position].block)
+            if why is not None:
+                raise AnatomyError(why)
 
     def _in_pieces(self, whole: Sequence[Stretch], starts: set[int]) -> list[Stretch]:
         """Cut stretches where a block does not go on with what the one before left, and behind every block whose output
@@ -385,7 +403,7 @@ class SpanDriver(Driver):
             if stream.output is not None:
                 whole[rows] = get_output(output, stream.output)
             values.append(whole)
-        return self.host.blocks[position].rebuild(values)
+        return self.host.rebuild(position, values, args, kwargs)
 
     def _bypass(
         self, context: Context, stretch: Stretch, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -394,13 +412,13 @@ class SpanDriver(Driver):
         if position == route[0] and self.sees_input:  # now, for the host may write into the streams on their way
             context.scratch["predicted", stretch.name] = self._predict(context, stretch, values)
         if position != route[-1]:
-            return self.host.blocks[position].rebuild(values)
+            return self.host.rebuild(position, values, args, kwargs)
         leaves = context.scratch.pop(("predicted", stretch.name), None) or self._predict(context, stretch, values)
         if self.form == "output":
             leaves = own(leaves, context.state.sites[stretch.name])
         for i, leaf in zip(self.kept(position), leaves, strict=True):
             values[i] = values[i] + leaf if self.form == "residual" else leaf
-        return self.host.blocks[position].rebuild(values)
+        return self.host.rebuild(position, values, args, kwargs)
 
     def _predict(self, context: Context, stretch: Stretch, entered: Sequence[Tensor]) -> list[Tensor]:
         seen = self._seen(context, stretch, entered)
