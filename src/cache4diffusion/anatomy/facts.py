@@ -158,7 +158,7 @@ class Block:
 
     @property
     def strangers(self) -> tuple[LeafPath, ...]:
-        """Where the output holds what is neither a stream nor handed on: that cannot be made without running the block."""
+        """Where the output holds what is neither a stream nor handed on: only running the block can make that."""
         known = (StreamRef, Handed, type(None))
         return tuple(path for path, leaf in leaves(self.output_template) if not isinstance(leaf, known))
 

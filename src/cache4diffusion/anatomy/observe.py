@@ -11,10 +11,12 @@ from torch import nn
 from cache4diffusion.anatomy.arguments import Arguments
 from cache4diffusion.anatomy.batch import batch_axes
 from cache4diffusion.anatomy.facts import Anatomy, Signal, Stack
+from cache4diffusion.anatomy.flow import ancestors
+from cache4diffusion.anatomy.hints import Hint
 from cache4diffusion.anatomy.observing import Stage
 from cache4diffusion.anatomy.parts import BlockReader
 from cache4diffusion.anatomy.rehearse import rehearse
-from cache4diffusion.anatomy.stacks import StackFinder, StackView
+from cache4diffusion.anatomy.stacks import StackFinder, StackView, not_so, parameter_of
 from cache4diffusion.anatomy.tape import Recording
 from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.anatomy.unet import UNetFinder
@@ -45,6 +47,7 @@ def observe(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     levels = UNetFinder(denoiser, recording)
     unet = levels.find()
     sides = None if unet is None else {level.path.rpartition(".")[0] for level in (*unet.down, *unet.up)}
+    _check_claims(denoiser, recording, roles, views)
     main = finder.turns(finder.main([view for view in views if sides is None or view.path in sides]))
     finder.note_readers(main)
     seams = tuple(finder.is_kept(a, b) for a, b in itertools.pairwise(main))
@@ -76,6 +79,49 @@ def observe(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         tokens=_tokens(main, recording),
         notes=tuple(dict.fromkeys([*notes, *roles.notes, *finder.notes, *levels.notes])),
     )
+
+
+def _check_claims(denoiser: nn.Module, recording: Recording, roles: Arguments, views: list[StackView]) -> None:
+    """Hold what was declared against what was seen; what was declared of blocks, the finder has held against it.
+
+    Raises:
+        AnatomyError: it does not hold.
+    """
+    hint, reaching = roles.hint, ancestors(recording, recording.root.outputs.values())
+    given = {name: [p for p in recording.root.arguments if roles.name(p[:1]) == name] for name in _arguments(hint)}
+    for role, name in (("latent", hint.latent), ("timestep", hint.timestep)):
+        paths = given.get(name, []) if name is not None else []
+        if paths and not any(recording.root.arguments[path] in reaching for path in paths):
+            raise not_so(denoiser, f"{role}={name!r}: the denoiser's output does not depend on that argument")
+        if role == "latent" and name is not None and not paths:
+            raise not_so(denoiser, f"{role}={name!r}: no tensor was given as that argument")
+    likelier = roles.likelier
+    if likelier is not None:
+        raise not_so(
+            denoiser, f"latent={hint.latent!r}: nothing that the denoiser returns is like it, but like {likelier!r}"
+        )
+    if hint.image is not None and not any(
+        thread.kind == "image" and parameter_of(denoiser, block.call.path, thread.argument) == hint.image
+        for view in views
+        for block in view.blocks
+        for thread in block.threads
+    ):
+        raise not_so(
+            denoiser, f"image={hint.image!r}: through no block runs a stream of that name that the latent is in"
+        )
+    for path in hint.parts:
+        found = [part.path for view in views for parts in view.parts for part in parts]
+        if not any(part.endswith(f".{path}") for part in found):
+            known = [block.call.path for view in views for block in view.blocks]
+            raise not_so(
+                denoiser,
+                f"parts={{{path!r}: ...}}: in none of {', '.join(known) or 'the blocks'} is there a module of that "
+                "path whose output, scaled, is added to a stream",
+            )
+
+
+def _arguments(hint: Hint) -> set[str]:
+    return {name for name in (hint.latent, hint.timestep) if name is not None}
 
 
 def _turn(stack: Stack, view: StackView) -> Stack:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cache4diffusion.anatomy.blocks import BlockView, written
@@ -44,16 +45,24 @@ class PartView:
 
 
 class BlockReader:
-    """Reads the parts of one block from the tape."""
+    """Reads the parts of one block from the tape.
 
-    def __init__(self, recording: Recording, block: BlockView) -> None:
+    Args:
+        recording: the tape.
+        block: the block.
+        declared: kinds of its parts by their path in it; empty: they are seen.
+    """
+
+    def __init__(self, recording: Recording, block: BlockView, declared: Mapping[str, PartKind] | None = None) -> None:
         self.recording, self.block, self.call = recording, block, block.call
+        self.declared = {f"{block.call.path}.{path}": kind for path, kind in (declared or {}).items()}
         self.inner_calls = recording.inside(block.call)
         self.depends = block.stream_dependents(recording)
         self.notes: list[str] = []
         # For each tensor, the outermost call that returns it (a call comes before those inside it).
         self._returned: dict[int, tuple[Call, LeafPath]] = {}
-        for call in self.inner_calls:
+        first = [call for call in self.inner_calls if call.path in self.declared]
+        for call in [*first, *self.inner_calls]:
             for path, serial in call.outputs.items():
                 if serial not in call.arguments.values():
                     self._returned.setdefault(serial, (call, path))
@@ -74,7 +83,7 @@ class BlockReader:
                         self.notes.append(
                             f"{self.call.path}: something that is no module's output is added to a stream"
                         )
-        return [found[index] for index in sorted(found)]
+        return [found[index] for index in sorted(found) if not self.declared or found[index].call.path in self.declared]
 
     def _parts_behind(self, serial: int, seen: set[int], start: int) -> list[tuple[Call, LeafPath, int]]:
         """The outermost working modules whose outputs (from token ``start`` on), scaled or summed, make this tensor."""
@@ -84,7 +93,7 @@ class BlockReader:
         returned = self._returned.get(serial)
         if returned is not None:
             call, leaf = returned
-            if self.is_working(call):
+            if call.path in self.declared or self.is_working(call):
                 return [(call, leaf, start)]
             behind = [s for s in call.arguments.values() if s in self.depends]  # a norm or a scale: step through
             return [hit for s in dict.fromkeys(behind) for hit in self._parts_behind(s, seen, start)]
@@ -106,7 +115,9 @@ class BlockReader:
         )
 
     def kind(self, call: Call) -> PartKind:
-        """``attn``, ``cross_attn``, ``ffn`` or ``other``, by what runs inside."""
+        """``attn``, ``cross_attn``, ``ffn`` or ``other``, by what runs inside; or what was declared."""
+        if call.path in self.declared:
+            return self.declared[call.path]
         crosses, linears = False, 0
         for op in self.recording.ops[call.first : call.last]:
             if is_attention(op.name) or op.name in MATRIX:
@@ -197,7 +208,9 @@ def with_inner(reader: BlockReader, parts: list[Part], inner: list[Inner]) -> tu
     for part in parts:
         mine = tuple(item for item in inner if part.path in item.feeds)
         kind = part.kind
-        if kind in ("other", "ffn") and any(item.kind == "attn" and item.role == "zero_width" for item in mine):
+        if part.path in reader.declared:
+            pass
+        elif kind in ("other", "ffn") and any(item.kind == "attn" and item.role == "zero_width" for item in mine):
             kind = "fused"
         elif kind == "other":
             kind = _END_OF.get(frozenset(item.kind for item in mine if item.kind != "norm"), kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -19,7 +20,9 @@ from cache4diffusion.anatomy.tape import Recording
 from cache4diffusion.anatomy.tree import LeafPath
 from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.anatomy.vocabulary import JOINS, PASSES, SUMS, WRITES
+from cache4diffusion.errors import AnatomyError
 
+_CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 _KINDS: tuple[StreamKind, ...] = ("image", "other", "text", "joint", "unknown")
 
 
@@ -72,10 +75,16 @@ class StackFinder:
 
     def find(self) -> list[StackView]:
         """Every list of token blocks with at least one part, in the order in which they run."""
-        stacks: list[StackView] = []
+        if self.hint.blocks:
+            stacks = sorted(self._declared(), key=lambda stack: stack.blocks[0].call.index)
+            self._link(stacks)
+            for stack in stacks:
+                self._read_parts(stack)
+            return stacks
+        stacks = []
         lists: list[str] = []
         for path, module in self.denoiser.named_modules():
-            if not isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
+            if not isinstance(module, _CONTAINERS):
                 continue
             if any(path.startswith(f"{block.call.path}.") for stack in stacks for block in stack.blocks):
                 continue  # inside a block
@@ -87,6 +96,55 @@ class StackFinder:
         stacks.sort(key=lambda stack: stack.blocks[0].call.index)
         self._link(stacks)
         return [stack for stack in stacks if self._read_parts(stack)]
+
+    def _declared(self) -> Iterable[StackView]:
+        """A stack of each list that was declared, and one of the blocks declared one by one.
+
+        Raises:
+            AnatomyError: what was declared is no list of blocks, or none that ran.
+        """
+        modules = {path: module for path, module in self.denoiser.named_modules() if path}
+        single: list[BlockView] = []
+        for pattern in self.hint.blocks:
+            paths = fnmatch.filter(modules, pattern)
+            if not paths:
+                raise not_so(self.denoiser, f"blocks={pattern!r}: there is no such module")
+            for path in paths:
+                is_list = path not in self._calls and isinstance(modules[path], _CONTAINERS)
+                named = [(f"{path}.{name}", child) for name, child in modules[path].named_children()]
+                views = [
+                    view for item in (named if is_list else [(path, modules[path])]) for view in self._blocks(*item)
+                ]
+                if not views:
+                    raise not_so(self.denoiser, f"blocks={pattern!r}: {path} was not called in this forward")
+                idle = next((view for view in views if not view.threads), None)
+                if idle is not None:
+                    raise not_so(
+                        self.denoiser,
+                        f"blocks={pattern!r}: nothing that {idle.call.path} returns is one of its arguments plus "
+                        "something of the same shape",
+                    )
+                if is_list:
+                    views.sort(key=lambda view: view.call.index)
+                    yield StackView(path, views)
+                else:
+                    single += views
+        single.sort(key=lambda view: view.call.index)
+        # One after another: what lies between two of them parts them.
+        for apart in self._runs(single):
+            ends = [apart[0].call.path, apart[-1].call.path]
+            yield StackView(" .. ".join(dict.fromkeys(ends)), apart)
+
+    def _runs(self, views: list[BlockView]) -> Iterable[list[BlockView]]:
+        """Blocks, taken apart where one does not go on with what the one before left."""
+        run: list[BlockView] = []
+        for view in views:
+            if run and not self._goes_on(run[-1], view):
+                yield run
+                run = []
+            run.append(view)
+        if run:
+            yield run
 
     def _stack(self, path: str, module: nn.Module) -> StackView | None:
         blocks = []
@@ -200,19 +258,19 @@ class StackFinder:
                 continue
             ending = {t.argument for t in last.threads if t.leaves is not None and t.leaves in self.live}
             if self.hint.image is not None:
-                ending = {t.argument for t in mixed if self._name(block, t.argument) == self.hint.image}
+                ending = {
+                    t.argument
+                    for t in mixed
+                    if parameter_of(self.denoiser, block.call.path, t.argument) == self.hint.image
+                }
             for thread in mixed:
                 thread.kind = "unknown" if len(ending) != 1 else "image" if thread.argument in ending else "text"
-
-    def _name(self, block: BlockView, argument: LeafPath) -> str:
-        names = parameter_names(self.denoiser.get_submodule(block.call.path))
-        return names[argument[0]] if isinstance(argument[0], int) else argument[0]
 
     # Parts ----
 
     def _read_parts(self, stack: StackView) -> bool:
         for block in stack.blocks:
-            reader = BlockReader(self.recording, block)
+            reader = BlockReader(self.recording, block, self.hint.parts)
             parts = [reader.part(view) for view in reader.part_views()]
             stack.parts.append(list(with_inner(reader, parts, inner_modules(reader, parts))))
             self.notes.extend(dict.fromkeys(reader.notes))
@@ -221,11 +279,26 @@ class StackFinder:
             for path in block.restarts:
                 self.notes.append(f"{block.call.path}: its residual stream starts behind {path}")
             if block.calls > 1:
-                self.notes.append(f"{block.call.path}: runs {block.calls} times per forward; each is a block of its own")
+                self.notes.append(
+                    f"{block.call.path}: runs {block.calls} times per forward; each is a block of its own"
+                )
         return any(stack.parts)
 
     def main(self, stacks: list[StackView]) -> list[StackView]:
-        """The stacks that carry the image through the denoiser, in order; marks them."""
+        """The stacks that carry the image through the denoiser, in order; marks them.
+
+        Raises:
+            AnatomyError: one that was declared does not.
+        """
+        if self.hint.blocks:
+            idle = next((stack for stack in stacks if not self._carries_image(stack)), None)
+            if idle is not None:
+                raise not_so(
+                    self.denoiser, f"blocks: what {idle.path} makes of the latent does not reach the denoiser's output"
+                )
+            for stack in stacks:
+                stack.is_main = True
+            return stacks
         able = [s for s in stacks if not s.is_nested and self._carries_image(s)]
         if able and self.conditioning:
             # A refiner that prepares the latent alone, before it meets any conditioning, is not the main road.
@@ -337,3 +410,19 @@ class StackFinder:
         pairs = enumerate(itertools.pairwise(stack.blocks), start=1)
         breaks = tuple(number for number, (before, after) in pairs if not self._goes_on(before, after))
         return Stack(stack.path, tuple(blocks), stack.is_main, breaks)
+
+
+def parameter_of(denoiser: nn.Module, path: str, argument: LeafPath) -> str:
+    """The name of a module's argument, however it was passed."""
+    names, head = parameter_names(unwrapped(denoiser.get_submodule(path))), argument[0]
+    if isinstance(head, str):
+        return head
+    return names[head] if head < len(names) else f"args_{head}"
+
+
+def not_so(denoiser: nn.Module, fact: str) -> AnatomyError:
+    """The error where something that was declared does not hold."""
+    return AnatomyError(
+        f"What was declared of {type(denoiser).__name__} does not hold. {fact}. Remove that declaration and say what "
+        "holds: c4d.declare(denoiser, ...)."
+    )

@@ -180,6 +180,6 @@ def _refuse_shared(sites: Sequence[Part | Block], host: Host) -> None:
     if shared is not None:
         assert host.anatomy is not None
         raise AnatomyError(
-            f"{shared} runs several times in a call of {host.anatomy.denoiser}, and a training has one set of numbers for "
-            "each module. Use a method without a training, such as 'fora' or 'fbcache'."
+            f"{shared} runs several times in a call of {host.anatomy.denoiser}, and a training has one set of numbers "
+            "for each module. Use a method without a training, such as 'fora' or 'fbcache'."
         )

@@ -16,7 +16,7 @@ from cache4diffusion.accelerate import denoisers_of
 from cache4diffusion.calibration.pupil import Pupil, mean
 from cache4diffusion.calibration.store import Entry
 from cache4diffusion.calibration.training import Answer, Training
-from cache4diffusion.engine.compiling import is_compiled
+from cache4diffusion.engine.compiling import is_compiled, is_compiled_whole
 from cache4diffusion.engine.leaves import take_apart
 from cache4diffusion.errors import AlreadyAcceleratedError, CalibrationError, CompositionError
 from cache4diffusion.run import RunTracker
@@ -55,7 +55,7 @@ class Trainer:
                     f"{name} is accelerated by {owner.label}, and a training must see it uncached. Call remove() on "
                     "that handle first."
                 )
-            if hasattr(denoiser, "_orig_mod") or any(is_compiled(module) for module in denoiser.modules()):
+            if is_compiled_whole(denoiser) or any(is_compiled(module) for module in denoiser.modules()):
                 raise CompositionError(
                     f"{name} is compiled, which hides the sites that are trained. Calibrate it before it is compiled; "
                     "what was learned serves it afterwards."

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from cache4diffusion.anatomy import Anatomy
+from cache4diffusion.anatomy.hints import is_said_of
 from cache4diffusion.engine.compiling import (
     WHOLE,
     drop_graphs,
@@ -61,7 +62,11 @@ class Attachment:
     def needs_anatomy(self) -> bool:
         """Whether the inside of the denoiser must be known."""
         splits_rows = self.host.composition.decide == "row" or self.host.composition.cfg is not None
-        return splits_rows or (self.runner is not None and self.runner.driver.needs_anatomy)
+        return (
+            splits_rows
+            or is_said_of(self.host.denoiser)
+            or (self.runner is not None and self.runner.driver.needs_anatomy)
+        )
 
     def install(self, args: tuple[Any, ...], kwargs: dict[str, Any], anatomy: Anatomy | None = None) -> None:
         """Find out how the denoiser is built and wrap what must be; all or nothing.

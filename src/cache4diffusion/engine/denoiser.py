@@ -45,8 +45,8 @@ class OutputMemory:
         tensors, layout = take_apart(output)
         if not tensors:
             raise AnatomyError(
-                f"The denoiser returns a {type(output).__name__} in which no tensor is found, so there is nothing to cache. "
-                "Let it return a tensor, or tensors in a tuple, list, dict or dataclass."
+                f"The denoiser returns a {type(output).__name__} in which no tensor is found, so there is nothing to "
+                "cache. Let it return a tensor, or tensors in a tuple, list, dict or dataclass."
             )
         context.state.extra.setdefault("layouts", {})[self._kind(context)] = layout
         if base is not None:

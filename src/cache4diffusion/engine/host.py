@@ -167,11 +167,11 @@ class Host:
         Raises:
             AnatomyError: which arguments carry the batch was not established.
         """
-        return take_rows(self.denoiser, args, kwargs, self._batch_axes(args, kwargs, batch), rows)
+        return take_rows(self.plain, args, kwargs, self._batch_axes(args, kwargs, batch), rows)
 
     def _batch_axes(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> dict[LeafPath, int]:
         """Batch axis of every argument of the denoiser that has one; found anew for every new kind of call."""
-        names = parameter_names(type(getattr(self.denoiser, "_orig_mod", self.denoiser)))
+        names = parameter_names(type(self.plain))
         tensors = {path: leaf for path, leaf in argument_leaves(args, kwargs) if isinstance(leaf, Tensor)}
         kind = tuple((path, leaf.ndim) for path, leaf in tensors.items())
         if kind not in self._axes:
@@ -199,7 +199,8 @@ def no_stack(denoiser: str, composition: Composition) -> AnatomyError:
         f"{denoiser} has no stack of blocks that carries the latent, and this method needs one: "
         f"{composition.needs_stack}. On U-Nets these work: 'deepcache' (levels), 'fora' and 'taylorseer' (the parts of "
         "the transformer blocks inside levels), 'block-caching' (the same, calibrated with unit='part'), "
-        "'taylorseer-lite' (the whole denoiser), 'fastercache' (CFG branches)."
+        "'taylorseer-lite' (the whole denoiser), 'fastercache' (CFG branches). If it has blocks that were not found, "
+        "say which they are: c4d.declare(denoiser, blocks=['first', 'layers'])."
     )
 
 

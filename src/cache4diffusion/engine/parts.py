@@ -15,8 +15,8 @@ from torch import Tensor
 
 from cache4diffusion.anatomy import Anatomy, Block, Inner, Part
 from cache4diffusion.anatomy.facts import BESIDE, InnerRole
-from cache4diffusion.engine.decide import prediction_error
 from cache4diffusion.engine.compiling import TURNS, is_compiled
+from cache4diffusion.engine.decide import prediction_error
 from cache4diffusion.engine.driver import Driver, Rested
 from cache4diffusion.engine.driver import Inner as InnerCall
 from cache4diffusion.engine.host import Host
@@ -98,7 +98,8 @@ class PartsDriver(Driver):
         if not self.sites:
             raise AnatomyError(
                 f"{anatomy.denoiser} has no parts of the kinds {', '.join(self.site.kinds)} that can be told apart. "
-                "Methods for spans ('fbcache', 'teacache') or the whole denoiser ('taylorseer-lite') may work."
+                "Methods for spans ('fbcache', 'teacache') or the whole denoiser ('taylorseer-lite') may work. If its "
+                "blocks have parts, say which: c4d.declare(denoiser, parts={'mix': 'attn', 'map': 'ffn'})."
             )
         if self.tokens is not None:
             self.tokens.install(anatomy, {r.inner.path: r for r in self.resting})
@@ -116,8 +117,8 @@ class PartsDriver(Driver):
                 shared.setdefault(site.part.path, []).append(site)
         if shared and not (self.serves_turns and self.tokens is None):
             raise AnatomyError(
-                f"{next(iter(shared))} runs several times in a call of {anatomy.denoiser}, and {self.host.words} treats "
-                "the calls of a module alike. Use 'fora' or 'taylorseer', which keep them apart."
+                f"{next(iter(shared))} runs several times in a call of {anatomy.denoiser}, and {self.host.words} "
+                "treats the calls of a module alike. Use 'fora' or 'taylorseer', which keep them apart."
             )
         if shared and any(is_compiled(module) for module in self.host.plain.modules()):
             raise CompositionError(f"{self.host.name}: {TURNS}")

@@ -97,7 +97,8 @@ class SiteRunner:
         """Keep nothing of a call in which a module ran more often than when the denoiser was examined."""
         if "astray" in context.scratch:
             self.host.note(
-                f"{context.scratch['astray']} ran more often than when the denoiser was examined; such steps are computed."
+                f"{context.scratch['astray']} ran more often than when the denoiser was examined; such steps are "
+                "computed."
             )
             context.state.forget_features()
 

@@ -32,16 +32,18 @@ class Stretch:
 
 def why_not_bypassed(block: Block) -> str | None:
     """Why a block must always run, in a sentence; None if it need not."""
-    remedy = "Methods for its parts ('fora', 'taylorseer') or for the whole denoiser ('taylorseer-lite') need not do that."
     if block.puts:
-        return (
-            f"{block.path} puts what it makes into a container that it is given ({_words(block.puts)}), so it cannot be "
-            f"bypassed: let it return a new one. {remedy}"
-        )
-    if block.strangers or any(stream.output is None and stream.feeds_output for stream in block.streams):
+        where = _words(block.puts)
+        fact = f"puts what it makes into a container that it is given ({where}; it should return a new one)"
+    elif block.strangers or any(stream.output is None and stream.feeds_output for stream in block.streams):
         where = f" (at {_words(block.strangers)})" if block.strangers else ""
-        return f"{block.path} returns more than its streams and what it was given{where}, so it cannot be bypassed. {remedy}"
-    return None
+        fact = f"returns more than its streams and what it was given{where}"
+    else:
+        return None
+    return (
+        f"{block.path} {fact}, so it cannot be bypassed. Methods for its parts ('fora', 'taylorseer') or for the whole "
+        "denoiser ('taylorseer-lite') need not do that."
+    )
 
 
 def _words(paths: Iterable[LeafPath]) -> str:
