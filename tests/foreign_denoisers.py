@@ -433,17 +433,17 @@ def tensor_of(output: Any) -> torch.Tensor:
 
 
 class Products(TorchFunctionMode):
-    """Counts products with the weights of some modules: what was really computed, whatever hooks say."""
+    """Counts products with the weights of some modules, or all: what was really computed, whatever hooks say."""
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module] | None = None) -> None:
         super().__init__()
-        self.weights = {id(w) for module in modules for w in module.parameters()}
+        self.weights = None if modules is None else {id(w) for module in modules for w in module.parameters()}
         self.count = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         is_computed = type(result) is torch.Tensor  # and not only observed
-        if func is nn.functional.linear and is_computed and id(args[1]) in self.weights:
+        if func is nn.functional.linear and is_computed and (self.weights is None or id(args[1]) in self.weights):
             self.count += 1
         return result
 

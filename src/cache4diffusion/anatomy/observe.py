@@ -10,9 +10,9 @@ from torch import nn
 
 from cache4diffusion.anatomy.arguments import Arguments
 from cache4diffusion.anatomy.batch import batch_axes
+from cache4diffusion.anatomy.blocks import BlockView
 from cache4diffusion.anatomy.facts import Anatomy, Signal, Stack
 from cache4diffusion.anatomy.flow import ancestors
-from cache4diffusion.anatomy.hints import Hint
 from cache4diffusion.anatomy.observing import Stage
 from cache4diffusion.anatomy.parts import BlockReader
 from cache4diffusion.anatomy.rehearse import rehearse
@@ -82,46 +82,52 @@ def observe(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
 
 
 def _check_claims(denoiser: nn.Module, recording: Recording, roles: Arguments, views: list[StackView]) -> None:
-    """Hold what was declared against what was seen; what was declared of blocks, the finder has held against it.
+    """Hold what was declared against what was seen. (What was declared of blocks, the finder holds against it.)
 
     Raises:
-        AnatomyError: it does not hold.
+        AnatomyError: something does not hold.
     """
     hint, reaching = roles.hint, ancestors(recording, recording.root.outputs.values())
-    given = {name: [p for p in recording.root.arguments if roles.name(p[:1]) == name] for name in _arguments(hint)}
+    blocks = [block for view in views for block in view.blocks]
     for role, name in (("latent", hint.latent), ("timestep", hint.timestep)):
-        paths = given.get(name, []) if name is not None else []
-        if paths and not any(recording.root.arguments[path] in reaching for path in paths):
-            raise not_so(denoiser, f"{role}={name!r}: the denoiser's output does not depend on that argument")
-        if role == "latent" and name is not None and not paths:
+        given = [serial for path, serial in recording.root.arguments.items() if roles.name(path[:1]) == name]
+        if name is None or (role == "timestep" and not given):  # a clock may be a plain number
+            continue
+        if not given:
             raise not_so(denoiser, f"{role}={name!r}: no tensor was given as that argument")
-    likelier = roles.likelier
-    if likelier is not None:
-        raise not_so(
-            denoiser, f"latent={hint.latent!r}: nothing that the denoiser returns is like it, but like {likelier!r}"
-        )
+        if reaching.isdisjoint(given):
+            raise not_so(denoiser, f"{role}={name!r}: the denoiser's output does not depend on that argument")
+        if role == "timestep" and not _may_be_clock(recording.shape(given[0]), recording, roles, blocks):
+            raise not_so(
+                denoiser, f"{role}={name!r}: {recording.shape(given[0])} are not one number, nor one per row or token"
+            )
+    if roles.likelier is not None:
+        fact = f"nothing that the denoiser returns is like it, but like {roles.likelier!r}"
+        raise not_so(denoiser, f"latent={hint.latent!r}: {fact}")
     if hint.image is not None and not any(
         thread.kind == "image" and parameter_of(denoiser, block.call.path, thread.argument) == hint.image
-        for view in views
-        for block in view.blocks
+        for block in blocks
         for thread in block.threads
     ):
         raise not_so(
             denoiser, f"image={hint.image!r}: through no block runs a stream of that name that the latent is in"
         )
+    found = [part.path for view in views for parts in view.parts for part in parts]
     for path in hint.parts:
-        found = [part.path for view in views for parts in view.parts for part in parts]
         if not any(part.endswith(f".{path}") for part in found):
-            known = [block.call.path for view in views for block in view.blocks]
             raise not_so(
                 denoiser,
-                f"parts={{{path!r}: ...}}: in none of {', '.join(known) or 'the blocks'} is there a module of that "
-                "path whose output, scaled, is added to a stream",
+                f"parts={{{path!r}: ...}}: in none of {', '.join(block.call.path for block in blocks) or 'the blocks'} "
+                "is there a module of that path whose output, scaled, is added to a stream",
             )
 
 
-def _arguments(hint: Hint) -> set[str]:
-    return {name for name in (hint.latent, hint.timestep) if name is not None}
+def _may_be_clock(shape: tuple[int, ...], recording: Recording, roles: Arguments, blocks: list[BlockView]) -> bool:
+    """Whether an argument of this shape may hold one number, or one per row, or one per token."""
+    lengths = {recording.shape(thread.enters)[-2] for block in blocks for thread in block.threads}
+    if roles.latent is not None:
+        lengths.update(recording.shape(recording.root.arguments[roles.latent]))
+    return all(length == 1 or length in lengths for length in shape[1:])
 
 
 def _turn(stack: Stack, view: StackView) -> Stack:

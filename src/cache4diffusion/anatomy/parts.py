@@ -115,9 +115,20 @@ class BlockReader:
         )
 
     def kind(self, call: Call) -> PartKind:
-        """``attn``, ``cross_attn``, ``ffn`` or ``other``, by what runs inside; or what was declared."""
-        if call.path in self.declared:
-            return self.declared[call.path]
+        """``attn``, ``cross_attn``, ``ffn`` or ``other``; what was declared, else `seen_kind`."""
+        return self.declared.get(call.path) or self.seen_kind(call)
+
+    def contradiction(self, call: Call) -> str | None:
+        """What speaks against the declared kind of a part, in words."""
+        declared, seen = self.declared.get(call.path), self.seen_kind(call)
+        if declared in ("attn", "cross_attn") and self.is_tokenwise(call):
+            return f"{call.path} is no attention: it treats every token by itself"
+        if declared == "ffn" and seen in ("attn", "cross_attn"):
+            return f"{call.path} is an attention ({seen!r})"
+        return None
+
+    def seen_kind(self, call: Call) -> PartKind:
+        """``attn``, ``cross_attn``, ``ffn`` or ``other``, by what runs inside."""
         crosses, linears = False, 0
         for op in self.recording.ops[call.first : call.last]:
             if is_attention(op.name) or op.name in MATRIX:

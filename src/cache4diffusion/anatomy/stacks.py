@@ -271,7 +271,11 @@ class StackFinder:
     def _read_parts(self, stack: StackView) -> bool:
         for block in stack.blocks:
             reader = BlockReader(self.recording, block, self.hint.parts)
-            parts = [reader.part(view) for view in reader.part_views()]
+            views = reader.part_views()
+            wrong = next(filter(None, (reader.contradiction(view.call) for view in views)), None)
+            if wrong is not None:
+                raise not_so(self.denoiser, f"parts={dict(self.hint.parts)!r}: {wrong}")
+            parts = [reader.part(view) for view in views]
             stack.parts.append(list(with_inner(reader, parts, inner_modules(reader, parts))))
             self.notes.extend(dict.fromkeys(reader.notes))
             if not parts:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from cache4diffusion.anatomy.tree import children, like
+from cache4diffusion.anatomy.tree import leaves as tree_leaves
 
 LeafPath = tuple[Any, ...]
 
@@ -208,7 +209,7 @@ class _Opened:
 
 def _closed(leaf: Any) -> tuple[list[Any], _Box] | None:
     inside = children(leaf)
-    if inside is None:
+    if inside is None or not any(isinstance(item, Tensor) for _, item in tree_leaves(leaf)):
         return None
     parts = [flatten(item) for _, item in inside]
     box = _Box(
