@@ -480,8 +480,8 @@ class Odd(nn.Module):
         return self.final(self.last(z, c))
 
 
-def odd(batch: int = 2) -> Foreign:
-    """Arguments in the order in which the other loops give them: by name."""
+def odd(batch: int = 2, kind: type[nn.Module] = Odd) -> Foreign:
+    """With arguments by name."""
     torch.manual_seed(3)
     z, noise, words = call(batch)
-    return ready(Odd()), (), {"z": z, "noise": noise, "words": words}
+    return ready(kind()), (), {"z": z, "noise": noise, "words": words}

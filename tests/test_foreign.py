@@ -88,13 +88,13 @@ def test_methods_that_watch_serve_them_too(name, method):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["dataclass states", "dict states", "blocks twice around"])
+@pytest.mark.parametrize("name", ["dataclass states", "dict states", "blocks twice around", "research"])
 def test_rows_decide_for_themselves(name):
     """Rows are taken out of whatever a block is given."""
     denoiser, args, kwargs = FOREIGN[name](batch=3)
 
     def sample(rows):
-        mine = tuple(value[rows] for value in args)
+        mine = tuple(value[rows] for value in args)  # the first row of a batch is that row alone
         with c4d.accelerate(denoiser, "fbcache", threshold=0.05, decide="row") as handle, handle.run(num_steps=12):
             return loop(denoiser, mine, kwargs, 12), handle.stats["strip"]
 
@@ -126,7 +126,7 @@ def test_a_u_vit_has_two_lists_and_long_skips():
 def test_every_call_of_a_shared_block_is_a_block(name, order):
     (stack,) = anatomy.observe(*FOREIGN[name]()).main
     assert [block.name.removeprefix("blocks.") for block in stack.blocks] == order.split()
-    assert [part.name for part in stack.blocks[-1].parts][0].endswith("attn#2") == order.endswith("#2")
+    assert [part.name.rpartition("#")[2] for part in stack.blocks[-1].parts] == ["2", "2"]
     assert stack.breaks == ()
 
 
@@ -204,9 +204,10 @@ def test_costs_of_shared_blocks_are_counted_by_call():
 def test_methods_that_take_a_module_for_one_part_refuse_shared_ones(method):
     denoiser, args, kwargs = FOREIGN["blocks twice around"]()
     before = toys.Dicts(denoiser)
-    with pytest.raises(AnatomyError, match=r"blocks\.0\.\w+ runs several times in a call of AroundTwice"):
-        with c4d.accelerate(denoiser, method, **toys.ACTIVE[method]) as handle, handle.run(num_steps=12):
-            loop(denoiser, args, kwargs, 12)
+    handle = c4d.accelerate(denoiser, method, **toys.ACTIVE[method])
+    refused = pytest.raises(AnatomyError, match=r"blocks\.0\.\w+ runs several times in a call of AroundTwice")
+    with refused, handle, handle.run(num_steps=12):
+        loop(denoiser, args, kwargs, 12)
     assert not before.changed()
 
 
@@ -241,9 +242,8 @@ def test_an_output_in_a_dataclass_is_predicted_and_not_kept_as_it_was():
         assert "c" in handle.stats["strip"]
 
 
-@dataclasses.dataclass
 class Shut:
-    """No field holds it, but it has a tensor."""
+    """Nobody knows that it has a tensor."""
 
     def __init__(self, tensor):
         self.tensor = tensor
@@ -255,9 +255,10 @@ class Hides(nn.Module):
 
 
 def test_an_output_without_a_tensor_is_refused():
-    with c4d.accelerate(Hides(), "taylorseer-lite") as handle, handle.run(num_steps=STEPS), torch.no_grad():
-        with pytest.raises(AnatomyError, match="returns a Shut in which no tensor is found"):
-            handle._engines[0].denoiser(torch.ones(1, 2), torch.ones(1))
+    denoiser = Hides()
+    refused = pytest.raises(AnatomyError, match="returns a Shut in which no tensor is found")
+    with refused, c4d.accelerate(denoiser, "taylorseer-lite"), torch.no_grad():
+        denoiser(torch.ones(1, 2), torch.ones(1))
 
 
 class Ordered(dict):
@@ -282,9 +283,9 @@ def test_containers_come_apart_and_together_again():
 def test_a_block_that_puts_its_tokens_into_what_it_is_given_must_run(site):
     denoiser, args, kwargs = foreign.of(lambda: foreign.PutsTokens(foreign.PutsBlock))()
     before = toys.Dicts(denoiser)
-    with pytest.raises(AnatomyError, match=r"blocks\.0 puts what it makes into a container .*\[0\]\['x'\].*'fora'"):
-        with accelerated(denoiser, site):
-            loop(denoiser, args, kwargs, 1)
+    refused = pytest.raises(AnatomyError, match=r"blocks\.0 puts what it makes into a container .*\[0\]\['x'\].*'fora'")
+    with refused, accelerated(denoiser, site):
+        loop(denoiser, args, kwargs, 1)
     assert not before.changed()
     plain = loop(denoiser, args, kwargs, STEPS, frozen=True)
     with accelerated(denoiser, "parts") as handle, handle.run(num_steps=STEPS):
@@ -487,7 +488,7 @@ class Nothing(nn.Module):
 def test_a_denoiser_with_nothing_to_cache_is_refused_and_left_alone(method):
     denoiser, (x, t, _), _ = Nothing(), *foreign.of(foreign.Tokens)()[1:]
     before = toys.Dicts(denoiser)
-    with torch.no_grad(), pytest.raises(AnatomyError, match="Nothing has no"):
-        with c4d.accelerate(denoiser, method) as handle, handle.run(num_steps=STEPS):
-            denoiser(x, t)
+    refused = pytest.raises(AnatomyError, match="Nothing has no")
+    with torch.no_grad(), refused, c4d.accelerate(denoiser, method):
+        denoiser(x, t)
     assert not before.changed()

@@ -337,6 +337,7 @@ class SpanDriver(Driver):
         """Behind the last block, of which some rows ran: write the others' predictions into what it returned."""
         features, seen = self._measured(context, stretch, passage)
         assert seen is not None  # or nothing would be ready
+        is_known = self._is_known(passage)  # asked before this writes into the streams itself
         rows = [context.rows[r] if context.rows else r for r in verdict.full_rows]
         cached = [context.rows[r] if context.rows else r for r in verdict.cached_rows]
         there = verdict.cached_rows
@@ -345,7 +346,7 @@ class SpanDriver(Driver):
             if self.form == "residual":
                 leaf = passage.out[i][there] + leaf
             passage.out[i][there] = leaf
-        if self._is_known(passage):
+        if is_known:
             fresh = [select_rows(feature, verdict.full_rows) for feature in features]
             self.keep(context, stretch.name, fresh, [select_rows(leaf, verdict.full_rows) for leaf in seen], rows)
 
