@@ -125,6 +125,7 @@ FALSE = {
     "timestep": ({"timestep": "words"}, r"timestep='words': \(2, 16\) are not one number, nor one per row or token"),
     "blocks that are none": ({"blocks": "clock"}, "nothing that clock returns is one of its arguments plus"),
     "blocks that do not run": ({"blocks": ["layers", "spare"]}, "spare was not called in this forward"),
+    "blocks twice": ({"blocks": ["layers", "layers.?"]}, "layers.0 was declared before"),
     "image": ({"image": "q"}, "image='q': through no block runs a stream of that name"),
     "parts": ({"parts": {"one": "attn"}}, "is there a module of that path whose output, scaled, is added to a stream"),
     "no attention": ({"parts": {"map": "attn"}}, "map is no attention: it treats every token by itself"),
@@ -150,17 +151,18 @@ def test_a_wrong_declaration_is_refused_and_names_what_does_not_hold(odd, case, 
 
 
 class Deaf(foreign.Odd):
-    """Does not listen to its clock."""
+    """Listens neither to its clock nor to what it is told."""
 
     def forward(self, words, z, noise):
-        return super().forward(words, z, torch.zeros_like(noise))
+        return super().forward(torch.zeros_like(words), z, torch.zeros_like(noise))
 
 
-def test_a_clock_that_nothing_depends_on_is_none():
+@pytest.mark.parametrize("said", [{"timestep": "noise"}, {"has_clock": False, "conditioning": ["words"]}])
+def test_what_nothing_depends_on_is_neither_clock_nor_prompt(said):
     denoiser, _, kwargs = foreign.odd(kind=Deaf)
-    with c4d.declare(denoiser, latent="z", timestep="noise"), accelerated(denoiser, "span"), torch.no_grad():
-        with pytest.raises(AnatomyError, match="timestep='noise': the denoiser's output does not depend on that"):
-            denoiser(**kwargs)
+    refused = pytest.raises(AnatomyError, match="'(noise|words)': the denoiser's output does not depend on that")
+    with c4d.declare(denoiser, latent="z", **said), accelerated(denoiser, "span"), refused, torch.no_grad():
+        denoiser(**kwargs)
 
 
 WRONG = {

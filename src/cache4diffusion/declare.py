@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
@@ -10,7 +9,7 @@ from torch import nn
 
 from cache4diffusion.anatomy.arguments import parameter_names
 from cache4diffusion.anatomy.facts import PartKind
-from cache4diffusion.anatomy.hints import Hint, said_of, say
+from cache4diffusion.anatomy.hints import Hint, matching, said_of, say
 from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.errors import AlreadyAcceleratedError, SettingError, closest
 from cache4diffusion.wrap import owner_of
@@ -139,7 +138,7 @@ def _check(target: Any, hint: Hint) -> None:
     if isinstance(target, nn.Module):
         paths = [path for path, _ in target.named_modules() if path]
         for pattern in hint.blocks:
-            if not fnmatch.filter(paths, pattern):
+            if not matching(paths, pattern):
                 raise SettingError(f"blocks={pattern!r}: {name} has no such module{closest(pattern, paths) or '.'}")
 
 

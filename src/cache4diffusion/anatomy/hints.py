@@ -1,13 +1,14 @@
 """What observation cannot know, declared: a row per class that needs one, and what users say of their own denoisers.
 
 Both are a `Hint`. What is said of one denoiser goes before what is said of its class, and that before the table. Every
-hint is held against what one forward shows (`Claims` in `observe`): one that does not hold is an error.
+hint is held against what one forward shows (`observe`): one that does not hold is an error.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import fnmatch
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,6 +88,17 @@ def hint_of(denoiser: nn.Module) -> Hint:
         if hint is not None:
             found = hint.over(found)
     return found
+
+
+def matching(paths: Iterable[str], pattern: str) -> list[str]:
+    """The module paths that a pattern stands for; ``*`` and ``?`` do not go past a dot."""
+    wanted = pattern.split(".")
+
+    def is_meant(path: str) -> bool:
+        names = path.split(".")
+        return len(names) == len(wanted) and all(map(fnmatch.fnmatchcase, names, wanted))
+
+    return [path for path in paths if is_meant(path)]
 
 
 def said_of(target: Any) -> Hint | None:

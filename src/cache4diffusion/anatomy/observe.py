@@ -89,9 +89,10 @@ def _check_claims(denoiser: nn.Module, recording: Recording, roles: Arguments, v
     """
     hint, reaching = roles.hint, ancestors(recording, recording.root.outputs.values())
     blocks = [block for view in views for block in view.blocks]
-    for role, name in (("latent", hint.latent), ("timestep", hint.timestep)):
+    prompts = [("conditioning", name) for name in hint.conditioning or ()]
+    for role, name in (("latent", hint.latent), ("timestep", hint.timestep), *prompts):
         given = [serial for path, serial in recording.root.arguments.items() if roles.name(path[:1]) == name]
-        if name is None or (role == "timestep" and not given):  # a clock may be a plain number
+        if name is None or (role != "latent" and not given):  # a clock may be a plain number, a prompt may be left out
             continue
         if not given:
             raise not_so(denoiser, f"{role}={name!r}: no tensor was given as that argument")

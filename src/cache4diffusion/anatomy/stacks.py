@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from cache4diffusion.anatomy.arguments import parameter_names
 from cache4diffusion.anatomy.blocks import BlockView, Thread, one_kind
 from cache4diffusion.anatomy.facts import Block, Part, Stack, StreamKind
 from cache4diffusion.anatomy.flow import Trunk, Window, ancestors, dependents, joined, looked_at, value_inputs
-from cache4diffusion.anatomy.hints import hint_of
+from cache4diffusion.anatomy.hints import hint_of, matching
 from cache4diffusion.anatomy.inner import inner_modules
 from cache4diffusion.anatomy.parts import BlockReader, with_inner
 from cache4diffusion.anatomy.tape import Recording
@@ -98,42 +97,47 @@ class StackFinder:
         return [stack for stack in stacks if self._read_parts(stack)]
 
     def _declared(self) -> Iterable[StackView]:
-        """A stack of each list that was declared, and one of the blocks declared one by one.
+        """A stack of each list that was declared, and of blocks declared one by one that follow one another.
 
         Raises:
             AnatomyError: what was declared is no list of blocks, or none that ran.
         """
         modules = {path: module for path, module in self.denoiser.named_modules() if path}
         single: list[BlockView] = []
+        known: set[str] = set()
         for pattern in self.hint.blocks:
-            paths = fnmatch.filter(modules, pattern)
+            paths = matching(modules, pattern)
             if not paths:
                 raise not_so(self.denoiser, f"blocks={pattern!r}: there is no such module")
             for path in paths:
-                is_list = path not in self._calls and isinstance(modules[path], _CONTAINERS)
-                named = [(f"{path}.{name}", child) for name, child in modules[path].named_children()]
-                views = [
-                    view for item in (named if is_list else [(path, modules[path])]) for view in self._blocks(*item)
-                ]
-                if not views:
-                    raise not_so(self.denoiser, f"blocks={pattern!r}: {path} was not called in this forward")
-                idle = next((view for view in views if not view.threads), None)
-                if idle is not None:
-                    raise not_so(
-                        self.denoiser,
-                        f"blocks={pattern!r}: nothing that {idle.call.path} returns is one of its arguments plus "
-                        "something of the same shape",
-                    )
-                if is_list:
-                    views.sort(key=lambda view: view.call.index)
-                    yield StackView(path, views)
+                members = self._members(path, modules[path])
+                views = members or self._blocks(path, modules[path])
+                self._check_blocks(pattern, path, views, known)
+                known.update(view.name for view in views)
+                if members:
+                    yield StackView(path, sorted(views, key=lambda view: view.call.index))
                 else:
                     single += views
-        single.sort(key=lambda view: view.call.index)
-        # One after another: what lies between two of them parts them.
-        for apart in self._runs(single):
-            ends = [apart[0].call.path, apart[-1].call.path]
-            yield StackView(" .. ".join(dict.fromkeys(ends)), apart)
+        for run in self._runs(sorted(single, key=lambda view: view.call.index)):
+            ends = [run[0].call.path, run[-1].call.path]
+            yield StackView(" .. ".join(dict.fromkeys(ends)), run)
+
+    def _members(self, path: str, module: nn.Module) -> list[BlockView]:
+        """The blocks of a list; none of a module that is a block itself."""
+        if not isinstance(module, _CONTAINERS):
+            return []
+        views = [view for name, child in module.named_children() for view in self._blocks(f"{path}.{name}", child)]
+        return views if path not in self._calls or all(view.threads for view in views) else []
+
+    def _check_blocks(self, pattern: str, path: str, views: list[BlockView], known: set[str]) -> None:
+        if not views:
+            raise not_so(self.denoiser, f"blocks={pattern!r}: {path} was not called in this forward")
+        for view in views:
+            if not view.threads:
+                fact = f"nothing that {view.call.path} returns is one of its arguments plus something of the same shape"
+                raise not_so(self.denoiser, f"blocks={pattern!r}: {fact}")
+            if view.name in known:
+                raise not_so(self.denoiser, f"blocks={pattern!r}: {view.call.path} was declared before")
 
     def _runs(self, views: list[BlockView]) -> Iterable[list[BlockView]]:
         """Blocks, taken apart where one does not go on with what the one before left."""
