@@ -101,9 +101,9 @@ def test_the_middle_block_of_a_u_vit_may_be_declared():
     denoiser, args, kwargs = foreign.uvit()
     with c4d.declare(denoiser, blocks=["*_block", "*_blocks"]):
         plain = foreign.loop(denoiser, args, kwargs, STEPS, frozen=True)
-        with accelerated(denoiser, "span") as handle, handle.run(num_steps=STEPS):
-            with Products([denoiser.mid_block]) as products:
-                found = foreign.loop(denoiser, args, kwargs, STEPS, frozen=True)
+        accelerating, products = accelerated(denoiser, "span"), Products([denoiser.mid_block])
+        with accelerating as handle, handle.run(num_steps=STEPS), products:
+            found = foreign.loop(denoiser, args, kwargs, STEPS, frozen=True)
     assert products.count == 2 * 4
     for a, b in zip(found, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -160,7 +160,7 @@ class Deaf(foreign.Odd):
 @pytest.mark.parametrize("said", [{"timestep": "noise"}, {"has_clock": False, "conditioning": ["words"]}])
 def test_what_nothing_depends_on_is_neither_clock_nor_prompt(said):
     denoiser, _, kwargs = foreign.odd(kind=Deaf)
-    refused = pytest.raises(AnatomyError, match="'(noise|words)': the denoiser's output does not depend on that")
+    refused = pytest.raises(AnatomyError, match=r"'(noise|words)': the denoiser's output does not depend on that")
     with c4d.declare(denoiser, latent="z", **said), accelerated(denoiser, "span"), refused, torch.no_grad():
         denoiser(**kwargs)
 
@@ -217,7 +217,7 @@ def test_of_a_class_it_holds_of_all_and_what_is_said_of_one_goes_before_it(odd):
     with c4d.declare(foreign.Odd, timestep="noise", latent="words", why="of all"):
         with c4d.declare(denoiser, latent="z"):
             assert hint_of(denoiser).facts == {"timestep": "noise", "latent": "z"}
-        other, _, kwargs = foreign.odd(kind=Deaf)
+        other, _, _ = foreign.odd(kind=Deaf)
         assert hint_of(other).facts == {"timestep": "noise", "latent": "words"}
     assert not hint_of(denoiser).facts
 
