@@ -272,7 +272,7 @@ def test_the_page_on_foreign_denoisers_says_what_is_true(odd):
     (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(example.strip().splitlines()) <= 8
     denoiser, kwargs = odd
-    scope = {"denoiser": denoiser, "sample": lambda d: loop(d, kwargs)}
+    scope = {"denoiser": denoiser, "sample": lambda d: loop(d, kwargs, frozen=False)}
     exec(example, scope)
     assert scope["handle"].stats["strip"].count("c") > 0
     scope["handle"].remove()

@@ -349,7 +349,7 @@ def injected():
     peft = pytest.importorskip("peft")
     denoiser, args, kwargs = foreign.research()
     torch.manual_seed(0)
-    config = peft.LoraConfig(target_modules=["qkv", "mlp.0"], init_lora_weights=False)
+    config = peft.LoraConfig(target_modules=r"blocks\.\d+\.(attn\.qkv|mlp\.0)", init_lora_weights=False)
     return peft.inject_adapter_in_model(config, denoiser).eval(), args, kwargs
 
 
