@@ -45,10 +45,11 @@ def _inside(module: nn.Module) -> nn.Module | None:
 @functools.lru_cache(maxsize=1024)
 def _takes_anything(cls: type[nn.Module]) -> bool:
     """Whether the forward is ``forward(*args, **kwargs)``."""
-    if cls.forward is nn.Module.forward or isinstance(cls.__dict__.get("forward"), property):
-        return False  # a container has none
+    forward = getattr(cls, "forward", None)  # a scripted class has none
+    if forward is None:
+        return False
     try:
-        kinds = [parameter.kind for parameter in inspect.signature(cls.forward).parameters.values()][1:]
+        kinds = [parameter.kind for parameter in inspect.signature(forward).parameters.values()][1:]
     except (TypeError, ValueError):
         return False
     return kinds == [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]

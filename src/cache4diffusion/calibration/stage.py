@@ -76,14 +76,16 @@ class Stage:
             self.forward = None
 
     def _wrap_parts(self, site: Parts) -> None:
-        found = [part for _, block in blocks_of(self.host) for part in parts_of(block, site)]
+        every = [part for _, block in blocks_of(self.host) for part in parts_of(block, site)]
+        found = [part for part in every if part.calls == 1]
+        if not found:
+            _refuse_shared(every, self.host)
         if not found:
             assert self.host.anatomy is not None
             raise AnatomyError(
                 f"{self.host.anatomy.denoiser} has no parts of the kinds {', '.join(site.kinds)} that can be told "
                 "apart, so nothing can be trained there."
             )
-        _refuse_shared(found, self.host)
         modules = dict(self.host.plain.named_modules())
         for part in found:
             entrance = entrance_of(part)

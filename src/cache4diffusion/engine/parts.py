@@ -65,17 +65,23 @@ class PartsDriver(Driver):
         assert anatomy is not None
         modules = dict(self.host.plain.named_modules())
         unserved: list[str] = []
+        shared: list[str] = []
+        tells_turns = self._tells_turns()
         for position, block in blocks_of(self.host):
             for name, part in self.sites_of(block):
                 if not self.serves(name):
                     unserved.append(name)
+                    continue
+                if part.calls > 1 and not tells_turns:
+                    shared.append(part.path)
                     continue
                 decision = {"one": "", "kind": part.kind, "part": name}[self.site.decisions]
                 if decision not in self._names:
                     self._names.append(decision)
                 key = self._names.index(decision)
                 self.sites.append(self.part_site(name, part, position, modules[part.path], self, key))
-        self._wrap_turns(anatomy)
+        self._leave_out(shared, anatomy)
+        self._wrap_turns()
         wrapped = {site.part.path for site in self.sites}
         resting: dict[str, Inner] = {}
         for site in self.sites:
@@ -104,26 +110,37 @@ class PartsDriver(Driver):
         if self.tokens is not None:
             self.tokens.install(anatomy, {r.inner.path: r for r in self.resting})
 
-    def _wrap_turns(self, anatomy: Anatomy) -> None:
-        """Wrap the modules that run several times in a call: each call is a site.
-
-        Raises:
-            AnatomyError: this driver, or a token rule, looks at a part by its module alone.
-            CompositionError: blocks are compiled, in which calls cannot be counted.
-        """
+    def _wrap_turns(self) -> None:
+        """Wrap the modules that run several times in a call: each call is a site."""
         shared: dict[str, list[PartSite]] = {}
         for site in self.sites:
             if site.part.calls > 1:
                 shared.setdefault(site.part.path, []).append(site)
-        if shared and not (self.serves_turns and self.tokens is None):
-            raise AnatomyError(
-                f"{next(iter(shared))} runs several times in a call of {anatomy.denoiser}, and {self.host.words} "
-                "treats the calls of a module alike. Use 'fora' or 'taylorseer', which keep them apart."
-            )
-        if shared and any(is_compiled(module) for module in self.host.plain.modules()):
-            raise CompositionError(f"{self.host.name}: {TURNS}")
         self.turns = [Turns(sites, self.switch) for sites in shared.values()]
         self.needs_blocks = self._watches or bool(self.turns)  # so that a block that is compiled later on is refused
+
+    def _tells_turns(self) -> bool:
+        """Whether calls of one module can be told apart: not where a module is looked at as one part, nor in graphs."""
+        is_one = not self.serves_turns or self.tokens is not None
+        return not is_one and not any(is_compiled(module) for module in self.host.plain.modules())
+
+    def _leave_out(self, shared: list[str], anatomy: Anatomy) -> None:
+        """Say that these parts always run, since their module runs several times in a call.
+
+        Raises:
+            AnatomyError, CompositionError: there are no others.
+        """
+        if not shared:
+            return
+        fact = f"{shared[0]} runs several times in a call of {anatomy.denoiser}, and {self.host.words}"
+        if self.sites:
+            self.host.note(f"{fact} cannot tell such calls apart: {len(shared)} parts always run.")
+        elif self.serves_turns and self.tokens is None:
+            raise CompositionError(f"{self.host.name}: {TURNS}")
+        else:
+            raise AnatomyError(
+                f"{fact} treats the calls of a module alike. Use 'fora' or 'taylorseer', which keep them apart."
+            )
 
     @property
     def forbids_compiled_blocks(self) -> str | None:
