@@ -187,6 +187,20 @@ def test_a_part_that_runs_twice_in_a_block_is_two_parts():
     assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
 
 
+def test_what_feeds_a_part_runs_where_one_of_its_calls_does():
+    """The first call of the first block is watched, so that its parts run: its norms must, too."""
+    denoiser, args, kwargs = FOREIGN["blocks twice around"]()
+    plain = loop(denoiser, args, kwargs, STEPS, frozen=True)
+    attentions = [block.attn for block in denoiser.blocks]
+    accelerating = c4d.accelerate(denoiser, "fbcache", site="parts", threshold=9.0, nan_guard="off")
+    with accelerating as handle, handle.run(num_steps=STEPS), Products(attentions) as products:
+        found = loop(denoiser, args, kwargs, STEPS, frozen=True)
+        cached = handle.stats["strip"].count("c")
+    assert cached and products.count == 2 * 6 * (STEPS - cached) + 2 * cached
+    for a, b in zip(found, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_costs_of_shared_blocks_are_counted_by_call():
     """With one call of six in front of the watch, five of them rest: a sixth of the first block runs."""
     denoiser, args, kwargs = FOREIGN["blocks twice around"]()

@@ -82,7 +82,7 @@ class PartsDriver(Driver):
                 self.sites.append(self.part_site(name, part, position, modules[part.path], self, key))
         self._leave_out(shared, anatomy)
         self._wrap_turns()
-        wrapped = {site.part.path for site in self.sites}
+        wrapped = self._served_wholly()
         resting: dict[str, Inner] = {}
         for site in self.sites:
             for inner in site.part.inner:
@@ -408,6 +408,10 @@ class PartsDriver(Driver):
         """The parts and what rests with them; none for certain where there are several decisions."""
         if self.site.decisions != "one":
             return []
+        return [*self._served_wholly(), *[rest.inner.path for rest in self.resting]]
+
+    def _served_wholly(self) -> list[str]:
+        """The modules of which every call is a site; of others, what feeds them must run."""
         calls = Counter(site.part.path for site in self.sites)
-        always = [site.part.path for site in self.sites if calls[site.part.path] == site.part.calls]
-        return [*dict.fromkeys(always), *[rest.inner.path for rest in self.resting]]
+        whole = [site.part.path for site in self.sites if calls[site.part.path] == site.part.calls]
+        return list(dict.fromkeys(whole))
