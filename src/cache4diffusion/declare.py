@@ -98,11 +98,6 @@ def declare(
         parts=dict(parts or {}),
     )
     _check(target, hint)
-    before = said_of(target)
-    if before is not None:
-        raise SettingError(
-            f"{_name(target)} is declared already ({before}): say everything in one declaration, or remove() that one."
-        )
     if isinstance(denoiser, nn.Module):
         owner = owner_of(denoiser) or owner_of(target)
         if owner is not None:
@@ -110,6 +105,11 @@ def declare(
                 f"{_name(target)} is already accelerated by {owner.label}, and was looked at without this declaration. "
                 "Call remove() on that handle first."
             )
+    before = said_of(target)
+    if before is not None:
+        raise SettingError(
+            f"{_name(target)} is declared already ({before}): say everything in one declaration, or remove() that one."
+        )
     return Declaration(target, hint)
 
 
