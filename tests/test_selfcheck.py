@@ -153,7 +153,9 @@ def test_a_part_whose_streams_are_swapped_is_named_when_lengths_differ(denoiser,
 def test_a_span_whose_streams_are_swapped_is_named(denoiser, monkeypatch):
     rebuild = BlockView.rebuild
     last = "single_transformer_blocks.2"
-    monkeypatch.setattr(BlockView, "rebuild", lambda self, v: rebuild(self, v[::-1] if self.path == last else v))
+    monkeypatch.setattr(
+        BlockView, "rebuild", lambda self, v, *of: rebuild(self, v[::-1] if self.path == last else v, *of)
+    )
     finding = check(denoiser, "fbcache").of("fbcache", "frozen_input")
     assert finding.status == "failed"
     assert finding.site == f"span.0 (transformer_blocks.1 .. {last})"

@@ -6,6 +6,7 @@ from cache4diffusion.calibration import Calibration
 from cache4diffusion.calibration.run import calibrate
 from cache4diffusion.compare import compare
 from cache4diffusion.composition import Composition
+from cache4diffusion.declare import declare
 from cache4diffusion.errors import Cache4DiffusionError
 from cache4diffusion.handle import Handle
 from cache4diffusion.memory import cache_bytes
@@ -26,6 +27,7 @@ __all__ = [
     "cache_bytes",
     "calibrate",
     "compare",
+    "declare",
     "method",
     "methods",
     "selfcheck",

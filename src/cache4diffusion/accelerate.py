@@ -16,12 +16,13 @@ from torch import nn
 from cache4diffusion import methods as _methods  # noqa: F401 - fills the registry
 from cache4diffusion.anatomy import describe
 from cache4diffusion.anatomy.arguments import TIMESTEP_NAMES
+from cache4diffusion.anatomy.hints import is_said_of
 from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.budget import Budget
 from cache4diffusion.composition import Composition
 from cache4diffusion.engine import Engine
 from cache4diffusion.engine.admission import Admission
-from cache4diffusion.engine.compiling import WHOLE, forbids_compiled_blocks, hides_sites, is_compiled
+from cache4diffusion.engine.compiling import WHOLE, forbids_compiled_blocks, hides_sites, is_compiled, is_compiled_whole
 from cache4diffusion.engine.finite import NanGuard
 from cache4diffusion.engine.group import Alone, shares_tokens
 from cache4diffusion.engine.host import no_stack
@@ -91,9 +92,11 @@ def _is_told_the_time(value: Any) -> bool:
     """Whether it is a module that takes a timestep, and not one beside a denoiser or a part of its pipeline."""
     if not isinstance(value, nn.Module):
         return False
-    kind = type(getattr(value, "_orig_mod", value))
+    kind = type(unwrapped(value))
     names = parameter_names(kind)
-    return not any(word in kind.__name__ for word in _BESIDE) and any(name in names for name in TIMESTEP_NAMES)
+    return is_said_of(value) or (
+        not any(word in kind.__name__ for word in _BESIDE) and any(name in names for name in TIMESTEP_NAMES)
+    )
 
 
 def default_method(denoiser: nn.Module) -> Method:
@@ -101,7 +104,7 @@ def default_method(denoiser: nn.Module) -> Method:
 
     Transformers with a stack of blocks get ``fbcache`` at its cautious threshold, U-Nets ``deepcache`` at interval 2.
     """
-    plain = getattr(denoiser, "_orig_mod", denoiser)
+    plain = unwrapped(denoiser)
     is_unet = hasattr(plain, "down_blocks") and hasattr(plain, "up_blocks")
     return method("deepcache", interval=2) if is_unet else method("fbcache", threshold=0.06, warmup=4)
 
@@ -274,7 +277,9 @@ def attach(
                 trace,
                 name=name,
                 owner=handle,
-                batch_order="cond-uncond" if type(denoiser).__name__.startswith("DiTTransformer") else "auto",
+                batch_order="cond-uncond"
+                if type(unwrapped(denoiser)).__name__.startswith("DiTTransformer")
+                else "auto",
                 nan_guard=nan_guard,
                 listener=listeners[name] if listeners is not None else None,
                 store=store() if store is not None else Store(handle.options.storage),
@@ -449,7 +454,7 @@ def check_composition(name: str, denoiser: nn.Module, composition: Composition) 
     inputs_of(denoiser)
     if composition.needs_stack is not None and _is_convolutional_unet(denoiser):
         raise no_stack(f"{name} ({type(unwrapped(denoiser)).__name__})", composition)
-    if hides_sites(composition) and (hasattr(denoiser, "_orig_mod") or is_compiled(denoiser)):
+    if hides_sites(composition) and is_compiled_whole(denoiser):
         raise CompositionError(f"{name} {WHOLE}")
     reason = forbids_compiled_blocks(composition)
     if reason is not None and any(is_compiled(module) for module in denoiser.modules()):

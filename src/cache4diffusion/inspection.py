@@ -75,6 +75,7 @@ class Inspection:
             "sites": {name: True if why is None else why for name, why in self.sites.items()},
             "methods": {name: True if why is None else why for name, why in self.methods.items()},
             "hints": [self.hint.why] if self.hint.why else [],
+            "declared": self.hint.facts,
             "notes": list(anatomy.notes),
         }
 
@@ -82,8 +83,8 @@ class Inspection:
         lines = [summary(self.anatomy)]
         if self.grid is not None:
             lines.append(f"  image tokens: {' x '.join(map(str, self.grid))} (frames, rows, columns)")
-        if self.hint.why:
-            lines.append(f"  declared: {self.hint.why}")
+        if self.hint.facts:
+            lines.append(f"  declared: {self.hint}" + (f" ({self.hint.why})" if self.hint.why else ""))
         able = sorted(name for name, why in self.methods.items() if why is None)
         lines += ["", f"{len(able)} of {len(self.methods)} methods can serve it: {', '.join(able)}"]
         reasons: dict[str, list[str]] = {}

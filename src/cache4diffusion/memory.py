@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cache4diffusion.accelerate import Choice, attach, choose, compose, denoisers_of
 from cache4diffusion.anatomy import Anatomy
+from cache4diffusion.anatomy.hints import say_as_of
 from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.calls import Call, Sampling, default_steps, quiet
 from cache4diffusion.compare import parse_method
@@ -238,6 +239,7 @@ class Rehearsal:
         self._anatomy: Anatomy | None = None  # found in the first run that needs it
         with FakeCopyMode(FakeTensorMode(allow_non_fake_inputs=True)):
             self.twin = _twin_of(unwrapped(denoiser))
+        say_as_of(self.twin, denoiser)
         try:
             with torch.no_grad():
                 for call in self.calls:

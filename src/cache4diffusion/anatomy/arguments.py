@@ -40,10 +40,11 @@ _NO_PROMPT = words(
 _PROMPT_IDS = "input_ids"  # words of a prompt, as numbers; other ids are places
 
 
-def parameter_names(denoiser: nn.Module) -> list[str]:
+def parameter_names(denoiser: nn.Module | type[nn.Module]) -> list[str]:
     """Names of the forward's parameters, in order."""
+    kind = denoiser if isinstance(denoiser, type) else type(denoiser)
     try:
-        parameters = inspect.signature(type(denoiser).forward).parameters.values()
+        parameters = inspect.signature(kind.forward).parameters.values()
     except (TypeError, ValueError):
         return []
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -98,15 +99,17 @@ class Arguments:
         return frozenset(serial for path, serial in self.given.items() if path == self.latent or _is_item(path, first))
 
     def _timestep(self) -> LeafPath | None:
-        wanted = timestep_name(self.names)
+        if not self.hint.has_clock:
+            return None
+        wanted = self.hint.timestep or timestep_name(self.names)
         for path in self.given:
             if wanted is not None and len(path) == 1 and self.name(path) == wanted:
                 return path
+        if self.hint.timestep is not None:
+            return None  # a number, perhaps
         for path in self.given:
             if len(path) == 1 and is_clock(self.name(path)):
                 return path
-        if not self.hint.has_clock:
-            return None
         small = [path for path, serial in self.given.items() if self._feeds_sine(serial)]
         if len(small) == 1:
             self.notes.append(f"argument {small[0]} is taken for the timestep: sines and cosines are made of it alone")
@@ -147,6 +150,23 @@ class Arguments:
 
         return max(able, key=merit)
 
+    @property
+    def likelier(self) -> str | None:
+        """An argument that an output is like, where none is like the latent that was declared."""
+        recording = self.recording
+        if self.hint.latent is None or self.latent is None:
+            return None
+        outputs = [recording.shape(serial) for serial in recording.root.outputs.values()]
+        alike = {
+            path: max((_likeness(recording.shape(serial), output) for output in outputs), default=0)
+            for path, serial in self.given.items()
+            if recording.facts[serial].dtype.is_floating_point and path != self.timestep
+        }
+        if alike.get(self.latent, 1):  # indices of a codebook are like nothing
+            return None
+        best = max(alike, key=alike.__getitem__)
+        return self.name(best) if alike[best] > 1 else None
+
     def _others(self) -> tuple[LeafPath, ...]:
         """Arguments that look like an output of another shape than the latent's."""
         if self.latent is None:
@@ -169,6 +189,8 @@ class Arguments:
             self.latent is not None and path[:1] == self.latent[:1]
         ):
             return False
+        if self.hint.conditioning is not None:
+            return self.name(path[:1]) in self.hint.conditioning
         return not is_clock(self.name(path[:1])) and not is_no_prompt(self.name(path))
 
 

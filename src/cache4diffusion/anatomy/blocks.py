@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from cache4diffusion.anatomy.facts import OtherLeaf, Stream, StreamKind, StreamRef
+from cache4diffusion.anatomy.facts import Handed, OtherLeaf, Stream, StreamKind, StreamRef, call_name
 from cache4diffusion.anatomy.flow import Sum, Trunk, ancestors, dependents
 from cache4diffusion.anatomy.tape import Call, Recording, TensorSerial
 from cache4diffusion.anatomy.tree import LeafPath, leaves, map_leaves
@@ -39,7 +39,7 @@ class BlockView:
     """A block's call, with what the analysis has found of it."""
 
     call: Call
-    calls: int
+    calls: int  # of the module, per forward
     threads: list[Thread] = field(default_factory=list)
     sums: list[Sum] = field(default_factory=list)
     restarts: list[str] = field(default_factory=list)
@@ -67,6 +67,11 @@ class BlockView:
                 sums = {**sums, **self._look_inside(recording, path, serial, taken)}
         self.sums = sorted(sums.values(), key=lambda item: item.op)
         self.axes = [len(recording.shape(thread.enters)) for thread in self.threads]
+
+    @property
+    def name(self) -> str:
+        """Of this call."""
+        return call_name(self.call.path, self.call.turn)
 
     @property
     def is_of_tokens(self) -> bool:
@@ -105,13 +110,20 @@ class BlockView:
         return one_kind(thread.kind for thread in self.threads if thread.root in targets)
 
     def output_template(self) -> Any:
-        """The output with a `StreamRef` for each stream and an `OtherLeaf` for what is none."""
+        """The output with a `StreamRef` for each stream, a `Handed` for what it got, an `OtherLeaf` for the rest."""
         places = {thread.output: StreamRef(index) for index, thread in enumerate(self.threads)}
+        given = {serial: path for path, serial in reversed(self.call.arguments.items())}
 
         def change(path: LeafPath, leaf: Any) -> Any:
             if path in places:
                 return places[path]
-            return None if leaf is None else OtherLeaf(isinstance(leaf, TensorSerial))
+            if leaf is None:
+                return None
+            if isinstance(leaf, TensorSerial):
+                return Handed(given[leaf]) if leaf in given else OtherLeaf(is_tensor=True)
+            same = (p for p, value in self.call.constants.items() if value is leaf and p[1:] == path and path)
+            place = next(same, None)
+            return OtherLeaf(is_tensor=False) if place is None else Handed(place)
 
         return map_leaves(change, self.call.template)
 

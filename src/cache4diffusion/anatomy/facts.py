@@ -7,11 +7,11 @@ A *stack* is a list of blocks that run one after another; a *stream* is a sequen
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from cache4diffusion.anatomy.tree import LeafPath, Mark, map_leaves
+from cache4diffusion.anatomy.tree import LeafPath, Mark, leaves, map_leaves
 
 StreamKind = Literal["image", "other", "text", "joint", "unknown"]
 BESIDE = ("text", "other")
@@ -19,6 +19,11 @@ BESIDE = ("text", "other")
 
 PartKind = Literal["attn", "cross_attn", "ffn", "fused", "other"]
 InnerRole = Literal["nan_token", "zero_width", "one_token"]
+
+
+def call_name(path: str, turn: int) -> str:
+    """What one of the calls of a module goes by: its path, and a number from the second call on."""
+    return path if turn == 0 else f"{path}#{turn + 1}"
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class Inner:
 
 @dataclass(frozen=True)
 class Part:
-    """A residual sub-layer: ``f`` in ``x + gate * f(norm(x))``.
+    """A residual sub-layer: ``f`` in ``x + gate * f(norm(x))``, as one call of a module makes it.
 
     Args:
         path: module path from the denoiser.
@@ -73,7 +78,8 @@ class Part:
         inputs: its arguments that depend on the block's streams.
         inner: modules of the block that run only to feed parts, this one among them.
         is_mutated: whether the block changes its output in place: hand out copies.
-        calls: how often it runs per block call.
+        calls: how often the module runs per denoiser call. Where that is more than once, each call is a part.
+        turn: which of these calls this is; 0 is the first.
         linears: paths of the linear layers that run once in it, or in a module that runs only to feed it.
     """
 
@@ -87,6 +93,12 @@ class Part:
     is_mutated: bool = False
     calls: int = 1
     linears: tuple[str, ...] = ()
+    turn: int = 0
+
+    @property
+    def name(self) -> str:
+        """Tells it from all other parts: its path, and a number from the module's second call on."""
+        return call_name(self.path, self.turn)
 
 
 @dataclass(frozen=True)
@@ -94,6 +106,13 @@ class StreamRef(Mark):
     """Stands in an output template for a block's stream, by its index in ``Block.streams``."""
 
     index: int
+
+
+@dataclass(frozen=True)
+class Handed(Mark):
+    """Stands in an output template for what was given as this argument, and is handed on as it is."""
+
+    argument: LeafPath
 
 
 @dataclass(frozen=True)
@@ -105,18 +124,20 @@ class OtherLeaf(Mark):
 
 @dataclass(frozen=True)
 class Block:
-    """One block of a stack, as it was called.
+    """One block of a stack, as it was called. A module that runs several times is as many blocks.
 
     Args:
         path: module path from the denoiser.
         streams: what runs through it.
         parts: its residual sub-layers in the order in which they run.
-        output_template: the block's output with a `StreamRef` or `OtherLeaf` for each leaf; None stays None.
+        output_template: the block's output with a `StreamRef`, `Handed` or `OtherLeaf` for each leaf; None stays None.
         mutates: stream arguments that the block changes in place.
+        puts: where it puts what it makes into a container that it is given.
         inputs: its other tensor arguments (timestep embedding, rotary tables, conditioning, ...).
-        calls: how often it runs per denoiser call.
-        read_by: who reads what it left, besides the main block after it: paths of later blocks (long skips) or of other
-            modules, ``""`` for the denoiser's own code.
+        calls: how often the module runs per denoiser call.
+        turn: which of these calls this is; 0 is the first.
+        read_by: who reads what it left, besides the main block after it: names of later blocks (long skips), ``""`` for
+            the denoiser's own code.
     """
 
     path: str
@@ -124,22 +145,42 @@ class Block:
     parts: tuple[Part, ...]
     output_template: Any
     mutates: tuple[LeafPath, ...] = ()
+    puts: tuple[LeafPath, ...] = ()
     inputs: tuple[LeafPath, ...] = ()
     calls: int = 1
+    turn: int = 0
     read_by: tuple[str, ...] = ()
 
     @property
-    def can_rebuild(self) -> bool:
-        """Whether the output consists of streams and None alone, so that it can be made without running the block."""
-        found = []
-        map_leaves(lambda _, leaf: found.append(leaf), self.output_template)
-        return all(leaf is None or isinstance(leaf, StreamRef) for leaf in found)
+    def name(self) -> str:
+        """Tells it from all other blocks: its path, and a number from the module's second call on."""
+        return call_name(self.path, self.turn)
 
-    def rebuild(self, values: Sequence[Any]) -> Any:
-        """Return the block's output around ``values``, one per stream. Leaves that are no stream become None."""
-        return map_leaves(
-            lambda _, leaf: values[leaf.index] if isinstance(leaf, StreamRef) else None, self.output_template
-        )
+    @property
+    def strangers(self) -> tuple[LeafPath, ...]:
+        """Where the output holds what is neither a stream nor handed on: only running the block can make that."""
+        known = (StreamRef, Handed, type(None))
+        return tuple(path for path, leaf in leaves(self.output_template) if not isinstance(leaf, known))
+
+    @property
+    def can_rebuild(self) -> bool:
+        """Whether all that the block does can be done without running it, once it is known what its streams become."""
+        return not self.strangers and not self.puts
+
+    def rebuild(self, values: Sequence[Any], argument: Callable[[LeafPath], Any] = lambda _: None) -> Any:
+        """Return the block's output around ``values``, one per stream.
+
+        Args:
+            values: one per stream.
+            argument: of the call, by path; for what is handed on. Other leaves become None.
+        """
+
+        def fill(_: LeafPath, leaf: Any) -> Any:
+            if isinstance(leaf, StreamRef):
+                return values[leaf.index]
+            return argument(leaf.argument) if isinstance(leaf, Handed) else None
+
+        return map_leaves(fill, self.output_template)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ def inner_modules(reader: BlockReader, parts: list[Part]) -> list[Inner]:
     are bypassed.
     """
     recording = reader.recording
-    paths = {part.path for part in parts}
-    part_calls = [call for call in reader.inner_calls if call.path in paths]
+    turns = {(part.path, part.turn) for part in parts}
+    part_calls = [call for call in reader.inner_calls if (call.path, call.turn) in turns]
     returned = {serial for call in part_calls for serial in call.outputs.values()}
     alive = ancestors(recording, reader.call.outputs.values(), stop=returned, first=reader.call.first)
     dead = _outermost_dead(reader, part_calls, alive)

@@ -10,11 +10,13 @@ from torch import nn
 
 from cache4diffusion.anatomy.arguments import Arguments
 from cache4diffusion.anatomy.batch import batch_axes
+from cache4diffusion.anatomy.blocks import BlockView
 from cache4diffusion.anatomy.facts import Anatomy, Signal, Stack
+from cache4diffusion.anatomy.flow import ancestors
 from cache4diffusion.anatomy.observing import Stage
 from cache4diffusion.anatomy.parts import BlockReader
 from cache4diffusion.anatomy.rehearse import rehearse
-from cache4diffusion.anatomy.stacks import StackFinder, StackView
+from cache4diffusion.anatomy.stacks import StackFinder, StackView, not_so, parameter_of
 from cache4diffusion.anatomy.tape import Recording
 from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.anatomy.unet import UNetFinder
@@ -45,6 +47,7 @@ def observe(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     levels = UNetFinder(denoiser, recording)
     unet = levels.find()
     sides = None if unet is None else {level.path.rpartition(".")[0] for level in (*unet.down, *unet.up)}
+    _check_claims(denoiser, recording, roles, views)
     main = finder.turns(finder.main([view for view in views if sides is None or view.path in sides]))
     finder.note_readers(main)
     seams = tuple(finder.is_kept(a, b) for a, b in itertools.pairwise(main))
@@ -78,13 +81,63 @@ def observe(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     )
 
 
+def _check_claims(denoiser: nn.Module, recording: Recording, roles: Arguments, views: list[StackView]) -> None:
+    """Hold what was declared against what was seen. (What was declared of blocks, the finder holds against it.)
+
+    Raises:
+        AnatomyError: something does not hold.
+    """
+    hint, reaching = roles.hint, ancestors(recording, recording.root.outputs.values())
+    blocks = [block for view in views for block in view.blocks]
+    prompts = [("conditioning", name) for name in hint.conditioning or ()]
+    for role, name in (("latent", hint.latent), ("timestep", hint.timestep), *prompts):
+        given = [serial for path, serial in recording.root.arguments.items() if roles.name(path[:1]) == name]
+        if name is None or (role != "latent" and not given):  # a clock may be a plain number, a prompt may be left out
+            continue
+        if not given:
+            raise not_so(denoiser, f"{role}={name!r}: no tensor was given as that argument")
+        if reaching.isdisjoint(given):
+            raise not_so(denoiser, f"{role}={name!r}: the denoiser's output does not depend on that argument")
+        if role == "timestep" and not _may_be_clock(recording.shape(given[0]), recording, roles, blocks):
+            raise not_so(
+                denoiser, f"{role}={name!r}: {recording.shape(given[0])} are not one number, nor one per row or token"
+            )
+    if roles.likelier is not None:
+        fact = f"nothing that the denoiser returns is like it, but like {roles.likelier!r}"
+        raise not_so(denoiser, f"latent={hint.latent!r}: {fact}")
+    if hint.image is not None and not any(
+        thread.kind == "image" and parameter_of(denoiser, block.call.path, thread.argument) == hint.image
+        for block in blocks
+        for thread in block.threads
+    ):
+        raise not_so(
+            denoiser, f"image={hint.image!r}: through no block runs a stream of that name that the latent is in"
+        )
+    found = [part.path for view in views for parts in view.parts for part in parts]
+    for path in hint.parts:
+        if not any(part.endswith(f".{path}") for part in found):
+            raise not_so(
+                denoiser,
+                f"parts={{{path!r}: ...}}: in none of {', '.join(block.call.path for block in blocks) or 'the blocks'} "
+                "is there a module of that path whose output, scaled, is added to a stream",
+            )
+
+
+def _may_be_clock(shape: tuple[int, ...], recording: Recording, roles: Arguments, blocks: list[BlockView]) -> bool:
+    """Whether an argument of this shape may hold one number, or one per row, or one per token."""
+    lengths = {recording.shape(thread.enters)[-2] for block in blocks for thread in block.threads}
+    if roles.latent is not None:
+        lengths.update(recording.shape(recording.root.arguments[roles.latent]))
+    return all(length == 1 or length in lengths for length in shape[1:])
+
+
 def _turn(stack: Stack, view: StackView) -> Stack:
     """The blocks of a stack that run in one turn."""
     if len(view.blocks) == len(stack.blocks):
         return stack
-    numbers = {block.call.path: number for number, block in enumerate(view.blocks)}
-    blocks = tuple(block for block in stack.blocks if block.path in numbers)
-    breaks = tuple(numbers[stack.blocks[i].path] for i in stack.breaks if stack.blocks[i].path in numbers)
+    numbers = {block.name: number for number, block in enumerate(view.blocks)}
+    blocks = tuple(block for block in stack.blocks if block.name in numbers)
+    breaks = tuple(numbers[stack.blocks[i].name] for i in stack.breaks if stack.blocks[i].name in numbers)
     return dataclasses.replace(stack, blocks=blocks, breaks=tuple(number for number in breaks if number))
 
 

@@ -62,7 +62,7 @@ class Stage:
         def observer(path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             call = tape.enter(path, args, kwargs)
             result = forward(*args, **kwargs)
-            tape.leave(call, result)
+            tape.leave(call, result, args, kwargs)
             return result
 
         with self.active(observer):

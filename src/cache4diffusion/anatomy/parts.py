@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cache4diffusion.anatomy.blocks import BlockView, written
@@ -38,46 +39,51 @@ _END_OF: dict[frozenset[str], PartKind] = {
 class PartView:
     """A part while it is being established."""
 
-    path: str
-    calls: list[Call] = field(default_factory=list)
+    call: Call
     outputs: dict[LeafPath, dict[int, int]] = field(default_factory=dict)
     """For each leaf: the stream arguments it is added to, and from which of its tokens on."""
 
 
 class BlockReader:
-    """Reads the parts of one block from the tape."""
+    """Reads the parts of one block from the tape.
 
-    def __init__(self, recording: Recording, block: BlockView) -> None:
+    Args:
+        recording: the tape.
+        block: the block.
+        declared: kinds of its parts by their path in it; empty: they are seen.
+    """
+
+    def __init__(self, recording: Recording, block: BlockView, declared: Mapping[str, PartKind] | None = None) -> None:
         self.recording, self.block, self.call = recording, block, block.call
+        self.declared = {f"{block.call.path}.{path}": kind for path, kind in (declared or {}).items()}
         self.inner_calls = recording.inside(block.call)
         self.depends = block.stream_dependents(recording)
         self.notes: list[str] = []
         # For each tensor, the outermost call that returns it (a call comes before those inside it).
         self._returned: dict[int, tuple[Call, LeafPath]] = {}
-        for call in self.inner_calls:
+        first = [call for call in self.inner_calls if call.path in self.declared]
+        for call in [*first, *self.inner_calls]:
             for path, serial in call.outputs.items():
                 if serial not in call.arguments.values():
                     self._returned.setdefault(serial, (call, path))
 
     def part_views(self) -> list[PartView]:
         """The parts in the order in which they run."""
-        found: dict[str, PartView] = {}
+        found: dict[int, PartView] = {}
         for item in self.block.sums:
             for serial in item.added:
                 if serial in self.depends:
                     before = len(found)
                     hits = self._parts_behind(serial, set(), 0)
                     for call, leaf, start in hits:
-                        view = found.setdefault(call.path, PartView(call.path))
-                        if call not in view.calls:
-                            view.calls.append(call)
+                        view = found.setdefault(call.index, PartView(call))
                         for order, target in enumerate(item.reaches):
                             view.outputs.setdefault(leaf, {}).setdefault(target, start + order)
                     if not hits and len(found) == before:
                         self.notes.append(
                             f"{self.call.path}: something that is no module's output is added to a stream"
                         )
-        return sorted(found.values(), key=lambda view: view.calls[0].index)
+        return [found[index] for index in sorted(found) if not self.declared or found[index].call.path in self.declared]
 
     def _parts_behind(self, serial: int, seen: set[int], start: int) -> list[tuple[Call, LeafPath, int]]:
         """The outermost working modules whose outputs (from token ``start`` on), scaled or summed, make this tensor."""
@@ -87,7 +93,7 @@ class BlockReader:
         returned = self._returned.get(serial)
         if returned is not None:
             call, leaf = returned
-            if self.is_working(call):
+            if call.path in self.declared or self.is_working(call):
                 return [(call, leaf, start)]
             behind = [s for s in call.arguments.values() if s in self.depends]  # a norm or a scale: step through
             return [hit for s in dict.fromkeys(behind) for hit in self._parts_behind(s, seen, start)]
@@ -109,6 +115,19 @@ class BlockReader:
         )
 
     def kind(self, call: Call) -> PartKind:
+        """``attn``, ``cross_attn``, ``ffn`` or ``other``; what was declared, else `seen_kind`."""
+        return self.declared.get(call.path) or self.seen_kind(call)
+
+    def contradiction(self, call: Call) -> str | None:
+        """What speaks against the declared kind of a part, in words."""
+        declared, seen = self.declared.get(call.path), self.seen_kind(call)
+        if declared in ("attn", "cross_attn") and self.is_tokenwise(call):
+            return f"{call.path} is no attention: it treats every token by itself"
+        if declared == "ffn" and seen in ("attn", "cross_attn"):
+            return f"{call.path} is an attention ({seen!r})"
+        return None
+
+    def seen_kind(self, call: Call) -> PartKind:
         """``attn``, ``cross_attn``, ``ffn`` or ``other``, by what runs inside."""
         crosses, linears = False, 0
         for op in self.recording.ops[call.first : call.last]:
@@ -170,22 +189,21 @@ class BlockReader:
 
     def part(self, view: PartView) -> Part:
         """The finished fact, without its inner modules."""
-        call = view.calls[0]
+        call = view.call
         leaves = sorted(view.outputs, key=str)
         targets = [tuple(sorted(view.outputs[leaf], key=view.outputs[leaf].__getitem__)) for leaf in leaves]
         kinds: list[StreamKind] = [self.block.kind_of(several) for several in targets]
         streams = {thread.root: index for index, thread in enumerate(self.block.threads)}
-        is_mutated = any(written(self.recording, set(c.outputs.values()), c.last, self.call.last) for c in view.calls)
-        calls = sum(other.path == view.path for other in self.inner_calls)
         return Part(
-            path=view.path,
+            path=call.path,
             kind=self.kind(call),
             outputs=tuple(zip(leaves, kinds, strict=True)),
             segments=tuple(tuple(streams[t] for t in several if t in streams) for several in targets),
             is_tokenwise=self.is_tokenwise(call),
             inputs=self.input_leaves(call),
-            is_mutated=is_mutated,
-            calls=calls,
+            is_mutated=written(self.recording, set(call.outputs.values()), call.last, self.call.last),
+            calls=self.recording.times[call.path],
+            turn=call.turn,
         )
 
 
@@ -201,7 +219,9 @@ def with_inner(reader: BlockReader, parts: list[Part], inner: list[Inner]) -> tu
     for part in parts:
         mine = tuple(item for item in inner if part.path in item.feeds)
         kind = part.kind
-        if kind in ("other", "ffn") and any(item.kind == "attn" and item.role == "zero_width" for item in mine):
+        if part.path in reader.declared:
+            pass
+        elif kind in ("other", "ffn") and any(item.kind == "attn" and item.role == "zero_width" for item in mine):
             kind = "fused"
         elif kind == "other":
             kind = _END_OF.get(frozenset(item.kind for item in mine if item.kind != "norm"), kind)

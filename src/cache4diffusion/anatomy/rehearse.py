@@ -31,7 +31,10 @@ def rehearse(stage: Stage, recording: Recording, stacks: list[Stack]) -> tuple[l
     for stack in stacks:
         for block in stack.blocks:
             alike.setdefault(_build(stage, recording, block), []).append(block)
-    todo = {blocks[0].path: blocks for blocks in alike.values() if any(part.inner for part in blocks[0].parts)}
+    todo: dict[str, list[Block]] = {}
+    for blocks in alike.values():
+        if any(part.inner for part in blocks[0].parts):
+            todo.setdefault(blocks[0].path, []).extend(blocks)
     roles: dict[str, frozenset[str]] = {}
     notes = []
     for attempt in _ATTEMPTS:
@@ -58,7 +61,7 @@ def rehearse(stage: Stage, recording: Recording, stacks: list[Stack]) -> tuple[l
 
 def _build(stage: Stage, recording: Recording, block: Block) -> object:
     """What two blocks have in common if one rehearsal stands for both."""
-    call = next(call for call in recording.calls if call.path == block.path)
+    call = next(call for call in recording.calls if (call.path, call.turn) == (block.path, block.turn))
     shapes = tuple((path, recording.shape(serial)) for path, serial in call.arguments.items())
     parts = tuple(
         (part.path.removeprefix(block.path), part.outputs, part.is_mutated, len(part.inner)) for part in block.parts
@@ -85,7 +88,8 @@ class _Rehearsal:
         blocks = [block for block in every if block.path in rehearsed]
         self.blocks = rehearsed
         self.others = {block.path for block in every} - rehearsed
-        self.parts = {part.path for block in blocks for part in block.parts}
+        self.parts = {(part.path, part.turn) for block in blocks for part in block.parts}
+        self.part_paths = {path for path, _ in self.parts}
         self.inner: dict[str, Inner] = {
             inner.path: inner for b in blocks for p in b.parts for inner in p.inner if inner.role in roles
         }
@@ -99,17 +103,19 @@ class _Rehearsal:
         return self.failed
 
     def _observer(self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not any(path in paths for paths in (self.parts, self.inner, self.blocks, self.others)):
+        if not any(path in paths for paths in (self.part_paths, self.inner, self.blocks, self.others)):
             return forward(*args, **kwargs)
         number = self.seen.get(path, 0)
         self.seen[path] = number + 1
         call = self.calls[path][number]
-        if path in self.parts or path in self.others:
+        if (path, number) in self.parts or path in self.others:
             return self._like(call, lambda shape: shape)
         if path in self.inner:
             if self.inner[path].role == "zero_width":
                 return self._like(call, lambda shape: (*shape[:-1], 0))
             return self._like(call, lambda shape: (shape[0], 1, *shape[2:]), fill=float("nan"))
+        if path not in self.blocks:
+            return forward(*args, **kwargs)  # another call of a part's module
         try:
             result = forward(*args, **kwargs)
             self._compare(call, result)

@@ -12,14 +12,16 @@ from cache4diffusion.anatomy.arguments import parameter_names
 from cache4diffusion.anatomy.blocks import BlockView, Thread, one_kind
 from cache4diffusion.anatomy.facts import Block, Part, Stack, StreamKind
 from cache4diffusion.anatomy.flow import Trunk, Window, ancestors, dependents, joined, looked_at, value_inputs
-from cache4diffusion.anatomy.hints import hint_of
+from cache4diffusion.anatomy.hints import hint_of, matching
 from cache4diffusion.anatomy.inner import inner_modules
 from cache4diffusion.anatomy.parts import BlockReader, with_inner
 from cache4diffusion.anatomy.tape import Recording
 from cache4diffusion.anatomy.tree import LeafPath
 from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.anatomy.vocabulary import JOINS, PASSES, SUMS, WRITES
+from cache4diffusion.errors import AnatomyError
 
+_CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 _KINDS: tuple[StreamKind, ...] = ("image", "other", "text", "joint", "unknown")
 
 
@@ -72,10 +74,16 @@ class StackFinder:
 
     def find(self) -> list[StackView]:
         """Every list of token blocks with at least one part, in the order in which they run."""
-        stacks: list[StackView] = []
+        if self.hint.blocks:
+            stacks = sorted(self._declared(), key=lambda stack: stack.blocks[0].call.index)
+            self._link(stacks)
+            for stack in stacks:
+                self._read_parts(stack)
+            return stacks
+        stacks = []
         lists: list[str] = []
         for path, module in self.denoiser.named_modules():
-            if not isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
+            if not isinstance(module, _CONTAINERS):
                 continue
             if any(path.startswith(f"{block.call.path}.") for stack in stacks for block in stack.blocks):
                 continue  # inside a block
@@ -88,30 +96,84 @@ class StackFinder:
         self._link(stacks)
         return [stack for stack in stacks if self._read_parts(stack)]
 
+    def _declared(self) -> Iterable[StackView]:
+        """A stack of each list that was declared, and of blocks declared one by one that follow one another.
+
+        Raises:
+            AnatomyError: what was declared is no list of blocks, or none that ran.
+        """
+        modules = {path: module for path, module in self.denoiser.named_modules() if path}
+        single: list[BlockView] = []
+        known: set[str] = set()
+        for pattern in self.hint.blocks:
+            paths = matching(modules, pattern)
+            if not paths:
+                raise not_so(self.denoiser, f"blocks={pattern!r}: there is no such module")
+            for path in paths:
+                members = self._members(path, modules[path])
+                views = members or self._blocks(path, modules[path])
+                self._check_blocks(pattern, path, views, known)
+                known.update(view.name for view in views)
+                if members:
+                    yield StackView(path, sorted(views, key=lambda view: view.call.index))
+                else:
+                    single += views
+        for run in self._runs(sorted(single, key=lambda view: view.call.index)):
+            ends = [run[0].call.path, run[-1].call.path]
+            yield StackView(" .. ".join(dict.fromkeys(ends)), run)
+
+    def _members(self, path: str, module: nn.Module) -> list[BlockView]:
+        """The blocks of a list; none of a module that is a block itself."""
+        if not isinstance(module, _CONTAINERS):
+            return []
+        views = [view for name, child in module.named_children() for view in self._blocks(f"{path}.{name}", child)]
+        return views if path not in self._calls or all(view.threads for view in views) else []
+
+    def _check_blocks(self, pattern: str, path: str, views: list[BlockView], known: set[str]) -> None:
+        if not views:
+            raise not_so(self.denoiser, f"blocks={pattern!r}: {path} was not called in this forward")
+        for view in views:
+            if not view.threads:
+                fact = f"nothing that {view.call.path} returns is one of its arguments plus something of the same shape"
+                raise not_so(self.denoiser, f"blocks={pattern!r}: {fact}")
+            if view.name in known:
+                raise not_so(self.denoiser, f"blocks={pattern!r}: {view.call.path} was declared before")
+
+    def _runs(self, views: list[BlockView]) -> Iterable[list[BlockView]]:
+        """Blocks, taken apart where one does not go on with what the one before left."""
+        run: list[BlockView] = []
+        for view in views:
+            if run and not self._goes_on(run[-1], view):
+                yield run
+                run = []
+            run.append(view)
+        if run:
+            yield run
+
     def _stack(self, path: str, module: nn.Module) -> StackView | None:
         blocks = []
         for name, child in module.named_children():
-            view = self._block(f"{path}.{name}", child)
-            if view is not None and not view.is_of_tokens:
+            views = self._blocks(f"{path}.{name}", child)
+            if not all(view.is_of_tokens for view in views):
                 return None
-            if view is not None:
-                blocks.append(view)
+            blocks += views
         blocks.sort(key=lambda block: block.call.index)
         return StackView(path, blocks) if blocks else None
 
-    def _block(self, path: str, module: nn.Module) -> BlockView | None:
-        """A member of a list that was called; of one that is a container itself, what streams run through in it."""
+    def _blocks(self, path: str, module: nn.Module) -> list[BlockView]:
+        """The calls of a member of a list; of one that is a container itself, of what streams run through in it."""
         calls = self._calls.get(path, [])
         if calls:
-            view = BlockView(calls[0], len(calls))
+            views = [BlockView(call, len(calls)) for call in calls]
             if any(True for _ in unwrapped(module).children()):
-                view.look(self.recording)
-            return view
+                for view in views:
+                    view.look(self.recording)
+            return views
         if not isinstance(module, nn.ModuleDict):
-            return None
-        inside = [self._block(f"{path}.{name}", child) for name, child in module.named_children()]
-        found = [view for view in inside if view is not None and view.is_of_tokens]
-        return found[0] if len(found) == 1 else None
+            return []
+        inside = [self._blocks(f"{path}.{name}", child) for name, child in module.named_children()]
+        found = [views for views in inside if views and all(view.is_of_tokens for view in views)]
+        return found[0] if len(found) == 1 else []
 
     # Links between blocks, and what the streams stand for ----
 
@@ -200,20 +262,24 @@ class StackFinder:
                 continue
             ending = {t.argument for t in last.threads if t.leaves is not None and t.leaves in self.live}
             if self.hint.image is not None:
-                ending = {t.argument for t in mixed if self._name(block, t.argument) == self.hint.image}
+                ending = {
+                    t.argument
+                    for t in mixed
+                    if parameter_of(self.denoiser, block.call.path, t.argument) == self.hint.image
+                }
             for thread in mixed:
                 thread.kind = "unknown" if len(ending) != 1 else "image" if thread.argument in ending else "text"
-
-    def _name(self, block: BlockView, argument: LeafPath) -> str:
-        names = parameter_names(self.denoiser.get_submodule(block.call.path))
-        return names[argument[0]] if isinstance(argument[0], int) else argument[0]
 
     # Parts ----
 
     def _read_parts(self, stack: StackView) -> bool:
         for block in stack.blocks:
-            reader = BlockReader(self.recording, block)
-            parts = [reader.part(view) for view in reader.part_views()]
+            reader = BlockReader(self.recording, block, self.hint.parts)
+            views = reader.part_views()
+            wrong = next(filter(None, (reader.contradiction(view.call) for view in views)), None)
+            if wrong is not None:
+                raise not_so(self.denoiser, f"parts={dict(self.hint.parts)!r}: {wrong}")
+            parts = [reader.part(view) for view in views]
             stack.parts.append(list(with_inner(reader, parts, inner_modules(reader, parts))))
             self.notes.extend(dict.fromkeys(reader.notes))
             if not parts:
@@ -221,11 +287,26 @@ class StackFinder:
             for path in block.restarts:
                 self.notes.append(f"{block.call.path}: its residual stream starts behind {path}")
             if block.calls > 1:
-                self.notes.append(f"{block.call.path}: runs {block.calls} times per forward; the first was analysed")
+                self.notes.append(
+                    f"{block.call.path}: runs {block.calls} times per forward; each is a block of its own"
+                )
         return any(stack.parts)
 
     def main(self, stacks: list[StackView]) -> list[StackView]:
-        """The stacks that carry the image through the denoiser, in order; marks them."""
+        """The stacks that carry the image through the denoiser, in order; marks them.
+
+        Raises:
+            AnatomyError: one that was declared does not.
+        """
+        if self.hint.blocks:
+            idle = next((stack for stack in stacks if not self._carries_image(stack)), None)
+            if idle is not None:
+                raise not_so(
+                    self.denoiser, f"blocks: what {idle.path} makes of the latent does not reach the denoiser's output"
+                )
+            for stack in stacks:
+                stack.is_main = True
+            return stacks
         able = [s for s in stacks if not s.is_nested and self._carries_image(s)]
         if able and self.conditioning:
             # A refiner that prepares the latent alone, before it meets any conditioning, is not the main road.
@@ -267,7 +348,7 @@ class StackFinder:
             for serial in value_inputs(op):
                 readers.setdefault(serial, []).append(number)
         for block in blocks:
-            inside.update(dict.fromkeys(range(block.call.first, block.call.last), block.call.path))
+            inside.update(dict.fromkeys(range(block.call.first, block.call.last), block.name))
         for block, after in itertools.pairwise(blocks):
             block.read_by = tuple(dict.fromkeys(self._read_besides(block, after, readers, inside)))
 
@@ -283,7 +364,7 @@ class StackFinder:
             if serial in ends:
                 yield ""
             for number in readers.get(serial, ()):
-                if number < block.call.last or inside.get(number) == after.call.path:
+                if number < block.call.last or inside.get(number) == after.name:
                     continue
                 if number in inside:
                     yield inside[number]
@@ -327,11 +408,29 @@ class StackFinder:
                     parts=tuple(parts),
                     output_template=block.output_template(),
                     mutates=block.mutated(self.recording),
+                    puts=block.call.puts,
                     inputs=tuple(path for path in block.call.arguments if path not in entering),
                     calls=block.calls,
+                    turn=block.call.turn,
                     read_by=block.read_by,
                 )
             )
         pairs = enumerate(itertools.pairwise(stack.blocks), start=1)
         breaks = tuple(number for number, (before, after) in pairs if not self._goes_on(before, after))
         return Stack(stack.path, tuple(blocks), stack.is_main, breaks)
+
+
+def parameter_of(denoiser: nn.Module, path: str, argument: LeafPath) -> str:
+    """The name of a module's argument, however it was passed."""
+    names, head = parameter_names(unwrapped(denoiser.get_submodule(path))), argument[0]
+    if isinstance(head, str):
+        return head
+    return names[head] if head < len(names) else f"args_{head}"
+
+
+def not_so(denoiser: nn.Module, fact: str) -> AnatomyError:
+    """The error where something that was declared does not hold."""
+    return AnatomyError(
+        f"What was declared of {type(denoiser).__name__} does not hold. {fact}. Remove that declaration and say what "
+        "holds: c4d.declare(denoiser, ...)."
+    )

@@ -29,7 +29,9 @@ def _lines(anatomy: Anatomy) -> Iterator[str]:
     for text, stacks in alike.items():
         for stack in stacks:
             anew = f", new streams at {', '.join(map(str, stack.breaks))}" if stack.breaks else ""
-            yield f"  {stack.path}: {len(stack.blocks)} blocks{'' if stack.is_main else ', not main'}{anew}"
+            count = len({block.path for block in stack.blocks})
+            calls = f", {len(stack.blocks)} calls" if len(stack.blocks) > count else ""
+            yield f"  {stack.path}: {count} blocks{calls}{'' if stack.is_main else ', not main'}{anew}"
         yield from text
     if anatomy.unet:
         yield from _levels(anatomy.unet)
@@ -54,7 +56,7 @@ def _root_axes(anatomy: Anatomy) -> Iterable[tuple[LeafPath, int | None]]:
 def _blocks(stack: Stack) -> Iterator[str]:
     groups: list[tuple[list[str], list[str]]] = []  # names of consecutive blocks, and what they have in common
     for block in stack.blocks:
-        name, text = block.path.rpartition(".")[2], list(_block(block))
+        name, text = block.name.rpartition(".")[2], list(_block(block))
         if groups and groups[-1][1] == text:
             groups[-1][0].append(name)
         else:

@@ -51,6 +51,9 @@ class Call:
     arguments: dict[LeafPath, int] = field(default_factory=dict)
     outputs: dict[LeafPath, int] = field(default_factory=dict)
     template: Any = None  # the output, with the serial number in place of each tensor
+    turn: int = 0  # how many calls of the same module came before
+    constants: dict[LeafPath, Any] = field(default_factory=dict)  # arguments that are no tensors
+    puts: tuple[LeafPath, ...] = ()  # where it put another tensor into a container that it was given
     end: int = -1  # index of the first call after this one that is not inside it
 
 
@@ -62,6 +65,7 @@ class Recording:
     calls: list[Call] = field(default_factory=list)
     facts: list[TensorFact] = field(default_factory=list)
     producer: list[int] = field(default_factory=list)  # by serial: index of the op that made it, -1 if none
+    times: dict[str, int] = field(default_factory=dict)  # by module path: how often it was called
 
     @property
     def root(self) -> Call:
@@ -165,13 +169,17 @@ class Tape(TorchFunctionMode):
         """Note that a module is called."""
         calls = self.recording.calls
         call = Call(path, len(calls), self._open[-1] if self._open else -1, len(self.recording.ops))
-        call.arguments = {p: self.serial(leaf) for p, leaf in argument_leaves(args, kwargs) if isinstance(leaf, Tensor)}
+        call.turn = self.recording.times.get(path, 0)
+        self.recording.times[path] = call.turn + 1
+        given = dict(argument_leaves(args, kwargs))
+        call.arguments = {path: self.serial(leaf) for path, leaf in given.items() if isinstance(leaf, Tensor)}
+        call.constants = {path: leaf for path, leaf in given.items() if path not in call.arguments}
         calls.append(call)
         self._open.append(call.index)
         return call
 
-    def leave(self, call: Call, result: Any) -> None:
-        """Note what the module returned."""
+    def leave(self, call: Call, result: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> None:
+        """Note what the module returned, and what it put into the containers that it was given."""
         recording = self.recording
         unseen = [leaf for _, leaf in leaves(result) if isinstance(leaf, Tensor) and self._serials.get(leaf) is None]
         if unseen:  # made by something that no function mode sees: all it can have read are the arguments
@@ -181,7 +189,23 @@ class Tape(TorchFunctionMode):
         call.last, call.end = len(recording.ops), len(recording.calls)
         call.outputs = {path: self.serial(leaf) for path, leaf in leaves(result) if isinstance(leaf, Tensor)}
         call.template = map_leaves(lambda _, leaf: self._serial_or_same(leaf), result)
+        call.puts = tuple(
+            path
+            for path, leaf in argument_leaves(args, kwargs or {})
+            if len(path) > 1 and isinstance(leaf, Tensor) and not self._is_same(call, path, leaf)
+        )
         self._open.pop()
+
+    def _is_same(self, call: Call, path: LeafPath, leaf: Tensor) -> bool:
+        """Whether what sits at an argument is the tensor that was there before, written into or not."""
+        serial, before = self.serial(leaf), call.arguments.get(path)
+        while serial != before:
+            producer = self.recording.producer[serial]
+            op = self.recording.ops[producer] if producer >= call.first else None
+            if op is None or not op.is_in_place or not op.inputs:
+                return False
+            serial = op.inputs[0]
+        return True
 
     def _serial_or_same(self, leaf: Any) -> Any:
         return TensorSerial(self.serial(leaf)) if isinstance(leaf, Tensor) else leaf

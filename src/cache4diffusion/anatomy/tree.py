@@ -27,19 +27,38 @@ def _is_dataclass(tree: Any) -> bool:
     return dataclasses.is_dataclass(tree) and not isinstance(tree, (type, Mark))
 
 
+def children(tree: Any) -> list[tuple[int | str, Any]] | None:
+    """What a container holds, each with its key; None of a leaf."""
+    if isinstance(tree, (tuple, list)):
+        return list(enumerate(tree))
+    if isinstance(tree, dict):
+        return list(tree.items())
+    if _is_dataclass(tree):
+        return [(field.name, getattr(tree, field.name)) for field in dataclasses.fields(tree)]
+    return None
+
+
+def like(tree: Any, items: list[Any]) -> Any:
+    """The same container around other items, in the order of `children`."""
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    keys = [key for key, _ in children(tree) or ()]
+    if isinstance(tree, dict):
+        changed = dict(zip(keys, items, strict=True))
+        return changed if type(tree) is dict else type(tree)(**changed)
+    twin = copy.copy(tree)
+    for key, item in zip(keys, items, strict=True):
+        object.__setattr__(twin, str(key), item)
+    return twin
+
+
 def leaves(tree: Any, path: LeafPath = ()) -> Iterator[tuple[LeafPath, Any]]:
     """Yield every leaf with its path, in order."""
-    if isinstance(tree, (tuple, list)):
-        for index, item in enumerate(tree):
-            yield from leaves(item, (*path, index))
-    elif isinstance(tree, dict):
-        for key, item in tree.items():
-            yield from leaves(item, (*path, key))
-    elif _is_dataclass(tree):
-        for field in dataclasses.fields(tree):
-            yield from leaves(getattr(tree, field.name), (*path, field.name))
-    else:
+    inside = children(tree)
+    if inside is None:
         yield path, tree
+    for key, item in inside or ():
+        yield from leaves(item, (*path, key))
 
 
 def argument_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[LeafPath, Any]]:
@@ -50,20 +69,10 @@ def argument_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[t
 
 def map_leaves(change: Callable[[LeafPath, Any], Any], tree: Any, path: LeafPath = ()) -> Any:
     """Return the same container around ``change(path, leaf)`` of every leaf. The original is not touched."""
-    if isinstance(tree, (tuple, list)):
-        items = [map_leaves(change, item, (*path, index)) for index, item in enumerate(tree)]
-        if hasattr(tree, "_fields"):  # a named tuple
-            return type(tree)(*items)
-        return type(tree)(items)
-    if isinstance(tree, dict):
-        changed = {key: map_leaves(change, item, (*path, key)) for key, item in tree.items()}
-        return changed if type(tree) is dict else type(tree)(**changed)
-    if _is_dataclass(tree):
-        twin = copy.copy(tree)
-        for field in dataclasses.fields(tree):
-            object.__setattr__(twin, field.name, map_leaves(change, getattr(tree, field.name), (*path, field.name)))
-        return twin
-    return change(path, tree)
+    inside = children(tree)
+    if inside is None:
+        return change(path, tree)
+    return like(tree, [map_leaves(change, item, (*path, key)) for key, item in inside])
 
 
 def at(tree: Any, path: LeafPath) -> Any:

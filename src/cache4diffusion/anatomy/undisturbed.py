@@ -8,6 +8,8 @@ put back at the end, because models memoise tensors (rotary tables, masks) and a
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import random
 import sys
 import types
@@ -23,10 +25,34 @@ CallObserver = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module itself, out of what ``torch.compile(module)`` returns."""
-    while "_orig_mod" in module._modules:
-        module = module._modules["_orig_mod"]  # type: ignore[assignment]
+    """The module itself, out of what ``torch.compile(module)`` returns, and of wrappers that hand a call on as it is:
+    they say of no argument what it is, and hold one module (adapters, data parallelism)."""
+    while (inside := _inside(module)) is not None:
+        module = inside
     return module
+
+
+def _inside(module: nn.Module) -> nn.Module | None:
+    """The module that a wrapper is around; None if it is no wrapper."""
+    if "_orig_mod" in module._modules:
+        return module._modules["_orig_mod"]
+    if len(module._modules) != 1 or not _takes_anything(type(module)):
+        return None
+    (inside,) = module._modules.values()
+    return inside
+
+
+@functools.lru_cache(maxsize=1024)
+def _takes_anything(cls: type[nn.Module]) -> bool:
+    """Whether the forward is ``forward(*args, **kwargs)``."""
+    forward = getattr(cls, "forward", None)  # a scripted class has none
+    if forward is None:
+        return False
+    try:
+        kinds = [parameter.kind for parameter in inspect.signature(forward).parameters.values()][1:]
+    except (TypeError, ValueError):
+        return False
+    return kinds == [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]
 
 
 def plain_forward(module: nn.Module) -> Callable[..., Any]:

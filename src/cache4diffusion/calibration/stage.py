@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cache4diffusion.anatomy import Block, Part
 from cache4diffusion.calibration.training import Leaves, Reached, Spot
 from cache4diffusion.engine.blocks import BlockView
 from cache4diffusion.engine.driver import Inner
@@ -75,14 +76,17 @@ class Stage:
             self.forward = None
 
     def _wrap_parts(self, site: Parts) -> None:
-        found = [part for _, block in blocks_of(self.host) for part in parts_of(block, site)]
+        every = [part for _, block in blocks_of(self.host) for part in parts_of(block, site)]
+        found = [part for part in every if part.calls == 1]
+        if not found:
+            _refuse_shared(every, self.host)
         if not found:
             assert self.host.anatomy is not None
             raise AnatomyError(
                 f"{self.host.anatomy.denoiser} has no parts of the kinds {', '.join(site.kinds)} that can be told "
                 "apart, so nothing can be trained there."
             )
-        modules = dict(self.host.denoiser.named_modules())
+        modules = dict(self.host.plain.named_modules())
         for part in found:
             entrance = entrance_of(part)
             if entrance is not None:
@@ -125,6 +129,7 @@ class Stage:
     def _wrap_blocks(self, site: Blocks) -> None:
         driver = BlocksDriver(self.host, site)  # type: ignore[arg-type] - as in the table of drivers
         driver.install(self.host.anatomy)  # only looks: every block's output must be one that can be rebuilt
+        _refuse_shared([self.host.blocks[stretch.first].block for stretch in driver.stretches], self.host)
         for stretch in driver.stretches:
             module, kept = self.host.modules[stretch.first], driver.kept(stretch.last)
             handler = self._adding(stretch.name, stretch.first, self.host.blocks[stretch.first], kept)
@@ -146,7 +151,7 @@ class Stage:
             leaves = self._meet(name, "block", [], compute)
             for i, leaf in zip(kept, leaves, strict=True):
                 left[i] = streams[i] + leaf
-            return block.rebuild(left)
+            return block.rebuild(left, self.host.modules[position], args, kwargs)
 
         return handler
 
@@ -170,3 +175,13 @@ class Stage:
         if reached.kept is not None:
             playing.kept[name] = reached.kept
         return leaves
+
+
+def _refuse_shared(sites: Sequence[Part | Block], host: Host) -> None:
+    shared = next((site.path for site in sites if site.calls > 1), None)
+    if shared is not None:
+        assert host.anatomy is not None
+        raise AnatomyError(
+            f"{shared} runs several times in a call of {host.anatomy.denoiser}, and a training has one set of numbers "
+            "for each module. Use a method without a training, such as 'fora' or 'fbcache'."
+        )

@@ -17,7 +17,8 @@ from cache4diffusion.calibration.outputs import numbers_of
 from cache4diffusion.calibration.pupil import Pupil, mean
 from cache4diffusion.calibration.store import Entry
 from cache4diffusion.calibration.training import Answer, Training
-from cache4diffusion.engine.compiling import is_compiled
+from cache4diffusion.engine.compiling import is_compiled, is_compiled_whole
+from cache4diffusion.engine.leaves import take_apart
 from cache4diffusion.errors import AlreadyAcceleratedError, CalibrationError, CompositionError
 from cache4diffusion.run import RunTracker
 from cache4diffusion.wrap import owner_of
@@ -55,7 +56,7 @@ class Trainer:
                     f"{name} is accelerated by {owner.label}, and a training must see it uncached. Call remove() on "
                     "that handle first."
                 )
-            if hasattr(denoiser, "_orig_mod") or any(is_compiled(module) for module in denoiser.modules()):
+            if is_compiled_whole(denoiser) or any(is_compiled(module) for module in denoiser.modules()):
                 raise CompositionError(
                     f"{name} is compiled, which hides the sites that are trained. Calibrate it before it is compiled; "
                     "what was learned serves it afterwards."

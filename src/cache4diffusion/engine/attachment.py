@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from cache4diffusion.anatomy import Anatomy
+from cache4diffusion.anatomy.hints import is_said_of
 from cache4diffusion.engine.compiling import (
     WHOLE,
     drop_graphs,
@@ -61,7 +62,11 @@ class Attachment:
     def needs_anatomy(self) -> bool:
         """Whether the inside of the denoiser must be known."""
         splits_rows = self.host.composition.decide == "row" or self.host.composition.cfg is not None
-        return splits_rows or (self.runner is not None and self.runner.driver.needs_anatomy)
+        return (
+            splits_rows
+            or is_said_of(self.host.denoiser)
+            or (self.runner is not None and self.runner.driver.needs_anatomy)
+        )
 
     def install(self, args: tuple[Any, ...], kwargs: dict[str, Any], anatomy: Anatomy | None = None) -> None:
         """Find out how the denoiser is built and wrap what must be; all or nothing.
@@ -89,10 +94,14 @@ class Attachment:
         self.is_installed = True
 
     def _wrap_blocks(self, runner: SiteRunner) -> None:
+        positions: dict[nn.Module, list[int]] = {}
         for position, module in enumerate(self.host.modules):
+            positions.setdefault(module, []).append(position)
+        for module, several in positions.items():
 
-            def handler(inner: Inner, args: Any, kwargs: Any, position: int = position) -> Any:
-                return runner.on_block(position, inner, args, kwargs)
+            def handler(inner: Inner, args: Any, kwargs: Any, several: list[int] = several) -> Any:
+                position = several[0] if len(several) == 1 else runner.turn(several)
+                return inner(*args, **kwargs) if position is None else runner.on_block(position, inner, args, kwargs)
 
             self.blocks.append(CallWrapper(module, handler, allow_compile=self._allow_block_compile))
         if any(is_compiled(wrapper.module) for wrapper in self.blocks):
@@ -143,6 +152,7 @@ class Attachment:
 
     def _allow_block_compile(self) -> None:
         """``block.compile()`` on a wrapped block."""
-        reason = forbids_compiled_blocks(self.host.composition)
-        if reason is not None:
+        driver = None if self.runner is None else self.runner.driver
+        reason = forbids_compiled_blocks(self.host.composition) or (driver and driver.forbids_compiled_blocks)
+        if reason:
             raise CompositionError(f"{self.host.name}: {reason}")

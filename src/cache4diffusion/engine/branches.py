@@ -292,7 +292,7 @@ class BranchDriver:
         if tensors[0].ndim != 3:
             state.grid = None
         elif state.grid is None or state.grid.height * state.grid.width != tensors[0].shape[1]:
-            denoiser = getattr(self.host.denoiser, "_orig_mod", self.host.denoiser)
+            denoiser = self.host.plain
             ids, shapes = (get_argument(denoiser, now.args, now.kwargs, (name,)) for name in ("img_ids", "img_shapes"))
             self.host.trace.syncs += isinstance(ids, Tensor)
             state.grid = grid_of(type(denoiser).__name__, tensors[0], ids, shapes)

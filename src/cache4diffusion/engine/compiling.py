@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.composition import Composition
 from cache4diffusion.sites import Denoiser, GatedParts, Parts, Trajectory
 
@@ -40,6 +41,11 @@ TOKENS = (
 GATED = (
     "parts that decide for themselves are asked while their blocks run, so the blocks must not be compiled. Use a "
     "method whose decisions fall before the call ('fora', 'l2c'), or leave the blocks as they are."
+)
+
+TURNS = (
+    "parts of blocks that run several times in a call are told apart by counting, so the blocks must not be compiled. "
+    "Use a method for spans ('fbcache') or the whole denoiser ('taylorseer-lite'), or leave the blocks as they are."
 )
 
 
@@ -68,6 +74,16 @@ def is_compiled(module: nn.Module) -> bool:
     while (wrapper := getattr(call, "c4d_wrapper", None)) is not None:
         call = wrapper.compiled
     return call is not None
+
+
+def is_compiled_whole(denoiser: nn.Module) -> bool:
+    """Whether a denoiser is compiled as a whole: itself, or what is wrapped around it."""
+    plain = unwrapped(denoiser)
+    while denoiser is not plain:
+        if "_orig_mod" in denoiser._modules or is_compiled(denoiser):
+            return True
+        (denoiser,) = denoiser.children()
+    return is_compiled(plain)
 
 
 def graphs_per_graph(composition: Composition) -> int:

@@ -43,6 +43,11 @@ class OutputMemory:
     def record(self, context: Context, output: Any, base: Tensor | None = None) -> None:
         """Take in the output of a full step, minus ``base``."""
         tensors, layout = take_apart(output)
+        if not tensors:
+            raise AnatomyError(
+                f"The denoiser returns a {type(output).__name__} in which no tensor is found, so there is nothing to "
+                "cache. Let it return a tensor, or tensors in a tuple, list, dict or dataclass."
+            )
         context.state.extra.setdefault("layouts", {})[self._kind(context)] = layout
         if base is not None:
             tensors = [shifted(*pair, -1) for pair in zip(tensors, bases(tensors, base), strict=True)]

@@ -87,6 +87,11 @@ class Driver(ABC):
             AnatomyError: the denoiser lacks what this site needs.
         """
 
+    @property
+    def forbids_compiled_blocks(self) -> str | None:
+        """Why blocks must not be compiled while this is installed; None if they may be."""
+        return None
+
     def uninstall(self) -> None:  # noqa: B027 - optional step
         """Take every wrapper away."""
 

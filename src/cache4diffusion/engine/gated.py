@@ -29,7 +29,8 @@ class GatedPartSite(PartSite):
 
     driver: GatedPartsDriver
 
-    def _make(self, found: Callable[..., Any]) -> Callable[..., Any]:
+    def around(self, found: Callable[..., Any]) -> Callable[..., Any]:
+        """Ask, then predict, run, or do either for some rows."""
         site, driver, switch = self, self.driver, self.switch
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -85,6 +86,7 @@ class GatedPartsDriver(PartsDriver):
     part_site = GatedPartSite
     resting_module = GatedModule
     rests = ("zero_width",)  # a norm is read by the decision itself
+    serves_turns = False
 
     def __init__(self, host: Host, site: GatedParts) -> None:
         super().__init__(host, site)

@@ -67,7 +67,7 @@ class Host:
         self.anatomy = anatomy or observe(self.denoiser, args, kwargs)
         self._axes = {}
         self.blocks = views_of(self.anatomy)
-        self.modules = [unwrapped(self.denoiser).get_submodule(view.path) for view in self.blocks]
+        self.modules = [self.plain.get_submodule(view.path) for view in self.blocks]
         self.writes = any(block.mutates for stack in self.anatomy.main for block in stack.blocks)
         for note in self.anatomy.notes:
             self.note(note)
@@ -77,6 +77,16 @@ class Host:
     def note(self, text: str) -> None:
         """Tell the user something about this denoiser, once."""
         self.trace.note(f"{self.name}: {text}")
+
+    @property
+    def plain(self) -> nn.Module:
+        """The denoiser without what is wrapped around it: module paths begin there."""
+        return unwrapped(self.denoiser)
+
+    @property
+    def words(self) -> str:
+        """What asks for the site, in messages."""
+        return type(self.composition.tokens or self.gate or self.predictor).__name__
 
     @property
     def is_unet(self) -> bool:
@@ -117,7 +127,11 @@ class Host:
 
     def pass_through(self, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A block's output as if it had done nothing."""
-        return self.blocks[position].rebuild(self.stream_inputs(position, args, kwargs))
+        return self.rebuild(position, self.stream_inputs(position, args, kwargs), args, kwargs)
+
+    def rebuild(self, position: int, values: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A block's output around what its streams became."""
+        return self.blocks[position].rebuild(values, self.modules[position], args, kwargs)
 
     # -- rows ------------------------------------------------------------------------------------------------------
 
@@ -155,11 +169,11 @@ class Host:
         Raises:
             AnatomyError: which arguments carry the batch was not established.
         """
-        return take_rows(self.denoiser, args, kwargs, self._batch_axes(args, kwargs, batch), rows)
+        return take_rows(self.plain, args, kwargs, self._batch_axes(args, kwargs, batch), rows)
 
     def _batch_axes(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> dict[LeafPath, int]:
         """Batch axis of every argument of the denoiser that has one; found anew for every new kind of call."""
-        names = parameter_names(type(getattr(self.denoiser, "_orig_mod", self.denoiser)))
+        names = parameter_names(type(self.plain))
         tensors = {path: leaf for path, leaf in argument_leaves(args, kwargs) if isinstance(leaf, Tensor)}
         kind = tuple((path, leaf.ndim) for path, leaf in tensors.items())
         if kind not in self._axes:
@@ -187,7 +201,8 @@ def no_stack(denoiser: str, composition: Composition) -> AnatomyError:
         f"{denoiser} has no stack of blocks that carries the latent, and this method needs one: "
         f"{composition.needs_stack}. On U-Nets these work: 'deepcache' (levels), 'fora' and 'taylorseer' (the parts of "
         "the transformer blocks inside levels), 'block-caching' (the same, calibrated with unit='part'), "
-        "'taylorseer-lite' (the whole denoiser), 'fastercache' (CFG branches)."
+        "'taylorseer-lite' (the whole denoiser), 'fastercache' (CFG branches). If it has blocks that were not found, "
+        "say which they are: c4d.declare(denoiser, blocks=['first', 'layers'])."
     )
 
 

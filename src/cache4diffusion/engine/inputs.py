@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cache4diffusion.anatomy.arguments import TIMESTEP_NAMES, is_clock, is_no_prompt, timestep_name
 from cache4diffusion.anatomy.hints import hint_of
+from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.engine.leaves import get_argument, parameter_names, take_apart, with_arguments
 from cache4diffusion.errors import AnatomyError
 
@@ -69,7 +70,8 @@ class Inputs:
         if latent is None:
             raise AnatomyError(
                 f"{type(self.module).__name__}: argument {self.latent!r} should be the latent: a tensor, or a list "
-                "with one for each row of the batch."
+                "with one for each row of the batch. If it is another argument, say so: "
+                "c4d.declare(denoiser, latent='x')."
             )
         return latent
 
@@ -102,18 +104,21 @@ def inputs_of(denoiser: nn.Module) -> Inputs:
     Raises:
         AnatomyError: no argument has the name of a clock.
     """
-    plain, hint = getattr(denoiser, "_orig_mod", denoiser), hint_of(denoiser)
+    plain, hint = unwrapped(denoiser), hint_of(denoiser)
     names = parameter_names(type(plain))
-    timestep = timestep_name(names) if hint.has_clock else None
+    timestep = (hint.timestep or timestep_name(names)) if hint.has_clock else None
     if (timestep is None and hint.has_clock) or len(names) < 2:
         raise AnatomyError(
             f"{type(plain).__name__}.forward({', '.join(names)}) has no argument that is called like a timestep "
-            f"({', '.join(TIMESTEP_NAMES)}), so runs and steps cannot be told apart."
+            f"({', '.join(TIMESTEP_NAMES)}), so runs and steps cannot be told apart. If it has another name, say so: "
+            "c4d.declare(denoiser, timestep='noise')."
         )
     others = [name for name in names if name != timestep]
     latent = hint.latent or others[0]
     rest = [name for name in others if name != latent]
     apart = [name for name in rest if not is_no_prompt(name) and not is_clock(name)]
     allowed = [name for name in apart if not any(word in name for word in _NEVER_COMPARED)]
+    if hint.conditioning is not None:
+        return Inputs(plain, latent, timestep, hint.conditioning)
     named = [name for name in allowed if any(word in name for word in _CONDITIONING_WORDS) or name == "y"]
     return Inputs(plain, latent, timestep, tuple(named or allowed))

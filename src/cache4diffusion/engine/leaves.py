@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from cache4diffusion.anatomy.tree import children, like
+from cache4diffusion.anatomy.tree import leaves as tree_leaves
 
 LeafPath = tuple[Any, ...]
 
@@ -108,6 +112,9 @@ def _replaced(value: Any, path: LeafPath, leaf: Any) -> Any:
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if isinstance(value, list):
         return [_replaced(v, rest, leaf) if i == key else v for i, v in enumerate(value)]
+    if not isinstance(value, Mapping):  # a dataclass
+        inside = children(value) or []
+        return like(value, [_replaced(item, rest, leaf) if name == key else item for name, item in inside])
     changed = dict(value)
     changed[key] = _replaced(value[key], rest, leaf)
     return changed
@@ -170,7 +177,49 @@ def flatten(output: Any) -> tuple[list[Any], Any]:
         return [output], _TENSOR
     if type(output) is tuple and all(isinstance(leaf, Tensor) for leaf in output):
         return list(output), _TUPLE
-    return pytree.tree_flatten(output)
+    leaves, spec = pytree.tree_flatten(output)
+    if all(children(leaf) is None for leaf in leaves):
+        return leaves, spec
+    found, inside = [], []  # pytree knows neither dataclasses nor subclasses of containers
+    for leaf in leaves:
+        closed = _closed(leaf)
+        found += [leaf] if closed is None else closed[0]
+        inside.append(None if closed is None else closed[1])
+    return found, _Opened(spec, tuple(inside))
+
+
+@dataclass(frozen=True)
+class _Box:
+    """A container that pytree does not know: its class, its keys, and what is needed to rebuild each item."""
+
+    kind: type
+    keys: tuple[Any, ...]
+    items: tuple[Any, ...]
+    sizes: tuple[int, ...]
+    empty: Any = field(compare=False)  # such a container, around None
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What pytree says of a tree, and a `_Box` (or None) for each of its leaves."""
+
+    spec: Any
+    boxes: tuple[_Box | None, ...]
+
+
+def _closed(leaf: Any) -> tuple[list[Any], _Box] | None:
+    inside = children(leaf)
+    if inside is None or not any(isinstance(item, Tensor) for _, item in tree_leaves(leaf)):
+        return None
+    parts = [flatten(item) for _, item in inside]
+    box = _Box(
+        type(leaf),
+        tuple(key for key, _ in inside),
+        tuple(spec for _, spec in parts),
+        tuple(len(found) for found, _ in parts),
+        like(leaf, [None] * len(inside)),
+    )
+    return [item for found, _ in parts for item in found], box
 
 
 def unflatten(leaves: Iterable[Any], spec: Any) -> Any:
@@ -180,7 +229,15 @@ def unflatten(leaves: Iterable[Any], spec: Any) -> Any:
         return leaf
     if spec is _TUPLE:
         return tuple(leaves)
-    return pytree.tree_unflatten(list(leaves), spec)
+    if not isinstance(spec, _Opened):
+        return pytree.tree_unflatten(list(leaves), spec)
+    rest = iter(leaves)
+    return pytree.tree_unflatten([next(rest) if box is None else _filled(rest, box) for box in spec.boxes], spec.spec)
+
+
+def _filled(leaves: Iterator[Any], box: _Box) -> Any:
+    items = [unflatten(islice(leaves, size), spec) for size, spec in zip(box.sizes, box.items, strict=True)]
+    return like(box.empty, items)
 
 
 @dataclass(frozen=True)
@@ -242,7 +299,8 @@ def merge_rows(groups: Sequence[tuple[Sequence[int], Any]], batch: int) -> Any:
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     """Apply ``function`` to every tensor leaf."""
-    return pytree.tree_map_only(Tensor, function, value)
+    leaves, spec = flatten(value)
+    return unflatten([function(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
 
 
 @dataclass(frozen=True)

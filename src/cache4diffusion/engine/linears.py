@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cache4diffusion.anatomy import Block, Part
+from cache4diffusion.anatomy.facts import call_name
 from cache4diffusion.engine.parts import PartsDriver
 
 _ADAPTER = "lora_"  # layers of an adapter beside the one it adapts: as cheap as any correction
@@ -10,14 +11,26 @@ _WRAPPED = ".base_layer"  # the layer inside the adapter's wrapper; without an a
 
 
 class LinearsDriver(PartsDriver):
-    """Predicts the outputs of linear layers. Nothing rests with them: what feeds a layer is what a corrector sees."""
+    """Predicts the outputs of linear layers. Nothing rests with them: what feeds a layer is what a corrector sees.
+
+    Each runs once in its block, so that its calls are counted as the block's are.
+    """
 
     def sites_of(self, block: Block) -> list[tuple[str, Part]]:
         """The layers, named as they are without an adapter."""
         return [
             (
-                path.removesuffix(_WRAPPED),
-                Part(path, part.kind, (((), "unknown"),), is_tokenwise=True, inputs=((0,),), is_mutated=True),
+                call_name(path.removesuffix(_WRAPPED), block.turn),
+                Part(
+                    path,
+                    part.kind,
+                    (((), "unknown"),),
+                    is_tokenwise=True,
+                    inputs=((0,),),
+                    is_mutated=True,
+                    calls=block.calls,
+                    turn=block.turn,
+                ),
             )
             for _, part in super().sites_of(block)
             for path in part.linears

@@ -28,7 +28,7 @@ def blocks_of(host: Host) -> list[tuple[int, Block]]:
 
 def parts_of(block: Block, site: Parts) -> list[Part]:
     """The parts of a block that a site has."""
-    return [part for part in block.parts if part.kind in site.kinds and part.calls == 1]
+    return [part for part in block.parts if part.kind in site.kinds]
 
 
 def entrance_of(part: Part) -> Inner | None:

@@ -44,6 +44,8 @@ class PartSite:
     In an eager block the feature is recorded and predicted while the block runs. A compiled block is one graph with no
     way out, so there it is left at ``fresh`` for the driver to collect after the call, and found at ``prepared``, made
     before the call. Whether a block is compiled shows in where its feature was left at the last full step.
+
+    A module that runs several times in a call has a site for each, behind one wrapper (`Turns`).
     """
 
     def __init__(self, name: str, part: Part, position: int, module: nn.Module, driver: PartsDriver, key: int) -> None:
@@ -60,9 +62,10 @@ class PartSite:
         self.entered: Any = None  # what entered in front of it in the call in progress, where a module there rests
         self.is_fed = False  # whether one does
         self._inputs = [Place.of(module, path) for path in part.inputs] if driver.sees_input else []
-        self.wrapper = ForwardWrapper(module, self._make)
+        self.wrapper = ForwardWrapper(module, self.around) if part.calls == 1 else None
 
-    def _make(self, found: Callable[..., Any]) -> Callable[..., Any]:
+    def around(self, found: Callable[..., Any]) -> Callable[..., Any]:
+        """What runs in place of the module's ``forward``."""
         site, switch, tokens = self, self.switch, self.driver.tokens
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -139,6 +142,38 @@ class PartSite:
         context = self.switch.context
         assert context is not None
         return context.state.layouts[self.name].fill(tensors)
+
+
+class Turns:
+    """A module that runs several times in a call of the denoiser: which of its sites is met goes by how often it ran.
+
+    Args:
+        sites: of its calls, or of some of them.
+        switch: of the denoiser.
+    """
+
+    def __init__(self, sites: Sequence[PartSite], switch: Switch) -> None:
+        self.sites, self.switch, self.next = sites, switch, 0
+        self.wrapper = ForwardWrapper(sites[0].module, self._make)
+
+    def _make(self, found: Callable[..., Any]) -> Callable[..., Any]:
+        forwards = {site.part.turn: site.around(found) for site in self.sites}
+        part = self.sites[0].part
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            context, turn = self.switch.context, self.next
+            if context is None:
+                return found(*args, **kwargs)
+            self.next += 1
+            if turn >= part.calls:
+                context.scratch["astray"] = part.path
+            return forwards.get(turn, found)(*args, **kwargs)
+
+        return forward
+
+    def begin(self, turn: int = 0) -> None:
+        """The call that comes next is this one."""
+        self.next = turn
 
 
 class RestingModule:

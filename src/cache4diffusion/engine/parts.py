@@ -6,6 +6,7 @@ switch that the wrappers read, and keeps and predicts what they ask for.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, get_args
@@ -14,17 +15,18 @@ from torch import Tensor
 
 from cache4diffusion.anatomy import Anatomy, Block, Inner, Part
 from cache4diffusion.anatomy.facts import BESIDE, InnerRole
+from cache4diffusion.engine.compiling import TURNS, is_compiled
 from cache4diffusion.engine.decide import prediction_error
 from cache4diffusion.engine.driver import Driver, Rested
 from cache4diffusion.engine.driver import Inner as InnerCall
 from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.leaves import get_output, own, take_apart
 from cache4diffusion.engine.part_lookup import blocks_of, parts_of
-from cache4diffusion.engine.part_sites import PartSite, RestingModule, Switch
+from cache4diffusion.engine.part_sites import PartSite, RestingModule, Switch, Turns
 from cache4diffusion.engine.predictions import Predictions
 from cache4diffusion.engine.state import BranchState, Context
 from cache4diffusion.engine.tokens import TokenDriver
-from cache4diffusion.errors import AnatomyError
+from cache4diffusion.errors import AnatomyError, CompositionError
 from cache4diffusion.gates import Verification
 from cache4diffusion.predictors import LinearPredictor, Predictor
 from cache4diffusion.predictors.corrector import paired
@@ -38,17 +40,20 @@ class PartsDriver(Driver):
     part_site: type[PartSite] = PartSite
     resting_module: type[RestingModule] = RestingModule
     rests: tuple[InnerRole, ...] = get_args(InnerRole)  # inner modules that need not run while parts do not
+    serves_turns = True  # whether a module may have several parts, one for each of its calls
 
     def __init__(self, host: Host, site: Parts) -> None:
         super().__init__(host, site)
         self.switch = Switch()
         self.sites: list[PartSite] = []
         self.resting: list[RestingModule] = []
+        self.turns: list[Turns] = []  # of modules that run several times in a call
         self._names: list[str] = []  # of the decisions
         self._traced: list[PartSite] = []  # sites in compiled blocks, as seen at the last full step
         rule = host.composition.tokens
         self.tokens: TokenDriver | None = TokenDriver(self, rule) if rule is not None else None
-        self.needs_blocks = (host.gate is not None and host.gate.watch is not None) or rule is not None
+        self._watches = (host.gate is not None and host.gate.watch is not None) or rule is not None
+        self.needs_blocks = self._watches
 
     @property
     def predictor(self) -> Predictor:
@@ -58,24 +63,31 @@ class PartsDriver(Driver):
     def install(self, anatomy: Anatomy | None) -> None:
         """Wrap the parts and the modules that rest with them."""
         assert anatomy is not None
-        modules = dict(self.host.denoiser.named_modules())
+        modules = dict(self.host.plain.named_modules())
         unserved: list[str] = []
+        shared: list[str] = []
+        tells_turns = self._tells_turns()
         for position, block in blocks_of(self.host):
             for name, part in self.sites_of(block):
                 if not self.serves(name):
                     unserved.append(name)
+                    continue
+                if part.calls > 1 and not tells_turns:
+                    shared.append(part.path)
                     continue
                 decision = {"one": "", "kind": part.kind, "part": name}[self.site.decisions]
                 if decision not in self._names:
                     self._names.append(decision)
                 key = self._names.index(decision)
                 self.sites.append(self.part_site(name, part, position, modules[part.path], self, key))
-        wrapped = {site.part.path for site in self.sites}
+        self._leave_out(shared, anatomy)
+        self._wrap_turns()
+        wrapped = self._served_wholly()
         resting: dict[str, Inner] = {}
         for site in self.sites:
             for inner in site.part.inner:
                 # What enters a part is what its norm makes: for those who look at it, norms run.
-                is_read = self.sees_input and inner.role != "zero_width"
+                is_read = self.sees_input and (inner.role != "zero_width" or site.part.calls > 1)
                 if inner.role in self.rests and not is_read and all(path in wrapped for path in inner.feeds):
                     resting[inner.path] = inner
         self.resting = [self.resting_module(inner, modules[path], self) for path, inner in resting.items()]
@@ -92,14 +104,52 @@ class PartsDriver(Driver):
         if not self.sites:
             raise AnatomyError(
                 f"{anatomy.denoiser} has no parts of the kinds {', '.join(self.site.kinds)} that can be told apart. "
-                "Methods for spans ('fbcache', 'teacache') or the whole denoiser ('taylorseer-lite') may work."
+                "Methods for spans ('fbcache', 'teacache') or the whole denoiser ('taylorseer-lite') may work. If its "
+                "blocks have parts, say which: c4d.declare(denoiser, parts={'mix': 'attn', 'map': 'ffn'})."
             )
         if self.tokens is not None:
             self.tokens.install(anatomy, {r.inner.path: r for r in self.resting})
 
+    def _wrap_turns(self) -> None:
+        """Wrap the modules that run several times in a call: each call is a site."""
+        shared: dict[str, list[PartSite]] = {}
+        for site in self.sites:
+            if site.part.calls > 1:
+                shared.setdefault(site.part.path, []).append(site)
+        self.turns = [Turns(sites, self.switch) for sites in shared.values()]
+        self.needs_blocks = self._watches or bool(self.turns)  # so that a block that is compiled later on is refused
+
+    def _tells_turns(self) -> bool:
+        """Whether calls of one module can be told apart: not where a module is looked at as one part, nor in graphs."""
+        is_one = not self.serves_turns or self.tokens is not None
+        return not is_one and not any(is_compiled(module) for module in self.host.plain.modules())
+
+    def _leave_out(self, shared: list[str], anatomy: Anatomy) -> None:
+        """Say that these parts always run, since their module runs several times in a call.
+
+        Raises:
+            AnatomyError, CompositionError: there are no others.
+        """
+        if not shared:
+            return
+        fact = f"{shared[0]} runs several times in a call of {anatomy.denoiser}, and {self.host.words}"
+        if self.sites:
+            self.host.note(f"{fact} cannot tell such calls apart: {len(shared)} parts always run.")
+        elif self.serves_turns and self.tokens is None:
+            raise CompositionError(f"{self.host.name}: {TURNS}")
+        else:
+            raise AnatomyError(
+                f"{fact} treats the calls of a module alike. Use 'fora' or 'taylorseer', which keep them apart."
+            )
+
+    @property
+    def forbids_compiled_blocks(self) -> str | None:
+        """Why blocks must not be compiled while this is installed; None if they may be."""
+        return TURNS if self.turns else None
+
     def sites_of(self, block: Block) -> list[tuple[str, Part]]:
         """What is cached of a block, each with the name of its site."""
-        return [(part.path, part) for part in parts_of(block, self.site)]
+        return [(part.name, part) for part in parts_of(block, self.site)]
 
     def _find_entrances(self) -> None:
         """Where modules in front of a part rest with it, what enters the first of them is what enters the part."""
@@ -115,9 +165,10 @@ class PartsDriver(Driver):
         self.switch.context = None
         if self.tokens is not None:
             self.tokens.uninstall()
-        for wrapped in (*self.resting, *self.sites):
-            wrapped.wrapper.remove()
-        self.sites, self.resting, self._traced, self._names = [], [], [], []
+        for wrapped in (*self.resting, *self.turns, *self.sites):
+            if wrapped.wrapper is not None:
+                wrapped.wrapper.remove()
+        self.sites, self.resting, self.turns, self._traced, self._names = [], [], [], [], []
 
     @property
     def keys(self) -> tuple[int, ...]:
@@ -150,6 +201,8 @@ class PartsDriver(Driver):
         """Set the switch, run the host's code, collect what compiled blocks kept."""
         switch = self.switch
         switch.context, context.scratch["call"] = context, (args, kwargs)
+        for turns in self.turns:
+            turns.begin()
         try:
             if context.verdict is not None:
                 self._turn(context)
@@ -318,6 +371,8 @@ class PartsDriver(Driver):
         mine = [site for site in self.sites if site.position == last]
         predicted = context.scratch["last_output"]
         self.switch.is_cached, self.switch.is_watching = False, True
+        for turns in self.turns:  # the block runs once more
+            turns.begin(min((site.part.turn for site in turns.sites if site.position == last), default=turns.next))
         true = inner(*args, **kwargs)
         kept, seen = mine[-1].fresh, mine[-1].fresh_seen
         self.switch.is_cached, self.switch.is_watching = True, False
@@ -341,12 +396,23 @@ class PartsDriver(Driver):
         """Where there are several decisions: the parts that were predicted, and what rested with them."""
         if self.site.decisions == "one":
             return None
-        cached = {site.part.path for site in self.sites if context.verdicts[site.key].is_cached}
-        resting = [rest.inner.path for rest in self.resting if cached.issuperset(rest.inner.feeds)]
-        return tuple((path, 1.0) for path in dict.fromkeys([*sorted(cached), *resting]))
+        shares: dict[str, float] = {}
+        for site in self.sites:
+            if context.verdicts[site.key].is_cached:
+                shares[site.part.path] = shares.get(site.part.path, 0.0) + 1 / site.part.calls
+        cached = sorted(shares.items())
+        whole = {path for path, share in cached if share > 1 - 1e-9}
+        resting = [rest.inner.path for rest in self.resting if whole.issuperset(rest.inner.feeds)]
+        return (*cached, *((path, 1.0) for path in dict.fromkeys(resting) if path not in shares))
 
     def bypassed(self) -> list[str]:
         """The parts and what rests with them; none for certain where there are several decisions."""
         if self.site.decisions != "one":
             return []
-        return [site.part.path for site in self.sites] + [rest.inner.path for rest in self.resting]
+        return [*self._served_wholly(), *[rest.inner.path for rest in self.resting]]
+
+    def _served_wholly(self) -> list[str]:
+        """The modules of which every call is a site; of others, what feeds them must run."""
+        calls = Counter(site.part.path for site in self.sites)
+        whole = [site.part.path for site in self.sites if calls[site.part.path] == site.part.calls]
+        return list(dict.fromkeys(whole))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -74,6 +75,7 @@ class SiteRunner:
             if reason is not None:
                 output = self._recompute(context, inner, args, spare, reason)
             self.observer.finish(context, output)
+            self._check_turns(context)
         finally:
             self._active = None
         if self.host.listener is not None and not self.driver.is_late:
@@ -91,11 +93,20 @@ class SiteRunner:
         self.host.note(f"a predicted output was {flaw}; its history was cleared.")
         context.state.forget_features()
 
+    def _check_turns(self, context: Context) -> None:
+        """Keep nothing of a call in which a module ran more often than when the denoiser was examined."""
+        if "astray" in context.scratch:
+            self.host.note(
+                f"{context.scratch['astray']} ran more often than when the denoiser was examined; such steps are "
+                "computed."
+            )
+            context.state.forget_features()
+
     def _flaw(self, context: Context, output: Any) -> str | None:
         """What is wrong with what was predicted, if anything."""
         if all(verdict.is_full for verdict in context.verdicts.values()):
             return None
-        if not self.driver.was_followed(context):
+        if "astray" in context.scratch or not self.driver.was_followed(context):
             return "made for other blocks than the host called"
         leaves = [leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor)]
         return None if self.finite.passes(context.state, leaves) else NOT_FINITE
@@ -142,6 +153,17 @@ class SiteRunner:
             )
 
     # -- blocks ----------------------------------------------------------------------------------------------------
+
+    def turn(self, positions: Sequence[int]) -> int | None:
+        """A module that is several main blocks is called: which of them this is; None if it is none of them."""
+        if self._active is None:
+            return None
+        scratch = self._active.scratch
+        count = scratch[("turn", positions[0])] = scratch.get(("turn", positions[0]), 0) + 1
+        if count <= len(positions):
+            return positions[count - 1]
+        scratch["astray"] = self.host.blocks[positions[0]].path
+        return None
 
     def on_block(self, position: int, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A main block is called."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
 from torch import Tensor
 
-from cache4diffusion.anatomy import Anatomy
+from cache4diffusion.anatomy import Anatomy, Block, LeafPath
 from cache4diffusion.engine.driver import Driver, Inner, Rested
 from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.leaves import get_output, own, select_rows
@@ -27,6 +28,26 @@ class Stretch:
     key: int  # which decision it follows
     first: int
     last: int
+
+
+def why_not_bypassed(block: Block) -> str | None:
+    """Why a block must always run, in a sentence; None if it need not."""
+    if block.puts:
+        where = _words(block.puts)
+        fact = f"puts what it makes into a container that it is given ({where}; it should return a new one)"
+    elif block.strangers or any(stream.output is None and stream.feeds_output for stream in block.streams):
+        where = f" (at {_words(block.strangers)})" if block.strangers else ""
+        fact = f"returns more than its streams and what it was given{where}"
+    else:
+        return None
+    return (
+        f"{block.path} {fact}, so it cannot be bypassed. Methods for its parts ('fora', 'taylorseer') or for the whole "
+        "denoiser ('taylorseer-lite') need not do that."
+    )
+
+
+def _words(paths: Iterable[LeafPath]) -> str:
+    return ", ".join("".join(f"[{key!r}]" for key in path) or "its whole output" for path in paths)
 
 
 def stretches(site: Span, lengths: list[int], seams: tuple[bool, ...]) -> list[Stretch]:
@@ -117,9 +138,9 @@ class SpanDriver(Driver):
             self.host.note(f"{self.site} leaves none of the {count} blocks to cache, so nothing is cached.")
         self._by_position = {p: s for s in self.stretches for p in range(s.first, s.last + 1)}
         for position in sorted({p for s in self.stretches for p in range(s.first, s.last + 1)}):
-            block = self.host.blocks[position]
-            if not block.can_rebuild or any(s.output is None and s.feeds_output for s in block.streams):
-                raise AnatomyError(f"{block.path} returns more than its streams, so it cannot be bypassed.")
+            why = why_not_bypassed(self.host.blocks[position].block)
+            if why is not None:
+                raise AnatomyError(why)
 
     def _in_pieces(self, whole: Sequence[Stretch], starts: set[int]) -> list[Stretch]:
         """Cut stretches where a block does not go on with what the one before left, and behind every block whose output
@@ -140,8 +161,8 @@ class SpanDriver(Driver):
         """Positions in a piece, but for its last, whose output is read by what runs, or by what a piece begins with."""
         blocks = self.host.blocks
         together = [other for other in pieces if other.key == piece.key]
-        rest = {blocks[p].path for other in together for p in range(other.first + 1, other.last + 1)}
-        rest.add(blocks[piece.first].path)
+        rest = {blocks[p].name for other in together for p in range(other.first + 1, other.last + 1)}
+        rest.add(blocks[piece.first].name)
         return [p for p in range(piece.first, piece.last) if not rest.issuperset(blocks[p].block.read_by)]
 
     def _check_predictor(self, anatomy: Anatomy) -> None:
@@ -385,7 +406,7 @@ class SpanDriver(Driver):
             if stream.output is not None:
                 whole[rows] = get_output(output, stream.output)
             values.append(whole)
-        return self.host.blocks[position].rebuild(values)
+        return self.host.rebuild(position, values, args, kwargs)
 
     def _bypass(
         self, context: Context, stretch: Stretch, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -394,13 +415,13 @@ class SpanDriver(Driver):
         if position == route[0] and self.sees_input:  # now, for the host may write into the streams on their way
             context.scratch["predicted", stretch.name] = self._predict(context, stretch, values)
         if position != route[-1]:
-            return self.host.blocks[position].rebuild(values)
+            return self.host.rebuild(position, values, args, kwargs)
         leaves = context.scratch.pop(("predicted", stretch.name), None) or self._predict(context, stretch, values)
         if self.form == "output":
             leaves = own(leaves, context.state.sites[stretch.name])
         for i, leaf in zip(self.kept(position), leaves, strict=True):
             values[i] = values[i] + leaf if self.form == "residual" else leaf
-        return self.host.blocks[position].rebuild(values)
+        return self.host.rebuild(position, values, args, kwargs)
 
     def _predict(self, context: Context, stretch: Stretch, entered: Sequence[Tensor]) -> list[Tensor]:
         seen = self._seen(context, stretch, entered)
@@ -417,13 +438,22 @@ class SpanDriver(Driver):
                 shares.append((route, sum(verdict.cached) / len(verdict.cached)))
         key = tuple(shares)
         if key not in self._rested:
-            blocks = self.host.blocks
-            self._rested[key] = tuple((blocks[p].path, share) for route, share in shares for p in route)
+            found: dict[str, float] = {}
+            for route, share in shares:
+                for view in (self.host.blocks[p] for p in route):
+                    found[view.path] = found.get(view.path, 0.0) + share / view.block.calls
+            self._rested[key] = tuple(found.items())
         return self._rested[key]
 
     def bypassed(self) -> list[str]:
         """The blocks of the stretches."""
-        return [self.host.blocks[position].path for position in self._by_position]
+        return self._always(self._by_position)
+
+    def _always(self, positions: Iterable[int]) -> list[str]:
+        """The modules of which all calls are among these blocks."""
+        views = [self.host.blocks[position] for position in positions]
+        calls = Counter(view.path for view in views)
+        return list(dict.fromkeys(view.path for view in views if calls[view.path] == view.block.calls))
 
 
 class SwitchingSpanDriver(SpanDriver):
@@ -476,7 +506,7 @@ class SwitchingSpanDriver(SpanDriver):
     def bypassed(self) -> list[str]:
         """The blocks that belong to both sides."""
         sides = [{p for s in side for p in range(s.first, s.last + 1)} for side in (self.rear, self.front)]
-        return [self.host.blocks[position].path for position in sorted(sides[0] & sides[1])]
+        return self._always(sorted(sides[0] & sides[1]))
 
 
 class BlocksDriver(SpanDriver):

@@ -96,7 +96,7 @@ class TokenDriver:
         for position in sorted(positions):
             for part in blocks[position].parts:
                 if self.captures(part.kind) and part.path not in wrapped:
-                    module = self.driver.host.denoiser.get_submodule(part.path)
+                    module = self.driver.host.plain.get_submodule(part.path)
                     self._watched.append(WatchedAttention(module, position, part.kind, self))
 
     def uninstall(self) -> None:

@@ -57,7 +57,7 @@ class SignalObserver(Observer):
         """Run the first block up to its first part, and no further."""
         anatomy = self.host.anatomy
         assert anatomy is not None and anatomy.signal is not None
-        part = self.host.denoiser.get_submodule(anatomy.signal.path)
+        part = self.host.plain.get_submodule(anatomy.signal.path)
 
         def stop(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             raise _Reached(args, kwargs)
