@@ -98,7 +98,7 @@ def declare(
         parts=dict(parts or {}),
     )
     _check(target, hint)
-    if isinstance(denoiser, nn.Module):
+    if isinstance(denoiser, nn.Module) and isinstance(target, nn.Module):
         owner = owner_of(denoiser) or owner_of(target)
         if owner is not None:
             raise AlreadyAcceleratedError(

@@ -322,7 +322,9 @@ def _twin_of(denoiser: nn.Module) -> nn.Module:
 
     for module in twin.modules():
         registry = getattr(module, "_diffusers_hook", None)
-        hooks = {} if registry is None else dict(registry.hooks)
+        if registry is None:
+            continue
+        hooks = dict(registry.hooks)
         if all(isinstance(hook, (ContextParallelGatherHook, ContextParallelSplitHook)) for hook in hooks.values()):
             for name in reversed(hooks):
                 registry.remove_hook(name, recurse=False)

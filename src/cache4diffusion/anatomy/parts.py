@@ -55,7 +55,9 @@ class BlockReader:
 
     def __init__(self, recording: Recording, block: BlockView, declared: Mapping[str, PartKind] | None = None) -> None:
         self.recording, self.block, self.call = recording, block, block.call
-        self.declared = {f"{block.call.path}.{path}": kind for path, kind in (declared or {}).items()}
+        self.declared: dict[str, PartKind] = {
+            f"{block.call.path}.{path}": kind for path, kind in (declared or {}).items()
+        }
         self.inner_calls = recording.inside(block.call)
         self.depends = block.stream_dependents(recording)
         self.notes: list[str] = []

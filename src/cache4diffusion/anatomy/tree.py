@@ -44,8 +44,12 @@ def like(tree: Any, items: list[Any]) -> Any:
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     keys = [key for key, _ in children(tree) or ()]
     if isinstance(tree, dict):
-        changed = dict(zip(keys, items, strict=True))
-        return changed if type(tree) is dict else type(tree)(**changed)
+        if type(tree) is dict:
+            return dict(zip(keys, items, strict=True))
+        twin = copy.copy(tree)  # an output class, maybe: it knows how it is made
+        for key, item in zip(keys, items, strict=True):
+            twin[key] = item
+        return twin
     twin = copy.copy(tree)
     for key, item in zip(keys, items, strict=True):
         object.__setattr__(twin, str(key), item)

@@ -18,7 +18,6 @@ from cache4diffusion.calibration.pupil import Pupil, mean
 from cache4diffusion.calibration.store import Entry
 from cache4diffusion.calibration.training import Answer, Training
 from cache4diffusion.engine.compiling import is_compiled, is_compiled_whole
-from cache4diffusion.engine.leaves import take_apart
 from cache4diffusion.errors import AlreadyAcceleratedError, CalibrationError, CompositionError
 from cache4diffusion.run import RunTracker
 from cache4diffusion.wrap import owner_of
