@@ -95,12 +95,12 @@ def test_rows_decide_for_themselves(name):
 
     def sample(rows):
         mine = tuple(value[rows] for value in args)  # the first row of a batch is that row alone
-        with c4d.accelerate(denoiser, "fbcache", threshold=0.05, decide="row") as handle, handle.run(num_steps=12):
+        with c4d.accelerate(denoiser, "fbcache", threshold=0.2, decide="row") as handle, handle.run(num_steps=12):
             return loop(denoiser, mine, kwargs, 12), handle.stats["strip"]
 
     together, strip = sample(slice(None))
     apart = [sample(slice(row, row + 1)) for row in range(3)]
-    assert "m" in strip or len({strip for _, strip in apart}) == 1
+    assert "m" in strip
     for step, whole in enumerate(together):
         torch.testing.assert_close(whole, torch.cat([found[step] for found, _ in apart]), rtol=1e-4, atol=1e-5)
 

@@ -12,6 +12,8 @@ from diffusers import ContextParallelConfig
 from torch.distributed.device_mesh import init_device_mesh
 
 import cache4diffusion as c4d
+from cache4diffusion.calibration.observer import Observer
+from cache4diffusion.calibration.store import statistic_of
 from cache4diffusion.engine import decide
 from cache4diffusion.errors import MemoryBudgetError
 from cache4diffusion.predictors import Reuse
@@ -423,6 +425,7 @@ def job_refusals():
     alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     found["group"] = what_came(lambda: c4d.accelerate(shared, "fora", group=alone))
     found["no group"] = what_came(lambda: c4d.accelerate(plain, "fora", group=3))
+    found["calibration"] = what_came(lambda: Observer(shared, statistic_of("magcache", {})))
     with contextlib.suppress(c4d.Cache4DiffusionError), c4d.accelerate(plain, "seacache") as handle:
         parallel(plain)
         found["late"] = what_came(lambda: flux_loop(plain, inputs(), STEPS))
@@ -442,3 +445,5 @@ def test_what_must_see_whole_samples_is_refused_where_they_are_shared(tmp_path):
         assert "leaves out process" in found["group"][1]
         assert found["no group"][0] == "SettingError"
         assert "torch.distributed.new_group" in found["no group"][1]
+        assert found["calibration"][0] == "CompositionError"
+        assert "Make it in one process" in found["calibration"][1]

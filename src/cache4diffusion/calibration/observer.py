@@ -20,8 +20,9 @@ from cache4diffusion.calibration.fingerprint import fingerprint_of
 from cache4diffusion.calibration.statistic import Fit, Seen, Statistic, WeightStatistic
 from cache4diffusion.calibration.store import Entry
 from cache4diffusion.composition import Composition
+from cache4diffusion.engine.group import shares_tokens
 from cache4diffusion.engine.state import Context
-from cache4diffusion.errors import AlreadyAcceleratedError, CalibrationError
+from cache4diffusion.errors import AlreadyAcceleratedError, CalibrationError, CompositionError
 from cache4diffusion.gates import StaticGate, Step, Watch
 from cache4diffusion.predictors.corrector import Corrector, Sight
 from cache4diffusion.sites import Trajectory
@@ -176,6 +177,33 @@ class Collected:
         self._memory.clear()
 
 
+def uncached(target: Any, purpose: str) -> dict[str, nn.Module]:
+    """The denoisers of a pipeline (or a denoiser itself), by name, if they can be seen uncached and whole.
+
+    Args:
+        target: the pipeline, or a denoiser.
+        purpose: what must see them, in a word.
+
+    Raises:
+        AlreadyAcceleratedError: one carries a handle, so it would not be the uncached denoiser that is seen.
+        CompositionError: this process sees no more than a share of every sample's tokens.
+    """
+    found = denoisers_of(target)
+    for name, denoiser in found.items():
+        owner = owner_of(denoiser)
+        if owner is not None:
+            raise AlreadyAcceleratedError(
+                f"{name} is accelerated by {owner.label}, and a {purpose} must see it uncached. Call remove() on that "
+                "handle first."
+            )
+        if shares_tokens(denoiser):
+            raise CompositionError(
+                f"{name} shares the tokens of its samples out over several processes, and a {purpose} must see all of "
+                "them. Make it in one process, without enable_parallelism; the file serves any number of processes."
+            )
+    return found
+
+
 class Observer:
     """Attached to a pipeline (or a denoiser) while it samples, uncached; a context manager.
 
@@ -189,19 +217,12 @@ class Observer:
         statistic: what is measured.
 
     Raises:
-        AlreadyAcceleratedError: it carries a handle, so it would not be the uncached denoiser that is seen.
+        AlreadyAcceleratedError, CompositionError: as of `uncached`.
     """
 
     def __init__(self, target: Any, statistic: Statistic) -> None:
         self.target, self.statistic = target, statistic
-        self.denoisers: dict[str, nn.Module] = denoisers_of(target)
-        for name, denoiser in self.denoisers.items():
-            owner = owner_of(denoiser)
-            if owner is not None:
-                raise AlreadyAcceleratedError(
-                    f"{name} is accelerated by {owner.label}, and a calibration must see it uncached. Call remove() on "
-                    "that handle first."
-                )
+        self.denoisers = uncached(target, "calibration")
         self.collected = {name: Collected(statistic, statistic.init()) for name in self.denoisers}
 
     def __enter__(self) -> Observer:

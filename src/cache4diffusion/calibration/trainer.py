@@ -12,15 +12,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cache4diffusion.accelerate import denoisers_of
+from cache4diffusion.calibration.observer import uncached
 from cache4diffusion.calibration.outputs import numbers_of
 from cache4diffusion.calibration.pupil import Pupil, mean
 from cache4diffusion.calibration.store import Entry
 from cache4diffusion.calibration.training import Answer, Training
 from cache4diffusion.engine.compiling import is_compiled, is_compiled_whole
-from cache4diffusion.errors import AlreadyAcceleratedError, CalibrationError, CompositionError
+from cache4diffusion.errors import CalibrationError, CompositionError
 from cache4diffusion.run import RunTracker
-from cache4diffusion.wrap import owner_of
 
 
 class Trainer:
@@ -40,21 +39,15 @@ class Trainer:
 
     Raises:
         AlreadyAcceleratedError: it carries a handle, so it would not be the uncached denoiser that teaches.
-        CompositionError: its blocks are compiled, and sites inside could not be reached.
+        CompositionError: its blocks are compiled, and sites inside could not be reached; or as of `uncached`.
     """
 
     def __init__(
         self, target: Any, training: Training, seed: int, measured: Mapping[str, Mapping[str, Tensor]]
     ) -> None:
         self.target, self.training, self.seed, self.measured = target, training, seed, measured
-        self.denoisers: dict[str, nn.Module] = denoisers_of(target)
+        self.denoisers = uncached(target, "training")
         for name, denoiser in self.denoisers.items():
-            owner = owner_of(denoiser)
-            if owner is not None:
-                raise AlreadyAcceleratedError(
-                    f"{name} is accelerated by {owner.label}, and a training must see it uncached. Call remove() on "
-                    "that handle first."
-                )
             if is_compiled_whole(denoiser) or any(is_compiled(module) for module in denoiser.modules()):
                 raise CompositionError(
                     f"{name} is compiled, which hides the sites that are trained. Calibrate it before it is compiled; "
