@@ -11,6 +11,9 @@ import torch
 
 import cache4diffusion as c4d
 from cache4diffusion import copies, devices
+from cache4diffusion.trace import Timer
+from ranks import on_ranks
+from simulated import can_register, register
 from toys import ACTIVE, flux, flux_inputs
 
 SOURCE = Path(c4d.__file__).parent
@@ -49,6 +52,28 @@ def test_methods_run_without_a_call_of_torch_cuda(name, monkeypatch):
             monkeypatch.setattr(torch.cuda, called, refusing(called, found))
     _, strip = sampled(name, "cpu")
     assert set(strip) - {"F"}
+
+
+def job_simulated(names):
+    device = register()
+    assert not devices.has_clock(device)
+    assert type(copies.copy_engine(device)) is copies.CopyEngine
+    assert Timer().events(device) is None
+    with pytest.raises(RuntimeError, match="a tensor of the CPU was given"):
+        torch.ones(2, device=device) + torch.ones(2)
+    return [sampled(name, device) for name in names]
+
+
+@pytest.mark.skipif(not can_register(), reason="this PyTorch takes no devices from Python")
+@pytest.mark.parametrize("names", [METHODS[:3], pytest.param(METHODS[3:], marks=pytest.mark.slow)])
+def test_methods_run_on_a_device_that_nobody_has_heard_of(names, tmp_path):
+    (found,) = on_ranks(job_simulated, names, tmp_path=tmp_path, count=1)
+    for name, (outputs, strip) in zip(names, found, strict=True):
+        wanted, wanted_strip = sampled(name, "cpu")
+        assert strip == wanted_strip, name
+        assert set(strip) - {"F"}, name
+        for a, b in zip(outputs, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def cuda_only(source: str) -> list[int]:
