@@ -18,6 +18,7 @@ _META = torch._C.DispatchKeySet(torch._C.DispatchKey.Meta)
 _MEMORY: dict[int, Tensor] = {}  # bytes on the host, by storage
 _VIEWS = ("as_strided", "view", "_reshape_alias", "unfold", "view.dtype")
 _MADE = ("arange", "arange.start", "arange.start_step", "linspace", "eye", "eye.m", "randperm")  # PyTorch resizes these
+_RESIZED = ("abs",)  # and these, which are given tensors
 _LIBRARIES = []  # what is registered lives as long as these
 
 
@@ -62,6 +63,8 @@ def register() -> torch.device:
         aten.impl(name, partial(_operator(name).redispatch, _META), "PrivateUse1")
     for name in _MADE:
         aten.impl(name, partial(_made, _operator(name)), "PrivateUse1")
+    for name in _RESIZED:
+        aten.impl(name, partial(_on_the_host, _operator(name)), "PrivateUse1")
     _LIBRARIES.extend((everything, aten))
     return torch.device(NAME, 0)
 
