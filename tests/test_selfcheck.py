@@ -18,7 +18,7 @@ from cache4diffusion.errors import SettingError, UnknownNameError
 from cache4diffusion.predictors import History
 from cache4diffusion.selfcheck import INVARIANTS
 from cache4diffusion.wrap import owner_of
-from toys import CALIBRATED, FIRST_TEN, MLP, dit, flux, flux_inputs, flux_pipeline, prompt
+from toys import CALIBRATED, FIRST_TEN, MLP, Experts, dit, flux, flux_inputs, flux_pipeline, prompt
 
 STEPS = 6
 SMALL = {"height": 16, "width": 16}
@@ -255,5 +255,62 @@ def test_bad_requests(denoiser):
         c4d.selfcheck(denoiser, inputs=inputs(), steps=2)
     with pytest.raises(UnknownNameError, match="did you mean 'fora'"):
         check(denoiser, "foro")
-    with c4d.accelerate(denoiser, "fora"), pytest.raises(SettingError, match="remove"):
-        check(denoiser, "fora")
+
+
+def test_what_accelerates_a_pipeline_is_checked_and_goes_on():
+    pipe, call = flux_pipeline(), {**prompt(batch=2), **SMALL}
+    with c4d.accelerate(pipe, "fbcache", threshold=0.3, cache_dtype="bf16") as handle:
+        before = pipe(**call, num_inference_steps=8, output_type="latent", generator=torch.Generator().manual_seed(0))
+        strip, memory = handle.stats["strip"], handle.memory
+        found = c4d.selfcheck(pipe, call=call)
+        assert found.ok, str(found)
+        assert {finding.method for finding in found.findings} == {"fbcache"}
+        assert found.steps == 6
+        assert "bfloat16" in found.labels["fbcache"]
+        assert owner_of(pipe.transformer) is handle
+        assert (handle.stats["strip"], handle.memory) == (strip, memory)
+        after = pipe(**call, num_inference_steps=8, output_type="latent", generator=torch.Generator().manual_seed(0))
+        assert torch.equal(before[0], after[0])
+        assert handle.stats["strip"] == strip
+        assert len(handle.trace.runs()) == 2
+        other = c4d.selfcheck(pipe, "fora", call=call)
+        assert {finding.method for finding in other.findings} == {"fora"}
+    assert owner_of(pipe.transformer) is None
+
+
+def test_runs_are_as_long_as_the_attached_method_needs(denoiser):
+    with c4d.accelerate(denoiser, "taylorseer-lite", gate="widening(warmup=8,window=2,growth=1)"):
+        found = c4d.selfcheck(denoiser, inputs=inputs())
+    assert found.ok, str(found)
+    assert found.steps == 12
+    assert found.of("taylorseer-lite", "frozen_input").status == "passed"
+
+
+def test_a_method_that_is_off_is_not_blamed_for_caching_nothing(denoiser):
+    with c4d.accelerate(denoiser, "fbcache", threshold=0):
+        found = c4d.selfcheck(denoiser, inputs=inputs())
+    assert found.ok, str(found)
+    assert "the method is off" in found.of("fbcache", "frozen_input").detail
+
+
+def test_a_report_in_words(denoiser, monkeypatch):
+    found = str(check(denoiser, "fora"))
+    for promise in INVARIANTS.values():
+        assert promise in found
+    assert "method: fora(" in found
+    assert "why: the parts of a real network are not affine in the step" in found
+    assert "nothing failed (8 hold, 1 do not apply)" in found
+    swap_streams(monkeypatch, "transformer_blocks.1.attn")
+    found = str(check(denoiser, "fora"))
+    assert "2 FAILED: Given the same input" in found
+    assert "(at transformer_blocks.1.attn)" in found
+    assert "something failed: do not use it here" in found
+
+
+def test_several_handles_on_one_pipeline_are_not_guessed_at():
+    pipe = Experts()
+    with c4d.accelerate(pipe.transformer, "fora"), c4d.accelerate(pipe.transformer_2, "fbcache"):
+        with pytest.raises(SettingError, match="2 handles"):
+            c4d.selfcheck(pipe)
+        assert owner_of(pipe.transformer).label.startswith("fora")
+        assert owner_of(pipe.transformer_2).label.startswith("fbcache")

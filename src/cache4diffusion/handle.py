@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from cache4diffusion.engine import Engine
-from cache4diffusion.errors import RunError, SettingError, closest
+from cache4diffusion.errors import AlreadyAcceleratedError, RunError, SettingError, closest
 from cache4diffusion.few_steps import FEW, FewStepsWarning, few_steps_text
 from cache4diffusion.method import Method
 from cache4diffusion.options import Options
 from cache4diffusion.run import Run, RunTracker
 from cache4diffusion.storage import Store
 from cache4diffusion.trace import FULL, Trace
+from cache4diffusion.wrap import owner_of
 
 if TYPE_CHECKING:
     from cache4diffusion.accelerate import Choice
@@ -178,6 +179,40 @@ class Handle:
         The pipeline's own schedulers are listened to without this.
         """
         self._tracker.watch_scheduler(scheduler)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within: the denoisers are what they were before `accelerate`, and may be accelerated in another way.
+
+        Runs that are in progress end, and what they cached is forgotten. The trace of earlier runs stays.
+
+        Raises:
+            RunError: the handle was removed.
+            AlreadyAcceleratedError: at the end, where something else is still attached. This handle is removed then.
+        """
+        if self._is_removed:
+            raise RunError(f"{self!r}: there is nothing to pause.")
+        self._tracker.end()
+        for engine in self._engines:
+            engine.remove()
+        try:
+            yield
+        finally:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        if self._is_removed:
+            return
+        taken = {engine.name: owner_of(engine.denoiser) for engine in self._engines}
+        for name, owner in taken.items():
+            if owner is not None:
+                self.remove()
+                raise AlreadyAcceleratedError(
+                    f"{self.label} was paused and cannot go on: {name} was accelerated by {owner.label} in the "
+                    "meantime. Call remove() on that handle, then accelerate() again."
+                )
+        for engine in self._engines:
+            engine.put_back()
 
     def remove(self) -> None:
         """Take every wrapper away and free all memory; the denoiser is what it was. Harmless when repeated."""

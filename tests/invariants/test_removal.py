@@ -15,7 +15,8 @@ import toys
 from cache4diffusion.anatomy.undisturbed import plain_forward
 from cache4diffusion.engine.compiling import is_compiled
 from cache4diffusion.engine.core import Engine
-from cache4diffusion.wrap import CallWrapper, ForwardWrapper
+from cache4diffusion.errors import AlreadyAcceleratedError, RunError
+from cache4diffusion.wrap import CallWrapper, ForwardWrapper, owner_of
 
 methods = toys.distinct_methods
 GUIDED = toys.prompt(1, negative=2)
@@ -37,6 +38,43 @@ def test_remove_restores_what_was_found(name):
     assert not [key for key in before.changed() if not is_of_the_run(key)]
     assert torch.equal(toys.generate(pipe, **GUIDED), plain)
     handle.remove()  # harmless when repeated
+
+
+@methods
+def test_paused_it_is_as_if_it_had_been_removed_and_then_it_goes_on(name):
+    pipe = toys.flux_pipeline()
+    plain = toys.generate(pipe, **GUIDED)
+    with c4d.accelerate(pipe, name, **toys.ACTIVE[name]) as handle:
+        cached = toys.generate(pipe, **GUIDED)
+        strip = handle.stats["strip"]
+        with handle.paused():
+            assert owner_of(pipe.transformer) is None
+            assert handle.memory["held"] == 0
+            assert torch.equal(toys.generate(pipe, **GUIDED), plain)
+            with c4d.accelerate(pipe, "fora", interval=2):
+                toys.generate(pipe, **GUIDED)
+        assert owner_of(pipe.transformer) is handle
+        assert len(handle.trace.runs()) == 1
+        assert torch.equal(toys.generate(pipe, **GUIDED), cached)
+        assert handle.stats["strip"] == strip
+    assert torch.equal(toys.generate(pipe, **GUIDED), plain)
+
+
+def test_a_pause_does_not_end_over_another_handle_and_not_after_removal():
+    pipe = toys.flux_pipeline()
+    plain = toys.generate(pipe)
+    handle = c4d.accelerate(pipe, "taylorseer")
+    with pytest.raises(AlreadyAcceleratedError, match="was paused and cannot go on: transformer"), handle.paused():
+        other = c4d.accelerate(pipe, "fora", interval=2)
+    assert owner_of(pipe.transformer) is other
+    other.remove()
+    handle = c4d.accelerate(pipe, "taylorseer")
+    with handle.paused():
+        handle.remove()
+    assert owner_of(pipe.transformer) is None
+    assert torch.equal(toys.generate(pipe), plain)
+    with pytest.raises(RunError, match="nothing to pause"), handle.paused():
+        pass
 
 
 def is_of_the_run(key):

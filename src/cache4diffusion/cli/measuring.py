@@ -187,7 +187,7 @@ def demo(
 def selfcheck(
     model: ModelOption = "scenes-flux",
     methods: Annotated[str | None, typer.Option("--methods", help="Comma-separated; all that fit by default.")] = None,
-    steps: Annotated[int, typer.Option("--steps", min=4, help="Of each short run.")] = 8,
+    steps: Annotated[int, typer.Option("--steps", min=4, help="Of each short run.")] = 6,
     arguments: ArgOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,

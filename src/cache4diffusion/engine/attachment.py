@@ -51,7 +51,8 @@ class Attachment:
         self._seen: list[weakref.ref[nn.Module]] = []  # the denoiser's modules at the last `install`
         self.room: AbstractContextManager[Any] = nullcontext()  # for calls: what compiled blocks need
         leave_us_alone()
-        self._root = CallWrapper(host.denoiser, on_denoiser, owner=owner, allow_compile=self._allow_compile)
+        self._on_denoiser = on_denoiser
+        self.put_back()
 
     def serve(self, host: Host, runner: SiteRunner | None) -> None:
         """What is to be installed next; nothing is installed now."""
@@ -118,8 +119,14 @@ class Attachment:
             drop_graphs(self.host.denoiser)
         self.is_installed = False
 
+    def put_back(self) -> None:
+        """Wrap the denoiser's own call; the rest follows with `install`."""
+        self._root = CallWrapper(
+            self.host.denoiser, self._on_denoiser, owner=self.owner, allow_compile=self._allow_compile
+        )
+
     def remove(self) -> None:
-        """Take every wrapper away."""
+        """Take every wrapper away, until `put_back`."""
         self.uninstall()
         self._root.remove()
 

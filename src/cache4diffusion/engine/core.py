@@ -166,6 +166,11 @@ class Engine:
             self.attachment.remove()
             self._forget(None)
 
+    def put_back(self) -> None:
+        """After `remove`: go on from nothing."""
+        with self._lock:
+            self.attachment.put_back()
+
     # -- around scheduler.step -------------------------------------------------------------------------------------
 
     def before_step(self, run: Run, scheduler: Any, arguments: dict[str, Any]) -> None:

@@ -205,12 +205,17 @@ class RunTracker:
         with self._lock:
             taps, self._taps = self._taps, []
             self._steerings = []
-            threads = list(self._threads.values())
-            self._threads.clear()
         for reference in taps:
             tap = reference()
             if tap is not None:
                 tap.leave(self)
+        self.end(aborted)
+
+    def end(self, aborted: bool = False) -> None:
+        """End the runs of all threads."""
+        with self._lock:
+            threads = list(self._threads.values())
+            self._threads.clear()
         for thread in threads:
             self._end(thread, aborted)
 

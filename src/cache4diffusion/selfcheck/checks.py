@@ -23,7 +23,7 @@ from cache4diffusion.method import Method, method
 from cache4diffusion.predictors import Reuse
 from cache4diffusion.selfcheck.inside import Probe, always_resting, counted, newcomers, poison
 from cache4diffusion.selfcheck.stage import Case, Failed, NotApplicable, Stage, Subject
-from cache4diffusion.selfcheck.values import all_equal, difference, distance, kind, tensors, tolerance
+from cache4diffusion.selfcheck.values import all_equal, difference, distance, kind, tensors
 from cache4diffusion.sites import Denoiser, Parts, UNetLevel
 from cache4diffusion.wrap import owner_of
 
@@ -177,7 +177,7 @@ OF_RUNS: dict[str, Callable[[Stage, Case], str]] = {
 def _frozen_input(subject: Subject, case: Case) -> str:
     case = case.forced(subject.steps)
     composition = case.composition
-    is_exact, is_close = _is_exact(composition), _keeps_constants(composition)
+    is_exact, is_close = _is_exact(composition) and not case.rounds, _keeps_constants(composition)
     counts: dict[str, int] = {}
     with counted(subject.denoiser, counts), subject.attach(case) as handle:
         engine = handle._engines[0]
@@ -193,7 +193,7 @@ def _frozen_input(subject: Subject, case: Case) -> str:
                 except StopIteration:
                     break
                 except Exception as error:
-                    site = probe.culprit(tolerance(subject.truth[0]))
+                    site = probe.culprit(case.tolerance(subject.truth[0]))
                     raise Failed(f"a cached step failed: {type(error).__name__}: {error}", site) from error
                 if letter == "F":
                     probe.keep(number)
@@ -201,14 +201,16 @@ def _frozen_input(subject: Subject, case: Case) -> str:
                 cached += 1
                 truth = subject.truth[number]
                 worst = max(worst, distance(truth, output))
-                limit = 0.0 if is_exact else tolerance(truth)
+                limit = 0.0 if is_exact else case.tolerance(truth)
                 if is_close and not worst <= limit:
-                    site = probe.culprit(tolerance(truth), number)
+                    site = probe.culprit(case.tolerance(truth), number)
                     wanted = "be bit-equal" if is_exact else f"agree to {limit:.0e}"
                     raise Failed(
                         f"step {step}, cached, differs from a full step by {worst:.2e}; it should {wanted}", site
                     )
                 ran += [path for path in resting if counts.get(path)] if letter == "c" else []
+    if not cached and composition.is_off:
+        raise NotApplicable("with these settings the method is off: it caches nothing")
     if not cached and composition.site is None:
         raise NotApplicable("this call has no guidance, so there is no second branch to predict")
     if not cached:
@@ -219,7 +221,7 @@ def _frozen_input(subject: Subject, case: Case) -> str:
     what = "1 bypassed module" if len(resting) == 1 else f"{len(resting)} bypassed modules"
     rests = f"{what} ran 0 times" if resting else "no module is bypassed as a whole"
     found = f"{cached} cached calls {said}; {rests}"
-    if not is_close and worst > tolerance(subject.truth[0]):
+    if not is_close and worst > case.tolerance(subject.truth[0]):
         raise NotApplicable(f"its predictor does not keep what never changes ({found})")
     return found
 
@@ -251,7 +253,7 @@ def _nan_guard(subject: Subject, case: Case) -> str:
                 if any(not bool(torch.isfinite(leaf).all()) for leaf in tensors(output)):
                     raise Failed(f"step {step} returned NaN: the cache was poisoned and nobody noticed")
                 is_due = letter == "F" or _keeps_constants(case.composition)
-                if is_due and distance(subject.truth[number], output) > tolerance(subject.truth[number]):
+                if is_due and distance(subject.truth[number], output) > case.tolerance(subject.truth[number]):
                     raise Failed(f"step {step}, after the cache was poisoned, is not what a full step returns")
             seen_cached |= letter != "F"
             if seen_cached and not poisoned and number == len(subject.calls) - 1:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from cache4diffusion.accelerate import choose, compose, denoisers_of
+from cache4diffusion.accelerate import Choice, choose, compose, denoisers_of
 from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.calls import quiet
 from cache4diffusion.compare import parse_method
@@ -31,44 +31,90 @@ def selfcheck(
     *,
     inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     call: Mapping[str, Any] | None = None,
-    steps: int = 8,
+    steps: int | None = None,
     progress: bool = False,
 ) -> SelfCheck:
-    """Prove on this pipeline (or denoiser) what this library promises of any, for each method that can serve it.
+    """Prove on this pipeline (or denoiser) what this library promises of any, for the method that accelerates it.
 
-    Nothing is left attached. Runs are short: ``steps`` steps, two images, no decoding. Warm-ups are shortened and
-    thresholds raised, so that few steps show cached ones. Of a pipeline with several denoisers (two experts that share
-    the steps) each is checked, and what is found names it.
+        c4d.accelerate(pipe, "dbcache", threshold=0.1)
+        print(c4d.selfcheck(pipe))  # in words; true if nothing failed
+
+    What accelerates it now is paused meanwhile, and goes on afterwards; of a pipeline that is not accelerated every
+    method is checked. Runs are short: ``steps`` steps, two images, no decoding. Warm-ups are shortened and thresholds
+    raised, so that few steps show cached ones. Of a pipeline with several denoisers (two experts that share the steps)
+    each is checked, and what is found names it.
 
     Args:
         target: a diffusers pipeline, or a denoiser (then ``inputs`` are needed).
-        methods: one or several, by name or as objects; None: all, those that cannot serve it as "not applicable".
+        methods: others, one or several, by name or as objects. None: what accelerates the target; where nothing does,
+            all, those that cannot serve it as "not applicable".
         inputs: arguments of one call of a bare denoiser, a tuple or a mapping.
         call: arguments of the pipeline's call, such as ``{"height": 256, "width": 256}``.
-        steps: of each run, 4 or more.
+        steps: of each run, 4 or more. None: 6; for what accelerates the target more, if it caches nothing in so few.
         progress: a progress bar on stderr.
 
     Raises:
-        UnknownNameError, SettingError: a method, setting or argument is not known, or inputs are missing.
+        UnknownNameError, SettingError: a method, setting or argument is not known, inputs are missing, or several
+            handles accelerate the target.
     """
-    if steps < 4:
+    if steps is not None and steps < 4:
         raise SettingError(f"selfcheck(steps={steps}): use 4 or more, so that there are full and cached ones.")
-    for name, denoiser in denoisers_of(target).items():
-        if owner_of(denoiser) is not None:
-            raise SettingError(f"{name} is accelerated: call remove() on its handle first, selfcheck attaches its own.")
-    with unconcerned(), quiet(target) if not isinstance(target, nn.Module) else nullcontext():
-        stage = Stage(target, inputs, dict(call or {}), steps)
-        names = dict.fromkeys(type(unwrapped(subject.denoiser)).__name__ for subject in stage.subjects)
-        found = SelfCheck(", ".join(names))
+    owners = list(dict.fromkeys(filter(None, map(owner_of, denoisers_of(target).values()))))
+    with ExitStack() as stack:
+        for owner in owners:
+            stack.enter_context(owner.paused())
+        stack.enter_context(unconcerned())
+        if not isinstance(target, nn.Module):
+            stack.enter_context(quiet(target))
         if isinstance(methods, (str, Method, Composition)):
             methods = [methods]
         for entry in methods or ():
             choice = choose(target, denoisers_of(target), *_named(entry))
             compose(choice.chosen, choice.axes)  # fails before anything runs
-        chosen = [_resolve(target, entry) for entry in (list(METHODS) if methods is None else methods)]
-        for name, case in _tracked(chosen, progress):
+        if methods is None and owners:
+            choices = [_attached(owners)]
+        else:
+            choices = [_choice(target, entry) for entry in (list(METHODS) if methods is None else methods)]
+        cases = [(choice.name, Case(choice.chosen, choice.axes, choice.options.storage.given)) for choice in choices]
+        given = (target, inputs, dict(call or {}))
+        if steps is None and methods is None and owners:
+            stage = _long_enough(given, cases[0][1])
+        else:
+            stage = Stage(*given, _STEPS[0] if steps is None else steps)
+        names = dict.fromkeys(type(unwrapped(subject.denoiser)).__name__ for subject in stage.subjects)
+        labels = {choice.name: choice.label for choice in choices}
+        found = SelfCheck(", ".join(names), steps=stage.steps, labels=labels)
+        for name, case in _tracked(cases, progress):
             found.findings += _findings(stage, name, case)
     return found
+
+
+def _attached(owners: list[Any]) -> Choice:
+    """What a handle put to work.
+
+    Raises:
+        SettingError: there are several, or it is an observer's.
+    """
+    if len(owners) > 1:
+        labels = ", ".join(owner.label for owner in owners)
+        raise SettingError(f"selfcheck: {len(owners)} handles accelerate this pipeline ({labels}): name the methods.")
+    if owners[0].choice is None:
+        raise SettingError(f"selfcheck: what is attached is no method ({owners[0].label}). Name the methods.")
+    return owners[0].choice
+
+
+def _long_enough(given: tuple[Any, Any, dict[str, Any]], case: Case) -> Stage:
+    """Runs in which a method caches something, where shorter ones show nothing of it."""
+    for steps in _STEPS:
+        stage = Stage(*given, steps)
+        try:
+            if any(subject.caches(case) for subject in stage.subjects):
+                break
+        except SettingError:  # the run is too short for its settings
+            continue
+        except Exception:  # a finding, which the checks tell better
+            break
+    return stage
 
 
 def _tracked(cases: list[Any], progress: bool) -> Iterator[Any]:
@@ -85,11 +131,11 @@ def _named(entry: Any) -> tuple[Any, dict[str, Any]]:
     return parse_method(entry) if isinstance(entry, str) else (entry, {})
 
 
-def _resolve(target: Any, entry: Any) -> tuple[str, Case]:
-    choice = choose(target, denoisers_of(target), *_named(entry))
-    return choice.name, Case(choice.chosen, choice.axes, choice.options.storage.given)
+def _choice(target: Any, entry: Any) -> Choice:
+    return choose(target, denoisers_of(target), *_named(entry))
 
 
+_STEPS = (6, 12, 25, 50)
 _IN_THE_SCHEDULER = "it acts in scheduler.step, which this check never calls; whole runs of a pipeline show the rest"
 
 

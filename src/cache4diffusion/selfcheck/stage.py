@@ -22,7 +22,9 @@ from cache4diffusion.errors import SettingError
 from cache4diffusion.handle import Handle
 from cache4diffusion.method import Method
 from cache4diffusion.run.taps import schedulers_of
-from cache4diffusion.selfcheck.values import tensors
+from cache4diffusion.selfcheck.values import tensors, tolerance
+from cache4diffusion.sites import Trajectory
+from cache4diffusion.storage import Storage
 from cache4diffusion.wrap import owner_of
 
 
@@ -72,11 +74,28 @@ class Case:
         return dataclasses.replace(self, chosen=forced)
 
     def off(self) -> Case:
-        """At the registry's off settings."""
+        """At the registry's off settings, which know nothing of a gate or CFG rule in the place of the method's own."""
         if not isinstance(self.chosen, Method):
             raise NotApplicable("a composition of your own has no registered off settings")
         short = {"warmup": min(self.chosen.settings.get("warmup", 2), 2)} if "warmup" in self.chosen.settings else {}
-        return dataclasses.replace(self, chosen=dataclasses.replace(self.chosen, **{**short, **self.chosen.info.off}))
+        return dataclasses.replace(
+            self,
+            chosen=dataclasses.replace(self.chosen, **{**short, **self.chosen.info.off}),
+            axes={name: axis for name, axis in self.axes.items() if name not in ("gate", "cfg")},
+        )
+
+    def tolerance(self, truth: Any) -> float:
+        """How far a cached step may be from a full one, for rounding; snapshots may be kept in a narrower type."""
+        return tolerance(truth, self._kept_in)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether snapshots may be kept in another type than that of their features."""
+        return self._kept_in is not None
+
+    @property
+    def _kept_in(self) -> torch.dtype | None:
+        return Storage.of(dtype=self.storage.get("cache_dtype")).dtype
 
     @property
     def composition(self) -> Composition:
@@ -125,6 +144,17 @@ class Subject:
         owner = owner_of(self.denoiser)
         if owner is not None:
             owner.remove()
+
+    def caches(self, case: Case) -> bool:
+        """Whether a run shows anything cached; true where that shows only in whole runs, or with guidance."""
+        case = case.forced(self.steps)
+        composition = case.composition
+        if composition.is_off or composition.site is None or isinstance(composition.site, Trajectory):
+            return True
+        if not self.calls:
+            return False
+        with self.attach(case) as handle:
+            return any(letter != "F" for _, _, _, letter in self.frozen(handle))
 
     def frozen(self, handle: Handle, calls: list[Call] | None = None) -> Iterator[tuple[int, int, Any, str]]:
         """Call the denoiser with the same arguments at every step: step, call of the step, output, letter."""

@@ -37,10 +37,11 @@ def distance(truth: Any, output: Any) -> float:
     return max((difference(x, y) for x, y in zip(a, b, strict=True)), default=0.0) if len(a) == len(b) else float("inf")
 
 
-def tolerance(truth: Any) -> float:
-    """1e-5, or what rounding leaves in a narrower type."""
-    epsilons = [torch.finfo(leaf.dtype).eps for leaf in tensors(truth) if leaf.is_floating_point()]
-    return max(1e-5, 8 * max(epsilons, default=0.0))
+def tolerance(truth: Any, kept_in: torch.dtype | None = None) -> float:
+    """1e-5, or what rounding leaves in a narrower type, of an output or of what is cached."""
+    types = [leaf.dtype for leaf in tensors(truth) if leaf.is_floating_point()]
+    epsilons = [torch.finfo(dtype).eps for dtype in (*types, kept_in) if dtype is not None]
+    return min(max(1e-5, 8 * max(epsilons, default=0.0)), 0.25)
 
 
 def kind(value: Any) -> str:
