@@ -298,7 +298,7 @@ def test_a_report_in_words(denoiser, monkeypatch):
     for promise in INVARIANTS.values():
         assert promise in found
     assert "method: fora(" in found
-    assert "why: the parts of a real network are not affine in the step" in found
+    assert "why: nothing in a real network changes so evenly" in found
     assert "nothing failed (8 hold, 1 do not apply)" in found
     swap_streams(monkeypatch, "transformer_blocks.1.attn")
     found = str(check(denoiser, "fora"))

@@ -46,7 +46,7 @@ def _off_is_off(stage: Stage, case: Case) -> str:
 
 def _linear_feature(stage: Stage, case: Case) -> str:
     raise NotApplicable(
-        "the parts of a real network are not affine in the step; shown by the library's tests on one that is"
+        "nothing in a real network changes so evenly; shown by the library's tests on one in which it does"
     )
 
 
