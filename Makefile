@@ -8,7 +8,8 @@ OUT ?= out
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install demo test test-slow test-floor lint format bench bench-gpu matrix pipelines adaptive calibrations everything clean
+.PHONY: install demo test test-slow test-floor lint format bench bench-gpu matrix pipelines compatibility adaptive \
+	calibrations everything clean
 
 install: $(BIN)/.installed
 
@@ -52,6 +53,9 @@ matrix: install  ## every invariant for every method on tiny pipelines: docs/ben
 
 pipelines: install  ## stock pipelines by task, guidance and scheduler: docs/benchmarks/pipelines.json and .md
 	PYTHONPATH=tests $(BIN)/python -m pipelines
+
+compatibility: install  ## what else people put on a pipeline, before and after: docs/compatibility.json and .md
+	PYTHONPATH=tests $(BIN)/python -m companions
 
 adaptive: install  ## thresholds and rows of adaptive methods on the reference model: docs/benchmarks/adaptive.json and .md
 	$(BIN)/python benchmarks/adaptive.py

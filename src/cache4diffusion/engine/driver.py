@@ -14,6 +14,7 @@ from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.state import BranchState, Context
 from cache4diffusion.predictors import Corrector, Predictor, Sited
 from cache4diffusion.storage import PLAIN, Store
+from cache4diffusion.wrap import CallWrapper, ForwardWrapper
 
 Inner = Callable[..., Any]
 Rested = tuple[tuple[str, float], ...]  # modules that did not run in a call, and for which share of the rows
@@ -94,6 +95,11 @@ class Driver(ABC):
 
     def uninstall(self) -> None:  # noqa: B027 - optional step
         """Take every wrapper away."""
+
+    @property
+    def wrappers(self) -> list[CallWrapper | ForwardWrapper]:
+        """What was wrapped by `install`."""
+        return []
 
     @property
     def keys(self) -> tuple[int, ...]:

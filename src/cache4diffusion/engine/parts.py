@@ -31,6 +31,7 @@ from cache4diffusion.gates import Verification
 from cache4diffusion.predictors import LinearPredictor, Predictor
 from cache4diffusion.predictors.corrector import paired
 from cache4diffusion.sites import Parts
+from cache4diffusion.wrap import CallWrapper, ForwardWrapper
 
 
 class PartsDriver(Driver):
@@ -160,15 +161,25 @@ class PartsDriver(Driver):
                 first.shows, site.is_fed = site, True
 
     def uninstall(self) -> None:
-        """Unwrap everything."""
+        """Unwrap everything.
+
+        A wrapper that something else was put in front of stays where it is, and must not hear of what is installed
+        later on: its switch stays off.
+        """
         self.switch.turn(on=False)
         self.switch.context = None
+        for wrapper in self.wrappers:
+            wrapper.remove()
         if self.tokens is not None:
             self.tokens.uninstall()
-        for wrapped in (*self.resting, *self.turns, *self.sites):
-            if wrapped.wrapper is not None:
-                wrapped.wrapper.remove()
+        self.switch = Switch()
         self.sites, self.resting, self.turns, self._traced, self._names = [], [], [], [], []
+
+    @property
+    def wrappers(self) -> list[CallWrapper | ForwardWrapper]:
+        """Of the parts, of what rests with them, and of what a token rule looks at."""
+        mine = [wrapped.wrapper for wrapped in (*self.resting, *self.turns, *self.sites) if wrapped.wrapper is not None]
+        return [*mine, *(self.tokens.wrappers if self.tokens is not None else ())]
 
     @property
     def keys(self) -> tuple[int, ...]:

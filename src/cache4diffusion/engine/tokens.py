@@ -101,9 +101,14 @@ class TokenDriver:
 
     def uninstall(self) -> None:
         """Unwrap."""
-        for watched in self._watched:
-            watched.wrapper.remove()
+        for wrapper in self.wrappers:
+            wrapper.remove()
         self._watched = []
+
+    @property
+    def wrappers(self) -> list[ForwardWrapper]:
+        """Of the attentions that are looked at."""
+        return [watched.wrapper for watched in self._watched]
 
     def handles(self, site: PartSite) -> bool:
         """Parts whose tokens can be computed one by one: cross-attention's queries, and what maps each by itself."""
