@@ -237,6 +237,50 @@ def test_writing_in_place_is_followed_and_reported():
     assert [part.is_mutated for part in block.parts] == [True, False]
 
 
+class Adds(zoo.PlainDiT):
+    """Writes into what its first block returns, and into what its last one does, behind which no block looks."""
+
+    def forward(self, x, t, y):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        c = self.classes(y)
+        first, second, third = self.layers
+        x = first(x, c)
+        x[:, 1:] = x[:, 1:] + c[:, None]
+        x = second(x, c)
+        x = third(x, c)
+        x += c[:, None]
+        return self.last(x)
+
+
+def test_a_host_that_writes_between_its_blocks_is_reported():
+    torch.manual_seed(0)
+    call = torch.randn(2, 4, 8, 8), torch.full((2,), 3), torch.ones(2, dtype=torch.long)
+    (stack,) = anatomy.observe(Adds().eval(), call, {}).main
+    assert [block.is_written for block in stack.blocks] == [True, False, False]
+    assert not any(block.is_written for block in anatomy.observe(*zoo.plain()).main[0].blocks)
+
+
+class Masked(zoo.PlainBlock):
+    """Keeps padding at zero, by truths that were made into numbers."""
+
+    def forward(self, x, c):
+        here = torch.arange(x.shape[1], device=x.device) < x.shape[1] - 1
+        return super().forward(x, c) * here.to(x.dtype)[:, None].expand(-1, x.shape[-1])
+
+
+class Scaled(zoo.PlainBlock):
+    """Makes another stream of its own."""
+
+    def forward(self, x, c):
+        return super().forward(x, c) * torch.linspace(0.5, 1.0, x.shape[1], device=x.device)[:, None]
+
+
+def test_a_stream_whose_padding_is_masked_by_numbers_is_still_that_stream():
+    (stack,) = anatomy.observe(*zoo.plain(block=Masked)).main
+    assert [parts_of(block) for block in stack.blocks] == [{"mixer": "attn", "mapper": "ffn"}] * 3
+    assert not anatomy.observe(*zoo.plain(block=Scaled)).main
+
+
 class PostNorm(zoo.PlainBlock):
     """Normalises what a part returns: the norm belongs to neither the part nor what may be skipped."""
 
