@@ -70,14 +70,14 @@ ENTRANCES = ("entrance", "significance")  # gates by which each block decides fo
 LOOKS_INSIDE = ("accumulated", "probe", "learned", *ENTRANCES)  # gates that decide while the blocks run
 NEEDS_STACK = ("accumulated", "probe", "adaptive", "triggered", *ENTRANCES)
 WATCHES = (*NEEDS_STACK, "drift", "learned")
-PARTS = ("parts", "linears", "mixed_score", "scaled_parts", "gated_parts")
+PARTS = ("parts", "linears", "mixed_score", "scaled_parts", "gated_parts", "parts_and_stream")
 CORRECTORS = ("increment", "linear-map")  # predictors that see what enters a site
 SPLITS_ROWS = ("span", "switching_span", "blocks", "gated_parts")
 
 
 def refusal(site, gate, tokens, decide, predictor="reuse", cfg=None):
     """Words of the reason why two axes cannot work together, None if they can. The table of what is not possible."""
-    if gate == "speculative" and site not in PARTS:
+    if gate == "speculative" and (site not in PARTS or site == "parts_and_stream"):
         return "that block has no input on a cached step"
     if gate in NEEDS_STACK and site == "unet_level":
         return "a U-Net has levels instead"
@@ -97,6 +97,8 @@ def refusal(site, gate, tokens, decide, predictor="reuse", cfg=None):
         return "is not a sum"
     if predictor in CORRECTORS and tokens:
         return "hands it a selection"
+    if site == "parts_and_stream" and decide == "row":
+        return "A jump of the parts and the last block's stream is one for all rows"
     if site == "trajectory" and decide != "batch":
         return "one for all branches and rows of a step"
     if site == "trajectory" and (gate in WATCHES or cfg):
@@ -204,6 +206,7 @@ FAMILY = {
     "gated_parts": "parts",
     "mixed_score": "parts",
     "scaled_parts": "parts",
+    "parts_and_stream": "parts",
 }
 
 

@@ -17,6 +17,7 @@ from cache4diffusion.sites import (
     GatedParts,
     Linears,
     Parts,
+    PartsAndStream,
     Site,
     Span,
     SwitchingSpan,
@@ -87,7 +88,7 @@ class Composition:
             return
         assert self.gate is not None
         watch, site = self.gate.watch, self.site
-        if isinstance(watch, Verification) and not isinstance(site, Parts):
+        if isinstance(watch, Verification) and (not isinstance(site, Parts) or isinstance(site, PartsAndStream)):
             raise CompositionError(
                 f"{type(self.gate).__name__} verifies a prediction by computing the last block from its own input; at "
                 f"{site.words} that block has no input on a cached step. Use site='parts'."
@@ -145,6 +146,14 @@ class Composition:
             raise CompositionError(
                 f"What {type(self.gate).__name__} watches is one for the whole denoiser; with Span(per_list=True) each "
                 "list decides by what its own first blocks make. Use per_list=False, or a gate such as 'probe'."
+            )
+        if isinstance(site, PartsAndStream) and (
+            self.decide == "row" or (watch is not None and site.counted == "until")
+        ):
+            raise CompositionError(
+                f"A jump of {site.words} is one for all rows, and told by how far full steps are: with decide='row' each "
+                "row has its own, and a gate that watches does not know the next one. Use decide='batch' or 'any', and "
+                "counted='since'."
             )
         if isinstance(site, Trajectory) and (self.decide != "batch" or self.branches != "tied"):
             raise CompositionError(
@@ -216,6 +225,8 @@ class Composition:
             return f"{type(self.gate).__name__} watches its blocks"
         if isinstance(self.site, (Span, SwitchingSpan, Blocks)):
             return "the residual of a span of its blocks is cached"
+        if isinstance(self.site, PartsAndStream):
+            return "what leaves its last block is kept"
         if self.tokens is not None:
             return f"{type(self.tokens).__name__} picks tokens by their place in it"
         return None

@@ -195,6 +195,10 @@ class Driver(ABC):
         """After a call with predictions: whether the host called what it did when they were recorded."""
         return True
 
+    def computes_tokens(self, context: Context) -> bool:
+        """After a cached call: whether some tokens may have been computed in it."""
+        return self.host.composition.tokens is not None
+
     def on_decided(self, context: Context, key: int) -> None:  # noqa: B027 - optional step
         """A verdict that was pending when the call began has been reached."""
 

@@ -6,6 +6,7 @@ from cache4diffusion.engine.denoiser import DenoiserDriver
 from cache4diffusion.engine.driver import Driver
 from cache4diffusion.engine.gated import GatedPartsDriver
 from cache4diffusion.engine.host import Host
+from cache4diffusion.engine.last_stream import LastStreamDriver
 from cache4diffusion.engine.level import LevelDriver
 from cache4diffusion.engine.linears import LinearsDriver
 from cache4diffusion.engine.mixed import MixedScoreDriver
@@ -21,6 +22,7 @@ from cache4diffusion.sites import (
     Linears,
     MixedScore,
     Parts,
+    PartsAndStream,
     ScaledParts,
     Site,
     Span,
@@ -39,6 +41,7 @@ DRIVERS: dict[type[Site], type[Driver]] = {
     GatedParts: GatedPartsDriver,
     MixedScore: MixedScoreDriver,
     ScaledParts: ScaledPartsDriver,
+    PartsAndStream: LastStreamDriver,
     UNetLevel: LevelDriver,
     Trajectory: TrajectoryDriver,
 }

@@ -393,7 +393,11 @@ class PartsDriver(Driver):
             self.tokens.bring(state, name)
 
     def rested(self, context: Context) -> Rested | None:
-        """Where there are several decisions: the parts that were predicted, and what rested with them."""
+        """Where there are several decisions: the parts that were predicted, and what rested with them. With a token
+        rule: the share of the tokens that was not computed.
+        """
+        if self.tokens is not None:
+            return self.tokens.rested(context)
         if self.site.decisions == "one":
             return None
         shares: dict[str, float] = {}

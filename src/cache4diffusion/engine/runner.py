@@ -207,7 +207,7 @@ class SiteRunner:
         if all(verdict.is_full for verdict in verdicts):
             symbol = FULL
         elif all(verdict.is_cached for verdict in verdicts):
-            symbol = PARTIAL if self.host.composition.tokens is not None else CACHED
+            symbol = PARTIAL if self.driver.computes_tokens(context) else CACHED
         else:
             symbol = MIXED
         return Record(

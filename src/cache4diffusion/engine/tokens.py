@@ -294,6 +294,21 @@ class TokenDriver:
         self.driver.predictor.commit(state, written, context.time, context.rows)
         return site.rebuild(written)
 
+    def rested(self, context: Context) -> tuple[tuple[str, float], ...]:
+        """After a partial step: which modules did not run, and for which share of their tokens."""
+        plans = context.scratch.get("plans", {})
+        shares: dict[str, float] = {}
+        for site in self.driver.sites:
+            if site.name in context.state.sites:
+                length = context.state.sites[site.name].rings[0].shape[1]
+                computed = plans[site.name].shape[1] / length if site.name in plans else 0.0
+                shares[site.part.path] = 1 - computed
+        for rest in self.driver.resting:
+            least = min((shares.get(path, 0.0) for path in rest.inner.feeds), default=0.0)
+            if least == 1 or rest.inner.path in self._site_of_inner:
+                shares[rest.inner.path] = 1.0 if rest.inner.kind == "attn" else least
+        return tuple((path, share) for path, share in shares.items() if share)
+
     def run_inner(self, rest: RestingModule, found: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A module inside or in front of a part, on a partial step."""
         context = self.driver.switch.context

@@ -12,6 +12,7 @@ from cache4diffusion.methods.delta_dit import DeltaDiT
 from cache4diffusion.methods.dicache import DiCache
 from cache4diffusion.methods.dmd import DMD
 from cache4diffusion.methods.dpcache import DPCache
+from cache4diffusion.methods.duca import DuCa
 from cache4diffusion.methods.easycache import EasyCache
 from cache4diffusion.methods.fastcache import FastCache
 from cache4diffusion.methods.fastercache import FasterCache
@@ -66,6 +67,7 @@ __all__ = [
     "DeepCache",
     "DeltaDiT",
     "DiCache",
+    "DuCa",
     "EasyCache",
     "FBCache",
     "FEBCache",
