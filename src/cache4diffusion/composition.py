@@ -151,9 +151,9 @@ class Composition:
             self.decide == "row" or (watch is not None and site.counted == "until")
         ):
             raise CompositionError(
-                f"A jump of {site.words} is one for all rows, and told by how far full steps are: with decide='row' each "
-                "row has its own, and a gate that watches does not know the next one. Use decide='batch' or 'any', and "
-                "counted='since'."
+                f"A jump of {site.words} is one for all rows, and told by how far full steps are: with decide='row' "
+                "each row has its own, and a gate that watches does not know the next one. Use decide='batch' or "
+                "'any', and counted='since'."
             )
         if isinstance(site, Trajectory) and (self.decide != "batch" or self.branches != "tied"):
             raise CompositionError(

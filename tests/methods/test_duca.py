@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from slow_tokens import SlowDuCa, ToCaParts
 
 import cache4diffusion as c4d
 from cache4diffusion.engine import tokens as engine_tokens
@@ -11,7 +12,6 @@ from cache4diffusion.predictors import Reuse
 from cache4diffusion.sites import Parts, PartsAndStream
 from cache4diffusion.strip import planned_strip
 from cache4diffusion.tokens import TopScore
-from slow_tokens import SlowDuCa, ToCaParts
 from small_denoisers import (
     Plainly,
     accelerated,
@@ -143,10 +143,10 @@ def test_random_tokens_are_those_of_both_halves(monkeypatch):
 def test_memory_is_that_of_toca_and_one_stream(model):
     inputs, held = flux_inputs(2), []
     for method in ("duca", "toca"):
-        with c4d.accelerate(model, method, recompute_ratio=0.3, schedule="constant", score="value_norm") as handle:
-            with handle.run(num_steps=5):
-                sample(model, inputs, 5)
-                held.append(handle.memory["held"])
+        settings = {"recompute_ratio": 0.3, "schedule": "constant", "score": "value_norm"}
+        with c4d.accelerate(model, method, **settings) as handle, handle.run(num_steps=5):
+            sample(model, inputs, 5)
+            held.append(handle.memory["held"])
     assert held[0] - held[1] == inputs["hidden_states"][..., 0].numel() * 32 * 4
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from slow_tokens import Maps, ToCaParts
 
 import cache4diffusion as c4d
 from cache4diffusion.engine.attention import AttentionCapture
@@ -16,7 +17,6 @@ from cache4diffusion.predictors import Reuse, Taylor
 from cache4diffusion.sites import Parts
 from cache4diffusion.tokens import TOKEN_RULES, Segment, TokenPlace, TokenRule, TopScore
 from cache4diffusion.tokens.topk import _FACTORS
-from slow_tokens import Maps, ToCaParts
 from small_denoisers import (
     IMAGE,
     TEXT,

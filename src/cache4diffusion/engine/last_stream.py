@@ -45,7 +45,7 @@ class LastStreamDriver(PartsDriver):
         for view in self.host.blocks:
             why = why_not_bypassed(view.block)
             if why is None and "" in view.block.read_by and view is not self.host.blocks[-1]:
-                why = f"{view.path} leaves what the denoiser reads besides the last block. Use 'toca', which never jumps."
+                why = f"{view.path} leaves what the denoiser reads beside the last block. Use 'toca': it never jumps."
             if why is not None:
                 raise AnatomyError(why)
         last = self.host.blocks[-1]

@@ -14,7 +14,7 @@ from typing import Any, get_args
 from torch import Tensor
 
 from cache4diffusion.anatomy import Anatomy, Block, Inner, Part
-from cache4diffusion.anatomy.facts import BESIDE, InnerRole
+from cache4diffusion.anatomy.facts import InnerRole
 from cache4diffusion.engine.compiling import TURNS, is_compiled
 from cache4diffusion.engine.decide import prediction_error
 from cache4diffusion.engine.driver import Driver, Rested
@@ -234,11 +234,7 @@ class PartsDriver(Driver):
     ) -> Any:
         """Blocks run; a token rule must know how long their streams are."""
         if self.tokens is not None:
-            lengths = {"image": 0, "text": 0}
-            streams = self.host.blocks[position].streams
-            for stream, value in zip(streams, self.host.stream_inputs(position, args, kwargs), strict=True):
-                lengths["text" if stream.kind in BESIDE else "image"] += value.shape[1]
-            context.state.extra[f"lengths.{position}"] = (lengths["image"], lengths["text"])
+            return self.tokens.on_block(context, position, args, kwargs, inner)
         return inner(*args, **kwargs)
 
     def on_decided(self, context: Context, key: int) -> None:

@@ -5,6 +5,7 @@ from cache4diffusion.methods.adacache import AdaCache
 from cache4diffusion.methods.bacache import BACache
 from cache4diffusion.methods.block_caching import BlockCaching
 from cache4diffusion.methods.bwcache import BWCache
+from cache4diffusion.methods.clusca import ClusCa
 from cache4diffusion.methods.dbcache import DBCache
 from cache4diffusion.methods.dbprune import DBPrune
 from cache4diffusion.methods.deepcache import DeepCache
@@ -61,6 +62,7 @@ __all__ = [
     "BACache",
     "BWCache",
     "BlockCaching",
+    "ClusCa",
     "DBCache",
     "DBPrune",
     "DPCache",

@@ -1,19 +1,24 @@
 """Which tokens anyway: rules that compute some tokens of a part on cached steps."""
 
-from cache4diffusion.tokens.base import Segment, TokenPlace, TokenRule
+from cache4diffusion.tokens.base import Segment, Spreading, Surveying, TokenPlace, TokenRule
+from cache4diffusion.tokens.clusters import ClusterTokens
 from cache4diffusion.tokens.routed import RoutedTokens, routed_count
 from cache4diffusion.tokens.topk import TopScore
 
 # Names under which a token rule can be given in a composition, as in tokens="top(recompute_ratio=0.1)".
 TOKEN_RULES = {
+    "clusters": ClusterTokens,
     "routed": RoutedTokens,
     "top": TopScore,
 }
 
 __all__ = [
     "TOKEN_RULES",
+    "ClusterTokens",
     "RoutedTokens",
     "Segment",
+    "Spreading",
+    "Surveying",
     "TokenPlace",
     "TokenRule",
     "TopScore",
