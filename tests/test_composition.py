@@ -19,7 +19,7 @@ from cache4diffusion.method import METHODS, Composition
 from cache4diffusion.predictors import PREDICTORS, Newton, Reuse
 from cache4diffusion.settings import component
 from cache4diffusion.sites import SITES, Denoiser, Parts, Span, UNetLevel
-from cache4diffusion.tokens import TOKEN_RULES, TopScore
+from cache4diffusion.tokens import TOKEN_RULES, Reduction, TopScore
 from small_denoisers import differences, flux, flux_inputs, remember_anatomy, unet, unet_inputs
 
 STEPS = 6
@@ -72,11 +72,16 @@ NEEDS_STACK = ("accumulated", "probe", "adaptive", "triggered", *ENTRANCES)
 WATCHES = (*NEEDS_STACK, "drift", "learned")
 PARTS = ("parts", "linears", "mixed_score", "scaled_parts", "gated_parts", "parts_and_stream")
 CORRECTORS = ("increment", "linear-map")  # predictors that see what enters a site
+REDUCTIONS = [name for name, rule in TOKEN_RULES.items() if isinstance(rule(), Reduction)]
 SPLITS_ROWS = ("span", "switching_span", "blocks", "gated_parts")
 
 
 def refusal(site, gate, tokens, decide, predictor="reuse", cfg=None):
     """Words of the reason why two axes cannot work together, None if they can. The table of what is not possible."""
+    if (site == "reduced") != (tokens in REDUCTIONS):
+        return "needs site='reduced', and that site such a rule"
+    if site == "reduced" and (gate in (*WATCHES, "speculative") or decide != "batch" or predictor != "reuse"):
+        return "the step alone says when tokens are left out"
     if gate == "speculative" and (site not in PARTS or site == "parts_and_stream"):
         return "that block has no input on a cached step"
     if gate in NEEDS_STACK and site == "unet_level":
@@ -212,7 +217,7 @@ FAMILY = {
 
 def runs(site, gate):
     """Whether the pair is worth a run."""
-    return site not in ("unet_level", "trajectory") and (
+    return site not in ("unet_level", "trajectory", "reduced") and (
         site not in FAMILY or gate in ("interval", *ENTRANCES, "adaptive", "learned")
     )
 

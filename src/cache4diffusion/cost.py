@@ -21,7 +21,7 @@ from cache4diffusion.anatomy.observing import Stage
 from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.engine.leaves import Spec
 from cache4diffusion.flops import missing_formulas
-from cache4diffusion.trace import CACHED, FULL, HALF, MIXED, PARTIAL, Record
+from cache4diffusion.trace import CACHED, FULL, HALF, MIXED, PARTIAL, REDUCED, Record
 from cache4diffusion.units import size_text
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ class StepCost:
         verification: of computing the last block to check a prediction.
         table: of every module, by path.
         corrections: of what a corrector computes in place of a module, by path.
+        reduced: of a part on fewer tokens, by its path, the tokens that enter it, and the tokens there are.
     """
 
     full: int
@@ -103,6 +104,7 @@ class StepCost:
     verification: int
     table: dict[str, int] = field(default_factory=dict)
     corrections: dict[str, int] = field(default_factory=dict)
+    reduced: dict[tuple[str, int, int], int] = field(default_factory=dict)
 
     def of(self, record: Record) -> float:
         """FLOPs of a recorded call."""
@@ -111,6 +113,9 @@ class StepCost:
             return 0.0
         if record.symbol in (FULL, HALF):
             return share * self.full
+        if record.reduced is not None:
+            saved = sum(self.table.get(key[0], 0) - self.reduced[key] for key in record.reduced.parts)
+            return share * (self.full - saved) + record.reduced.planning
         if record.rested is not None:
             paths = outermost([path for path, _ in record.rested])
             saved = sum(rows * self.table.get(path, 0) for path, rows in record.rested if path in paths)
@@ -141,7 +146,11 @@ def step_cost(engine: Engine) -> StepCost:
     corrections = engine.driver.corrections if engine.driver is not None else {}
     cached = full - sum(table.get(path, 0) for path in resting) + sum(corrections.get(path, 0) for path in paths)
     last = table.get(engine.host.blocks[-1].path, 0) if engine.host.blocks else 0
-    return StepCost(full, cached, last, table, corrections)
+    specs: dict[tuple[str, int, int], Any] = getattr(engine.driver, "specs", {})
+    reduced = {
+        key: flops_by_module(engine.host.plain.get_submodule(key[0]), *given)[""] for key, given in specs.items()
+    }
+    return StepCost(full, cached, last, table, corrections, reduced)
 
 
 def outermost(paths: list[str]) -> list[str]:
@@ -199,7 +208,7 @@ def summarise(handle: Handle, *, with_flops: bool = True) -> Summary:
     found = Summary(strips=strips_of(records), strip=merged_strip(records))
     found.total_steps = len(found.strip)
     found.full_steps = full_steps(records)
-    cached_letters = CACHED + PARTIAL + HALF
+    cached_letters = CACHED + PARTIAL + HALF + REDUCED
     full = sorted(r.wall_ms for r in records if r.symbol == FULL and r.wall_ms is not None)
     cached = sorted(r.wall_ms for r in records if r.symbol in cached_letters and r.wall_ms is not None)
     found.full_ms = full[len(full) // 2] if full else None

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 from cache4diffusion.composition import Composition
 from cache4diffusion.gates import Step
-from cache4diffusion.sites import PartsAndStream
-from cache4diffusion.trace import CACHED, FULL, HALF, PARTIAL
+from cache4diffusion.sites import PartsAndStream, Reduced
+from cache4diffusion.trace import CACHED, FULL, HALF, PARTIAL, REDUCED
 
 
 def planned_strip(composition: Composition, steps: int) -> str | None:
@@ -49,7 +49,9 @@ def _of_gate(composition: Composition, steps: int) -> str:
         step = Step(index, steps)
         opinions = (guard.overrule(kept, step) for guard, kept in guards)
         opinion = next((opinion for opinion in opinions if opinion is not None), None)
-        cached = index > 0 and ((looks or gate.propose(state, step, None)) if opinion is None else opinion)
+        if opinion is None:
+            opinion = looks or gate.propose(state, step, None)
+        cached = opinion and (index > 0 or isinstance(composition.site, Reduced))
         if not looks:
             gate.commit(state, step, cached, None)
         for guard, kept in guards:
@@ -60,6 +62,8 @@ def _of_gate(composition: Composition, steps: int) -> str:
 
 def _cached(composition: Composition, is_full: list[bool], index: int) -> str:
     """What a cached step is."""
+    if isinstance(composition.site, Reduced):
+        return REDUCED
     if composition.tokens is None:
         return CACHED
     site = composition.site

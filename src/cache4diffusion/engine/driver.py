@@ -14,6 +14,7 @@ from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.state import BranchState, Context
 from cache4diffusion.predictors import Corrector, Predictor, Sited
 from cache4diffusion.storage import PLAIN, Store
+from cache4diffusion.trace import CACHED, PARTIAL, Reductions
 
 Inner = Callable[..., Any]
 Rested = tuple[tuple[str, float], ...]  # modules that did not run in a call, and for which share of the rows
@@ -195,9 +196,13 @@ class Driver(ABC):
         """After a call with predictions: whether the host called what it did when they were recorded."""
         return True
 
-    def computes_tokens(self, context: Context) -> bool:
-        """After a cached call: whether some tokens may have been computed in it."""
-        return self.host.composition.tokens is not None
+    def symbol(self, context: Context) -> str:
+        """The letter of a cached call, once it is over."""
+        return PARTIAL if self.host.composition.tokens is not None else CACHED
+
+    def reductions(self, context: Context) -> Reductions | None:
+        """What a call computed on fewer tokens, once it is over."""
+        return None
 
     def on_decided(self, context: Context, key: int) -> None:  # noqa: B027 - optional step
         """A verdict that was pending when the call began has been reached."""

@@ -11,6 +11,7 @@ from cache4diffusion.engine.level import LevelDriver
 from cache4diffusion.engine.linears import LinearsDriver
 from cache4diffusion.engine.mixed import MixedScoreDriver
 from cache4diffusion.engine.parts import PartsDriver
+from cache4diffusion.engine.reducing import ReductionDriver
 from cache4diffusion.engine.scaled import ScaledPartsDriver
 from cache4diffusion.engine.span import BlocksDriver, SpanDriver, SwitchingSpanDriver
 from cache4diffusion.engine.trajectory import TrajectoryDriver
@@ -23,6 +24,7 @@ from cache4diffusion.sites import (
     MixedScore,
     Parts,
     PartsAndStream,
+    Reduced,
     ScaledParts,
     Site,
     Span,
@@ -42,6 +44,7 @@ DRIVERS: dict[type[Site], type[Driver]] = {
     MixedScore: MixedScoreDriver,
     ScaledParts: ScaledPartsDriver,
     PartsAndStream: LastStreamDriver,
+    Reduced: ReductionDriver,
     UNetLevel: LevelDriver,
     Trajectory: TrajectoryDriver,
 }

@@ -17,6 +17,7 @@ from cache4diffusion.errors import AnatomyError
 from cache4diffusion.predictors import Reuse
 from cache4diffusion.sites import PartsAndStream
 from cache4diffusion.strip import full_steps_of
+from cache4diffusion.trace import CACHED
 
 
 class LastStreamDriver(PartsDriver):
@@ -110,9 +111,9 @@ class LastStreamDriver(PartsDriver):
         """A jump ends at the last block, or not at all."""
         return not self.jumps(context) or "jumped" in context.scratch
 
-    def computes_tokens(self, context: Context) -> bool:
-        """None on a jump."""
-        return super().computes_tokens(context) and not self.jumps(context)
+    def symbol(self, context: Context) -> str:
+        """No token is computed on a jump."""
+        return CACHED if self.jumps(context) else super().symbol(context)
 
     def rested(self, context: Context) -> Rested | None:
         """All blocks on a jump."""

@@ -31,6 +31,7 @@ from cache4diffusion.gates import Verification
 from cache4diffusion.predictors import LinearPredictor, Predictor
 from cache4diffusion.predictors.corrector import paired
 from cache4diffusion.sites import Parts
+from cache4diffusion.tokens import TokenRule
 
 
 class PartsDriver(Driver):
@@ -51,7 +52,7 @@ class PartsDriver(Driver):
         self._names: list[str] = []  # of the decisions
         self._traced: list[PartSite] = []  # sites in compiled blocks, as seen at the last full step
         rule = host.composition.tokens
-        self.tokens: TokenDriver | None = TokenDriver(self, rule) if rule is not None else None
+        self.tokens = TokenDriver(self, rule) if isinstance(rule, TokenRule) else None
         self._watches = (host.gate is not None and host.gate.watch is not None) or rule is not None
         self.needs_blocks = self._watches
 

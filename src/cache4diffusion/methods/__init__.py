@@ -5,6 +5,7 @@ from cache4diffusion.methods.adacache import AdaCache
 from cache4diffusion.methods.bacache import BACache
 from cache4diffusion.methods.block_caching import BlockCaching
 from cache4diffusion.methods.bwcache import BWCache
+from cache4diffusion.methods.ca_tome import CAToMe
 from cache4diffusion.methods.clusca import ClusCa
 from cache4diffusion.methods.dbcache import DBCache
 from cache4diffusion.methods.dbprune import DBPrune
@@ -47,6 +48,9 @@ from cache4diffusion.methods.taylorseer import TaylorSeer
 from cache4diffusion.methods.taylorseer_lite import TaylorSeerLite
 from cache4diffusion.methods.teacache import TeaCache
 from cache4diffusion.methods.toca import ToCa
+from cache4diffusion.methods.todo import ToDo
+from cache4diffusion.methods.tofu import ToFu
+from cache4diffusion.methods.tome import ToMe
 from cache4diffusion.methods.waveex import WaveEx
 from cache4diffusion.methods.z_cache import ZCache
 
@@ -62,6 +66,7 @@ __all__ = [
     "BACache",
     "BWCache",
     "BlockCaching",
+    "CAToMe",
     "ClusCa",
     "DBCache",
     "DBPrune",
@@ -98,6 +103,9 @@ __all__ = [
     "TaylorSeerLite",
     "TeaCache",
     "ToCa",
+    "ToDo",
+    "ToFu",
+    "ToMe",
     "WaveEx",
     "ZCache",
 ]

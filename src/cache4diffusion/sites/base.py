@@ -372,6 +372,35 @@ class PartsAndStream(Parts):
 
 
 @dataclass(frozen=True)
+class Reduced(Site):
+    """The parts of every block, computed on fewer tokens: nothing is kept from step to step but plans of tokens.
+
+    A token rule that makes such plans says which tokens are left, and the gate at which steps; all parts of a block
+    follow one plan. Parts that text enters along with the image, and attention that is given positions, are left out.
+
+    Args:
+        kinds: which parts.
+        max_downsample: only blocks whose grid is at most so many times coarser, per side, than the finest one.
+
+    Raises:
+        SettingError: an unknown kind, or none; a number below 1.
+    """
+
+    name: ClassVar[str] = "reduced"
+    words: ClassVar[str] = "parts on fewer tokens"
+
+    kinds: tuple[PartKind, ...] = ("attn",)
+    max_downsample: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.kinds or set(self.kinds) - {"attn", "cross_attn", "ffn"} or not self.max_downsample >= 1:
+            raise SettingError(
+                f"Reduced(kinds={self.kinds}, max_downsample={self.max_downsample}): kinds are one or more of attn, "
+                "cross_attn, ffn, and max_downsample is 1 or more."
+            )
+
+
+@dataclass(frozen=True)
 class ScaledParts(Parts):
     """The parts, and on every step, full or cached, the denoiser's output divided by a number.
 

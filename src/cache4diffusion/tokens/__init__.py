@@ -2,6 +2,8 @@
 
 from cache4diffusion.tokens.base import Segment, Spreading, Surveying, TokenPlace, TokenRule
 from cache4diffusion.tokens.clusters import ClusterTokens
+from cache4diffusion.tokens.merging import KeyStride, MergeTokens
+from cache4diffusion.tokens.reduction import Plan, Reduction
 from cache4diffusion.tokens.routed import RoutedTokens, routed_count
 from cache4diffusion.tokens.topk import TopScore
 
@@ -9,12 +11,18 @@ from cache4diffusion.tokens.topk import TopScore
 TOKEN_RULES = {
     "clusters": ClusterTokens,
     "routed": RoutedTokens,
+    "merge": MergeTokens,
+    "key-stride": KeyStride,
     "top": TopScore,
 }
 
 __all__ = [
     "TOKEN_RULES",
     "ClusterTokens",
+    "KeyStride",
+    "MergeTokens",
+    "Plan",
+    "Reduction",
     "RoutedTokens",
     "Segment",
     "Spreading",

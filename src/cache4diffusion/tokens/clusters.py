@@ -77,7 +77,7 @@ class ClusterTokens:
         out = P + gamma * (mean of y over the token's cluster - P)        all in float32
         out[computed] = y
 
-    Text tokens that are not computed keep ``P``, unless ``spreads_text``. There are always exactly ``clusters`` computed
+    Text tokens that are not computed keep ``P``, unless ``spreads_text``. There are always ``clusters`` computed
     tokens (or all, if there are fewer), whatever the data.
 
     Args:
