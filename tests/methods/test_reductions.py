@@ -1,9 +1,11 @@
 """Methods that compute fewer tokens within a part: plans, and runs against slow references written from the cards."""
 
+import dataclasses
+
 import diffusers
 import pytest
 import torch
-from slow_reductions import SlowMerging, matched, merged_attention
+from slow_reductions import SlowMerging, cosine, matched, merged_attention
 
 import cache4diffusion as c4d
 import toys
@@ -159,11 +161,11 @@ def test_shapes_are_the_same_for_other_data_and_twins_have_one_plan(name):
 
 def test_permuting_what_enters_within_windows_permutes_the_plan():
     """The matching sees tokens by their place in the grid only to choose destinations."""
-    x, dst = tokens(), destinations((1, 4, 6), 2, None)
-    src = torch.tensor([i for i in range(24) if i not in dst.tolist()])
-    order = src[torch.randperm(18, generator=rng(3))]
+    x, dst = tokens(), destinations((1, 4, 6), 2, None).expand(2, -1)
+    src = torch.tensor([i for i in range(24) if i not in dst[0].tolist()]).expand(2, -1)
+    order = src[:, torch.randperm(18, generator=rng(3))]
     plain, shuffled = match(x, dst, src, None), match(x, dst, order, None)
-    where = [src.tolist().index(i) for i in order.tolist()]
+    where = [src[0].tolist().index(i) for i in order[0].tolist()]
     assert torch.equal(shuffled[1], plain[1][:, where])
     plan = merge_plan(dst, src, plain[1], torch.zeros(2, 0, dtype=torch.long), "mean")
     assert plan.length == 24
@@ -215,6 +217,78 @@ def test_a_bucket_rounds_down():
     whole = MergeTokens(threshold=0.3).plan(MergeTokens().init(), place(), tokens())
     rounded = MergeTokens(threshold=0.3, bucket=4).plan(MergeTokens().init(), place(), tokens())
     assert 24 - rounded.length == (24 - whole.length) // 4 * 4
+
+
+# -- important tokens ------------------------------------------------------------------------------------------------
+
+
+def test_important_tokens_are_never_merged_and_hold_the_destinations():
+    rule, x, signal = MergeTokens(0.5, pool=0.4), tokens(), torch.rand(2, 24, generator=rng(9))
+    plan = rule.plan(rule.init(), dataclasses.replace(place(), signal=signal), x)
+    assert plan.length == 24 - 12
+    for row in range(2):
+        pool = set(signal[row].topk(9).indices.tolist())
+        kept = plan.kept[row].tolist()
+        assert pool <= set(kept)
+        targets = {kept[slot] for i, slot in enumerate(plan.owner[row].tolist()) if kept[slot] != i}
+        assert targets <= pool
+
+
+def test_with_as_many_important_tokens_as_destinations_they_are_these():
+    rule, x, signal = MergeTokens(0.5, pool=0.25), tokens(), torch.rand(2, 24, generator=rng(9))
+    plan = rule.plan(rule.init(), dataclasses.replace(place(), signal=signal), x)
+    for row in range(2):
+        dst = sorted(signal[row].topk(6).indices.tolist())
+        src = [i for i in range(24) if i not in dst]
+        slow = [(max((cosine(x[row, i], x[row, j]), -j) for j in dst), i) for i in src]
+        merged = {i: -j for (_, j), i in sorted(slow, reverse=True)[:12]}
+        kept = plan.kept[row].tolist()
+        assert [kept[slot] for slot in plan.owner[row].tolist()] == [merged.get(i, i) for i in range(24)]
+
+
+def test_a_pool_leaves_as_many_tokens_as_it_must():
+    signal = torch.rand(2, 24, generator=rng(9))
+    plan = MergeTokens(0.75, pool=0.5).plan(MergeTokens().init(), dataclasses.replace(place(), signal=signal), tokens())
+    assert plan.length == 12, "the pool is half of them"
+
+
+def test_without_a_signal_it_is_tome():
+    plain, pooled = (MergeTokens(0.5, pool=pool).plan(MergeTokens().init(), place(), tokens()) for pool in (0.0, 0.5))
+    assert torch.equal(plain.kept, pooled.kept)
+    assert torch.equal(plain.owner, pooled.owner)
+
+
+def test_rows_that_are_no_halves_know_nothing_of_importance():
+    x, signal = tokens(batch=4), torch.rand(4, 24, generator=rng(9))
+    twins = torch.tensor([True, False, True, False])
+    where = dataclasses.replace(place(batch=4, twins=twins), signal=signal)
+    rule = MergeTokens(0.5, pool=0.4)
+    plan, plain = rule.plan(rule.init(), where, x), MergeTokens(0.5).plan(MergeTokens().init(), place(batch=4), x)
+    for row in (1, 3):
+        assert torch.equal(plan.kept[row], plain.kept[row])
+        assert torch.equal(plan.owner[row], plain.owner[row])
+    assert not torch.equal(plan.kept[0], plain.kept[0])
+
+
+def test_importance_is_the_magnitude_of_guidance_at_the_step_before(monkeypatch):
+    denoiser, inputs = twins_of("unet")
+    inputs = {**inputs, "timestep": torch.tensor([500, 500])}
+    signals, plan = [], MergeTokens.plan
+
+    def noted(rule, state, where, entering):
+        signals.append(where.signal)
+        return plan(rule, state, where, entering)
+
+    monkeypatch.setattr(MergeTokens, "plan", noted)
+    with c4d.accelerate(denoiser, "importance-merging") as handle, handle.run(num_steps=2), torch.no_grad():
+        (out,) = denoiser(**inputs)
+        blocks = len(signals)
+        denoiser(**inputs)
+        assert not handle.stats["notes"]
+    assert all(signal is None for signal in signals[:blocks]), "nothing is known at the first step"
+    expected = (out[1] - out[0]).abs().mean(0).flatten()
+    for signal in signals[blocks:]:
+        torch.testing.assert_close(signal, expected.expand(2, -1))
 
 
 # -- whole runs ------------------------------------------------------------------------------------------------------

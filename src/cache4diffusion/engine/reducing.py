@@ -6,17 +6,26 @@ all its parts follow it. Nothing is recorded and nothing predicted, so a run may
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cache4diffusion.anatomy import Anatomy, Block, Part
 from cache4diffusion.anatomy.facts import BESIDE
 from cache4diffusion.engine.driver import Driver, Inner
 from cache4diffusion.engine.host import Host
-from cache4diffusion.engine.leaves import get_argument, map_tensors, parameter_names, specs_of, with_arguments
+from cache4diffusion.engine.leaves import (
+    get_argument,
+    map_tensors,
+    parameter_names,
+    specs_of,
+    take_apart,
+    with_arguments,
+)
 from cache4diffusion.engine.maps import image_grid
 from cache4diffusion.engine.part_lookup import blocks_of
 from cache4diffusion.engine.state import Context
@@ -87,7 +96,10 @@ class ReductionDriver(Driver):
         """The host's code runs; everything happens in blocks and parts."""
         context.scratch["call"], self._context = (args, kwargs), context
         try:
-            return inner(*args, **kwargs)
+            output = inner(*args, **kwargs)
+            if self.rule.signal == "guidance":
+                self._keep_guidance(context, take_apart(output)[0][0])
+            return output
         finally:
             self._context = None
             for key in [key for key in context.scratch if isinstance(key, tuple) and key[0] == "entering"]:
@@ -174,6 +186,9 @@ class ReductionDriver(Driver):
         place = TokenPlace(
             block.path, "block", layer, layers, context.step, segments, batch, self._twins(context, batch)
         )
+        signal = self._signal(context, grid)
+        if signal is not None and signal.shape[0] == batch:
+            place = dataclasses.replace(place, signal=signal)
         state = context.state.tokens.setdefault(block.path, self.rule.init())
         held = list(self.rule.tensors(state))
         plan = self.rule.plan(state, place, entering)
@@ -190,6 +205,22 @@ class ReductionDriver(Driver):
         if odd or not half or latent.shape[0] != batch:
             return None
         return (latent[:half] == latent[half:]).flatten(1).all(1).repeat(2)
+
+    def _keep_guidance(self, context: Context, output: Tensor) -> None:
+        """How far the halves are apart, ``[B, rows, columns]``; of rows that are no halves, nothing."""
+        twins = self._twins(context, output.shape[0])
+        if twins is None or output.ndim != 4:
+            self.host.note("the halves of guidance are not in one call, so no token is more important than another.")
+            return
+        apart = (output - output.roll(len(output) // 2, 0)).float().abs().mean(1)
+        context.state.extra["guidance"] = torch.where(twins[:, None, None], apart, torch.zeros_like(apart))
+
+    def _signal(self, context: Context, grid: tuple[int, int, int]) -> Tensor | None:
+        """What is known of the tokens of a grid: means over what each token covers."""
+        known = context.state.extra.get("guidance")
+        if known is None or grid[0] != 1:
+            return None
+        return torch.nn.functional.adaptive_avg_pool2d(known[:, None], grid[1:]).flatten(1)
 
     def _grid(self, context: Context, count: int) -> tuple[int, int, int] | None:
         """Frames, rows and columns; None where tokens lie in no image (attention over time), which is noted."""

@@ -29,6 +29,7 @@ from cache4diffusion.methods.goc import GOC
 from cache4diffusion.methods.harmonica import HarmoniCa
 from cache4diffusion.methods.hicache import HiCache
 from cache4diffusion.methods.icc import ICC
+from cache4diffusion.methods.importance_merging import ImportanceMerging
 from cache4diffusion.methods.l2c import L2C
 from cache4diffusion.methods.l2p import L2P
 from cache4diffusion.methods.lazydit import LazyDiT
@@ -87,6 +88,7 @@ __all__ = [
     "FreqCa",
     "HarmoniCa",
     "HiCache",
+    "ImportanceMerging",
     "LazyDiT",
     "LeMiCa",
     "MDDiT",

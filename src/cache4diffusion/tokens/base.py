@@ -55,6 +55,8 @@ class TokenPlace:
     """[B, N, D]: what enters the part on this cached step, if the rule asked for it."""
     levels: tuple[float, ...] | None = field(default=None, compare=False)
     """The scheduler's timestep of every step of the run, if known."""
+    signal: Tensor | None = field(default=None, compare=False)
+    """[B, N] in float32: what a `Reduction` asked for of the tokens, where it is known."""
     survey: Any = field(default=None, compare=False)
     """What the rule found out about the streams at the last full step, if it is `Surveying` and did."""
 

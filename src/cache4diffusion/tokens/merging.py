@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from cache4diffusion.errors import SettingError
 from cache4diffusion.tokens.base import TokenPlace
-from cache4diffusion.tokens.reduction import Form, Plan
+from cache4diffusion.tokens.reduction import Form, Plan, Signal
 
 
 def destinations(grid: tuple[int, int, int], window: int, generator: torch.Generator | None) -> Tensor:
@@ -37,11 +37,12 @@ def match(metric: Tensor, dst: Tensor, src: Tensor, twins: Tensor | None) -> tup
 
     Args:
         metric: tokens ``[B, N, D]``.
-        dst, src: their indices.
+        dst, src: their indices, ``[B, destinations]`` and ``[B, sources]``.
         twins: rows that are matched together, by the mean of their cosines.
     """
     unit = normalize(metric.float(), dim=-1)
-    cosines = unit[:, src] @ unit[:, dst].transpose(1, 2)
+    sources, targets = (unit.gather(1, index[..., None].expand(-1, -1, unit.shape[-1])) for index in (src, dst))
+    cosines = sources @ targets.transpose(1, 2)
     if twins is not None:
         cosines = torch.where(twins[:, None, None], (cosines + cosines.roll(len(cosines) // 2, 0)) / 2, cosines)
     best = cosines.max(dim=-1)
@@ -52,21 +53,21 @@ def merge_plan(dst: Tensor, src: Tensor, target: Tensor, merged: Tensor, form: F
     """The plan by which some sources are merged into destinations; what is left is the other sources, then these.
 
     Args:
-        dst, src: indices of the tokens.
+        dst, src: indices of the tokens, ``[B, destinations]`` and ``[B, sources]``.
         target: of every source the destination, ``[B, sources]``.
         merged: which sources are merged, ``[B, r]``, unique.
         form: of the plan.
         **made: what it took to make the plan.
     """
-    batch, count, r = target.shape[0], len(src), merged.shape[1]
+    (batch, count), r = src.shape, merged.shape[1]
     is_merged = torch.zeros(batch, count, dtype=torch.bool, device=src.device).scatter_(1, merged, True)
     left = is_merged.to(torch.uint8).sort(dim=1, stable=True).indices[:, : count - r]
-    kept = torch.cat([src[left], dst.expand(batch, -1)], dim=1)
-    slots = torch.zeros_like(target).scatter_(1, left, torch.arange(count - r, device=src.device).expand(batch, -1))
-    slots = torch.where(is_merged, target + count - r, slots)
-    owner = torch.empty(batch, count + len(dst), dtype=torch.long, device=src.device)
-    owner[:, src] = slots
-    owner[:, dst] = torch.arange(count - r, count - r + len(dst), device=src.device)
+    kept = torch.cat([src.gather(1, left), dst], dim=1)
+    slots = torch.arange(kept.shape[1], device=src.device).expand(batch, -1)
+    own = torch.zeros_like(target).scatter_(1, left, slots[:, : count - r])
+    own = torch.where(is_merged, target + count - r, own)
+    owner = torch.empty(batch, count + dst.shape[1], dtype=torch.long, device=src.device)
+    owner.scatter_(1, src, own).scatter_(1, dst, slots[:, count - r :])
     return Plan(kept, owner, form, **made)
 
 
@@ -98,6 +99,9 @@ class MergeTokens:
         form: of the plans; ``"mlerp"`` and ``"pick"`` are ToFu's.
         pick_depth: share of the blocks, from the first, that pick, whatever ``form`` says.
         renew, renew_at: when a plan is made.
+        pool: share of the tokens that are *important*, by `TokenPlace.signal`; 0 for none. Destinations are drawn from
+            them instead of one per window, as many, and none of them is merged. Where nothing is known (without a
+            signal, in rows that are no halves of guidance), destinations are those of the windows.
         bucket: see above.
         seed: of the draws.
         variant: see above.
@@ -117,13 +121,15 @@ class MergeTokens:
     renew: int = 1
     renew_at: tuple[int, ...] = ()
     bucket: int = 1
+    pool: float = 0.0
     seed: int = 0
     variant: Literal["ours", "official"] = "ours"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ratio <= 1 or not 0 <= self.pick_depth <= 1:
+        if not all(0 <= share <= 1 for share in (self.ratio, self.pick_depth, self.pool)):
             raise SettingError(
-                f"MergeTokens(ratio={self.ratio}, pick_depth={self.pick_depth}): both must be shares, 0 to 1."
+                f"MergeTokens(ratio={self.ratio}, pick_depth={self.pick_depth}, pool={self.pool}): all must be shares, "
+                "0 to 1."
             )
         if min(self.window, self.renew, self.bucket) < 1:
             raise SettingError(
@@ -164,21 +170,43 @@ class MergeTokens:
     def _merges_nothing(self) -> bool:
         return self.ratio == 0 if self.threshold is None else self.threshold >= 1
 
+    @property
+    def signal(self) -> Signal | None:
+        """What the driver is to find out of the tokens."""
+        return "guidance" if self.pool > 0 else None
+
     def _made(self, place: TokenPlace, entering: Tensor) -> Plan:
-        (segment,) = place.segments
+        (batch, length, dim), (segment,) = entering.shape, place.segments
         assert segment.grid is not None
         generator = None
         if self.is_random:
             key = f"{self.seed}/{place.step.index}/{place.part}"
             generator = torch.Generator("cpu").manual_seed(zlib.crc32(key.encode()))
         dst = destinations(segment.grid, self.window, generator)
-        is_src = torch.ones(entering.shape[1], dtype=torch.bool)
-        is_src[dst] = False
-        src, dst = is_src.nonzero()[:, 0].to(entering.device), dst.to(entering.device)
+        dst = dst.to(entering.device).expand(batch, -1)
+        size = max(int(self.pool * length + 1e-9), dst.shape[1])
+        pooled = None
+        if self.pool > 0 and place.signal is not None:
+            key = f"{self.seed}/{place.step.index}/{place.part}/pool"
+            noise = torch.rand(1, length, generator=torch.Generator("cpu").manual_seed(zlib.crc32(key.encode())))
+            pool = place.signal.topk(size, dim=1).indices.sort(dim=1).values
+            drawn = noise.to(dst.device).expand(batch, -1).gather(1, pool).topk(dst.shape[1], dim=1).indices
+            is_known = (
+                place.twins[:, None] if place.twins is not None else torch.ones_like(dst[:, :1], dtype=torch.bool)
+            )
+            dst = torch.where(is_known, pool.gather(1, drawn).sort(dim=1).values, dst)
+            pooled = torch.zeros(batch, length, dtype=torch.bool, device=dst.device).scatter_(1, pool, True) & is_known
+        is_dst = torch.zeros(batch, length, dtype=torch.uint8, device=dst.device).scatter_(1, dst, 1)
+        src = is_dst.sort(dim=1, stable=True).indices[:, : length - dst.shape[1]]
         cosine, target = match(entering, dst, src, place.twins)
-        merged = cosine.topk(self._count(cosine, entering.shape[1]), dim=1).indices
+        count = self._count(cosine, length)
+        if self.pool > 0:  # the important tokens are never merged away, and shapes are the same where none are known
+            count = min(count, length - size)
+        if pooled is not None:
+            cosine = cosine.masked_fill(pooled.gather(1, src), -2.0)
+        merged = cosine.topk(count, dim=1).indices
         form: Form = "pick" if place.layer < self.pick_depth * place.num_layers else self.form
-        flops = 2 * entering.shape[0] * len(src) * len(dst) * entering.shape[2]
+        flops = 2 * batch * src.shape[1] * dst.shape[1] * dim
         return merge_plan(dst, src, target, merged, form, flops=flops, syncs=int(self.threshold is not None))
 
     def _count(self, cosine: Tensor, length: int) -> int:
@@ -217,6 +245,11 @@ class KeyStride:
     def needs_num_steps(self) -> bool:
         """The grid says it all."""
         return False
+
+    @property
+    def signal(self) -> Signal | None:
+        """Nothing."""
+        return None
 
     def init(self) -> MergeState:
         """No plan yet."""

@@ -24,6 +24,7 @@ from torch import Tensor
 from cache4diffusion.tokens.base import TokenPlace
 
 Form = Literal["pick", "mean", "mlerp"]
+Signal = Literal["guidance"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +81,13 @@ class Reduction(Protocol):
     @property
     def needs_num_steps(self) -> bool:
         """Whether the length of the run must be known."""
+        ...
+
+    @property
+    def signal(self) -> Signal | None:
+        """What the driver is to find out of the tokens, as `TokenPlace.signal`. ``"guidance"``: how far the halves of
+        batched guidance were apart at the step before, ``|conditional - unconditional|``, the mean over channels.
+        """
         ...
 
     def init(self) -> Any:
