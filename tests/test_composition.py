@@ -118,7 +118,7 @@ def refusal(site, gate, tokens, decide, predictor="reuse", cfg=None):
         return "where each part decides for itself"
     if tokens and (decide == "row" or gate == "speculative"):
         return "rows cannot decide for themselves"
-    if tokens and (site not in PARTS or site == "linears"):
+    if tokens and site != "reduced" and (site not in PARTS or site == "linears"):
         return "has no parts"
     return None
 

@@ -64,8 +64,9 @@ class ToMe(Method):
 
     def compose(self) -> Composition:
         """Parts on fewer tokens x every step x merge."""
-        wanted: dict[PartKind, bool] = {"attn": True, "ffn": self.merge_ffn, "cross_attn": self.merge_cross_attn}
-        kinds = tuple(kind for kind, is_wanted in wanted.items() if is_wanted)
+        kinds: tuple[PartKind, ...] = ("attn",)
+        kinds += ("ffn",) if self.merge_ffn else ()
+        kinds += ("cross_attn",) if self.merge_cross_attn else ()
         return Composition(
             site=Reduced(kinds, self.max_downsample),
             gate=Throughout(is_on=self.ratio > 0),
