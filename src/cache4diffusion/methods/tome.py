@@ -64,11 +64,13 @@ class ToMe(Method):
 
     def compose(self) -> Composition:
         """Parts on fewer tokens x every step x merge."""
-        kinds: tuple[PartKind, ...] = ("attn",)
-        kinds += ("ffn",) if self.merge_ffn else ()
-        kinds += ("cross_attn",) if self.merge_cross_attn else ()
+        kinds: list[PartKind] = ["attn"]
+        if self.merge_ffn:
+            kinds.append("ffn")
+        if self.merge_cross_attn:
+            kinds.append("cross_attn")
         return Composition(
-            site=Reduced(kinds, self.max_downsample),
+            site=Reduced(tuple(kinds), self.max_downsample),
             gate=Throughout(is_on=self.ratio > 0),
             tokens=MergeTokens(ratio=self.ratio, window=self.window, is_random=self.is_random, seed=self.seed),
         )
