@@ -23,7 +23,7 @@ from torch import nn
 import cache4diffusion as c4d
 from cache4diffusion.calibration import Calibration
 from cache4diffusion.predictors import LinearPredictor
-from cache4diffusion.sites import PART_KINDS, Trajectory
+from cache4diffusion.sites import PART_KINDS, Reduced, Trajectory
 
 _DOUBLE = {"attn": "attn", "attn1": "attn", "ff": "ffn", "ff_context": "ffn"}
 
@@ -168,7 +168,11 @@ FITTING = CALIBRATED | {
 _TRAJECTORY = {
     name for name in c4d.METHODS if isinstance(c4d.method(name, **CALIBRATED.get(name, {})).compose().site, Trajectory)
 }
-TRANSFORMER_METHODS = sorted(set(c4d.METHODS) - {"deepcache"} - _TRAJECTORY)
+# Methods that compute fewer tokens predict nothing: tests/methods/test_reductions.py has their general tests.
+REDUCTIONS = sorted(
+    name for name in c4d.METHODS if isinstance(c4d.method(name, **CALIBRATED.get(name, {})).compose().site, Reduced)
+)
+TRANSFORMER_METHODS = sorted(set(c4d.METHODS) - {"deepcache", *REDUCTIONS} - _TRAJECTORY)
 
 
 def _kind(name):

@@ -107,6 +107,8 @@ class Handle:
         steps, engine = run.num_steps, self._engines[0]
         if steps is None or steps in self._few or not 1 < steps < FEW or engine.composition.is_off:
             return
+        if not engine.composition.lives_on_other_steps:
+            return
         text = few_steps_text(self.label, engine.composition, steps)
         if self.options.strict:
             raise SettingError(f"{text} strict=True refuses fewer than {FEW} steps.")

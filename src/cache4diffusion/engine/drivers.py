@@ -6,10 +6,12 @@ from cache4diffusion.engine.denoiser import DenoiserDriver
 from cache4diffusion.engine.driver import Driver
 from cache4diffusion.engine.gated import GatedPartsDriver
 from cache4diffusion.engine.host import Host
+from cache4diffusion.engine.last_stream import LastStreamDriver
 from cache4diffusion.engine.level import LevelDriver
 from cache4diffusion.engine.linears import LinearsDriver
 from cache4diffusion.engine.mixed import MixedScoreDriver
 from cache4diffusion.engine.parts import PartsDriver
+from cache4diffusion.engine.reducing import ReductionDriver
 from cache4diffusion.engine.scaled import ScaledPartsDriver
 from cache4diffusion.engine.span import BlocksDriver, SpanDriver, SwitchingSpanDriver
 from cache4diffusion.engine.trajectory import TrajectoryDriver
@@ -21,6 +23,8 @@ from cache4diffusion.sites import (
     Linears,
     MixedScore,
     Parts,
+    PartsAndStream,
+    Reduced,
     ScaledParts,
     Site,
     Span,
@@ -39,6 +43,8 @@ DRIVERS: dict[type[Site], type[Driver]] = {
     GatedParts: GatedPartsDriver,
     MixedScore: MixedScoreDriver,
     ScaledParts: ScaledPartsDriver,
+    PartsAndStream: LastStreamDriver,
+    Reduced: ReductionDriver,
     UNetLevel: LevelDriver,
     Trajectory: TrajectoryDriver,
 }

@@ -14,7 +14,7 @@ from typing import Any, get_args
 from torch import Tensor
 
 from cache4diffusion.anatomy import Anatomy, Block, Inner, Part
-from cache4diffusion.anatomy.facts import BESIDE, InnerRole
+from cache4diffusion.anatomy.facts import InnerRole
 from cache4diffusion.engine.compiling import TURNS, is_compiled
 from cache4diffusion.engine.decide import prediction_error
 from cache4diffusion.engine.driver import Driver, Rested
@@ -31,6 +31,7 @@ from cache4diffusion.gates import Verification
 from cache4diffusion.predictors import LinearPredictor, Predictor
 from cache4diffusion.predictors.corrector import paired
 from cache4diffusion.sites import Parts
+from cache4diffusion.tokens import TokenRule
 from cache4diffusion.wrap import CallWrapper, ForwardWrapper
 
 
@@ -52,7 +53,7 @@ class PartsDriver(Driver):
         self._names: list[str] = []  # of the decisions
         self._traced: list[PartSite] = []  # sites in compiled blocks, as seen at the last full step
         rule = host.composition.tokens
-        self.tokens: TokenDriver | None = TokenDriver(self, rule) if rule is not None else None
+        self.tokens = TokenDriver(self, rule) if isinstance(rule, TokenRule) else None
         self._watches = (host.gate is not None and host.gate.watch is not None) or rule is not None
         self.needs_blocks = self._watches
 
@@ -245,11 +246,7 @@ class PartsDriver(Driver):
     ) -> Any:
         """Blocks run; a token rule must know how long their streams are."""
         if self.tokens is not None:
-            lengths = {"image": 0, "text": 0}
-            streams = self.host.blocks[position].streams
-            for stream, value in zip(streams, self.host.stream_inputs(position, args, kwargs), strict=True):
-                lengths["text" if stream.kind in BESIDE else "image"] += value.shape[1]
-            context.state.extra[f"lengths.{position}"] = (lengths["image"], lengths["text"])
+            return self.tokens.on_block(context, position, args, kwargs, inner)
         return inner(*args, **kwargs)
 
     def on_decided(self, context: Context, key: int) -> None:
@@ -404,7 +401,11 @@ class PartsDriver(Driver):
             self.tokens.bring(state, name)
 
     def rested(self, context: Context) -> Rested | None:
-        """Where there are several decisions: the parts that were predicted, and what rested with them."""
+        """Where there are several decisions: the parts that were predicted, and what rested with them. With a token
+        rule: the share of the tokens that was not computed.
+        """
+        if self.tokens is not None:
+            return self.tokens.rested(context)
         if self.site.decisions == "one":
             return None
         shares: dict[str, float] = {}

@@ -46,6 +46,7 @@ from cache4diffusion.gates.significance import Significance
 from cache4diffusion.gates.speculative import Speculative
 from cache4diffusion.gates.step_mask import StepMask
 from cache4diffusion.gates.threshold import ProbeThreshold
+from cache4diffusion.gates.throughout import Throughout
 from cache4diffusion.gates.timetable import Timetable
 from cache4diffusion.gates.triggered import TriggeredInterval
 from cache4diffusion.gates.widening import WideningInterval
@@ -71,6 +72,7 @@ GATES = {
     "learned": LearnedScore,
     "triggered": TriggeredInterval,
     "speculative": Speculative,
+    "throughout": Throughout,
 }
 
 __all__ = [
@@ -112,6 +114,7 @@ __all__ = [
     "StaticGate",
     "Step",
     "StepMask",
+    "Throughout",
     "Timetable",
     "TriggeredInterval",
     "Verification",
