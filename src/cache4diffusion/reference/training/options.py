@@ -46,4 +46,11 @@ def settings_of(args: argparse.Namespace) -> TrainSettings:
 
 def facts_of(args: argparse.Namespace) -> dict[str, Any]:
     """What the history of a training says of them."""
-    return {"batch": args.batch * args.microbatches, "seed": args.seed, "lr": args.lr, "workers": args.workers}
+    workers = args.workers if args.device == "cpu" else 1
+    return {
+        "batch": args.batch * args.microbatches,
+        "seed": args.seed,
+        "lr": args.lr,
+        "workers": workers,
+        "device": args.device,
+    }
