@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from cache4diffusion.reference import folder as folders
 from cache4diffusion.reference.build import build
 from cache4diffusion.reference.evaluate import accuracy, format_table, generate
 from cache4diffusion.reference.folder import SAMPLING, load, save_folder
+from cache4diffusion.reference.models import MODELS
 from cache4diffusion.reference.networks import TEXT_LENGTH, build_tokenizer, build_vae, vocabulary
 from cache4diffusion.reference.parts import FluxParts
 from cache4diffusion.reference.scenes import held_out_captions
