@@ -49,7 +49,7 @@ def generate(
     allow_downgrade: DowngradeOption = False,
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", help="The PNG to write; of a video a filmstrip, or a .webp or .gif that moves."),
+        typer.Option("--out", "-o", help="The PNG to write; for a video also .webp or .gif."),
     ] = Path("image.png"),
     as_json: JsonOption = False,
 ) -> None:

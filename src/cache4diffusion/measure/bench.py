@@ -73,9 +73,9 @@ def bench(
     Args:
         variants: see `Variant`. Names that occur twice get a label from the settings that differ.
         generate: ``generate(captions, seeds, steps)`` runs the pipeline on one batch and returns images as `as_images`
-            takes them, or videos as `as_videos` does. Image ``i`` must depend on ``captions[i]`` and ``seeds[i]`` only (one generator per caption).
-            If it has a parameter ``on_step``, that is None or a function to call with the latents ``[N, ...]`` after
-            each step.
+            takes them, or videos as `as_videos` does. Image ``i`` must depend on ``captions[i]`` and ``seeds[i]`` only
+            (one generator per caption). If it has a parameter ``on_step``, that is None or a function to call with the
+            latents ``[N, ...]`` after each step.
         captions: one image is made for each.
         seeds: one per caption, or an int ``s`` for ``s, s + 1, ...``.
         steps: of the uncached pipeline and of the methods.

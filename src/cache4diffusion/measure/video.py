@@ -48,11 +48,12 @@ def as_videos(videos: Any) -> np.ndarray:
         if len(lengths) > 1:
             raise MeasureError(f"Clips of {', '.join(map(str, lengths))} frames cannot be one batch.")
         return np.stack([as_images(clip) for clip in videos])
-    if getattr(videos, "ndim", 0) != 5:
-        shape = list(getattr(videos, "shape", ())) or type(videos).__name__
+    array: Any = videos
+    if getattr(array, "ndim", 0) != 5:
+        shape = list(getattr(array, "shape", ())) or type(array).__name__
         raise MeasureError(f"Videos have shape {shape}, expected [N, F, H, W, 3].")
-    frames = as_images(videos.reshape(-1, *videos.shape[2:]))
-    return frames.reshape(videos.shape)
+    frames = as_images(array.reshape(-1, *array.shape[2:]))
+    return frames.reshape(tuple(array.shape))
 
 
 def as_clips(videos: Any) -> list[list[Image]]:

@@ -330,7 +330,7 @@ def contradict(caption: str, rng: random.Random | int) -> str:
     is_counting = len(objects) > 1 and len(set(objects)) == 1
     changed = []
 
-    def other(value: str, values) -> str:
+    def other(value: str | None, values) -> str:
         return rng.choice([v for v in values if v != value])
 
     changed.append(replace(demands, background=other(demands.background, BACKGROUNDS)))
