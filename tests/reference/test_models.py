@@ -296,33 +296,50 @@ def test_a_model_that_is_not_built_says_how_to_build_it(monkeypatch, tmp_path):
 
 def test_making_trains_what_is_left_and_builds(monkeypatch, tmp_path):
     """Stopped in the middle nothing is built; the next call trains the rest, and only that."""
-    calls, stops = [], [True, False]
+    calls, built, stops = [], [], [True, False]
 
     def training(words):
-        folder, minutes = make.Path(words[words.index("--folder") + 1]), float(words[words.index("--minutes") + 1])
-        calls.append(minutes)
-        seconds = 60 * make.trained_minutes(folder) + 60 * minutes / (2 if stops.pop(0) else 1)
+        option = dict(zip(words[1::2], words[2::2], strict=True))
+        assert (words[0], option["--minutes"]) == ("scenes-dit", "inf")
+        folder, updates = make.Path(option["--folder"]), int(option["--updates"])
+        calls.append(updates)
+        done = make.updates_of(folder) + (updates // 2 if stops.pop(0) else updates)
         folder.mkdir(exist_ok=True, parents=True)
-        (folder / "history.json").write_text(json.dumps({"seconds": seconds}))
+        (folder / "history.json").write_text(json.dumps({"updates": done}))
 
-    built = []
     monkeypatch.setattr(denoiser, "main", training)
     monkeypatch.setattr(make.build, "main", built.append)
     model = MODELS["scenes-dit"]
-    assert not make.make(model, tmp_path, tmp_path / "out", minutes=10)
+    assert not make.make(model, tmp_path, tmp_path / "out", updates=10)
     assert built == []
-    assert make.make(model, tmp_path, tmp_path / "out", minutes=10)
+    assert make.make(model, tmp_path, tmp_path / "out", updates=10)
     assert calls == [10, 5]
-    assert make.make(model, tmp_path, tmp_path / "out", minutes=10)
+    assert make.make(model, tmp_path, tmp_path / "out", updates=10)
     assert calls == [10, 5]
-    assert built[0] == [
-        "--model",
-        "scenes-dit",
-        "--denoiser",
-        str(tmp_path / "scenes-dit"),
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    folders = ["--denoiser", str(tmp_path / "scenes-dit"), "--out", str(tmp_path / "out")]
+    assert built == [["--model", "scenes-dit", *folders]] * 2
+
+
+def test_the_command_trains_as_the_description_says(monkeypatch, tmp_path):
+    monkeypatch.setitem(MODELS, "scenes-dit", tiny("scenes-dit"))
+    words = ["scenes-dit", "--folder", str(tmp_path), "--workers", "1", "--batch", "2", "--device", "cpu"]
+    denoiser.main([*words, "--updates", "1", "--mix", "star=1"])
+    facts = json.loads((tmp_path / "history.json").read_text())["facts"]
+    training = MODELS["scenes-dit"].training
+    assert (facts["batch"], facts["lr"], facts["seed"]) == (2 * training.microbatches, training.lr, training.seed)
+    assert facts["mix"] == {"star": 1.0}
+    monkeypatch.setattr(denoiser, "train", lambda model, args: facts.update(vars(args)))
+    denoiser.main(words)
+    assert (facts["updates"], facts["minutes"]) == (training.updates, float("inf"))
+    denoiser.main([*words, "--minutes", "3"])
+    assert (facts["updates"], facts["minutes"]) == (-1, 3)
+
+
+@pytest.mark.parametrize("words", [["--mix", "disc=1"], ["--sigma-mean", "0.5"]])
+def test_options_of_other_models_are_refused(words, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        denoiser.main(["scenes-dit", "--folder", str(tmp_path), *words])
+    assert words[0] in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_generated_clips_do_not_depend_on_their_batch(trained):

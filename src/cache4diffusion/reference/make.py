@@ -2,7 +2,7 @@
 
     python -m cache4diffusion.reference.make                                          # all that are not there
     python -m cache4diffusion.reference.make scenes-dit --runs runs --workers 1
-    python -m cache4diffusion.reference.make scenes-dit --again --minutes 200         # 200 minutes in all
+    python -m cache4diffusion.reference.make scenes-dit --again --updates 12000       # 12,000 in all
 
 A model's training folder is ``RUNS/NAME``, its autoencoder's, where it has its own, ``RUNS/NAME-vae``; there lie
 checkpoints and the loss curve. On an accelerator, if there is one, else in processes of one thread each.
@@ -22,57 +22,48 @@ from cache4diffusion.reference.folder import WEIGHTS
 from cache4diffusion.reference.models import MODELS, ReferenceModel, model_named
 from cache4diffusion.reference.training import denoiser, vae
 
-VAE_MINUTES = 30.0
+VAE_UPDATES = 2_600
 
 
-def trained_minutes(folder: Path) -> float:
-    """How long the training in a folder has run: 0 if there is none."""
+def updates_of(folder: Path) -> int:
+    """How many updates the training in a folder has had: 0 if there is none."""
     history = folder / "history.json"
-    return json.loads(history.read_text(encoding="utf-8"))["seconds"] / 60 if history.exists() else 0.0
+    return json.loads(history.read_text(encoding="utf-8"))["updates"] if history.exists() else 0
 
 
-def train_for(folder: Path, minutes: float, train: Callable[[list[str]], None], options: Sequence[str] = ()) -> bool:
-    """Train until a folder has seen ``minutes`` in all; returns whether it has, or was stopped before.
+def train_to(folder: Path, updates: int, train: Callable[[list[str]], None], options: Sequence[str] = ()) -> bool:
+    """Train until a folder has had ``updates`` in all; returns whether it has, or was stopped before.
 
     Args:
         folder: of the training.
-        minutes: in all.
+        updates: in all.
         train: takes the options of a training's command line.
-        options: beside ``--folder`` and ``--minutes``.
+        options: beside ``--folder``, ``--updates`` and ``--minutes``.
     """
-    rest = minutes - trained_minutes(folder)
+    rest = updates - updates_of(folder)
     if rest > 0:
-        train(["--folder", str(folder), "--minutes", str(rest), *options])
-    return trained_minutes(folder) >= minutes - 1 / 60
+        train(["--folder", str(folder), "--updates", str(rest), "--minutes", "inf", *options])
+    return updates_of(folder) >= updates
 
 
-def make(
-    model: ReferenceModel, runs: Path, out: Path, minutes: float | None = None, options: Sequence[str] = ()
-) -> bool:
+def make(model: ReferenceModel, runs: Path, out: Path, updates: int | None = None, options: Sequence[str] = ()) -> bool:
     """Train what ``model`` needs and build its folder; returns False if a training was stopped.
 
     Args:
         model: what is made.
         runs: training folders lie in it.
         out: folder to write.
-        minutes: of the denoiser's training in all; None: the model's own.
+        updates: of the denoiser's training in all; None: as many as the model's description says.
         options: of the command lines of training, such as ``["--workers", "1"]``.
     """
     folder, vae_folder = runs / model.name, runs / f"{model.name}-vae"
-    words = ["--model", model.name, "--denoiser", str(folder), "--out", str(out)]
-    if model.has_own_vae:
-        if not train_for(vae_folder, VAE_MINUTES, vae.main, options):
-            return False
-        words += ["--vae", str(vae_folder)]
-    extra = ["--vae", str(vae_folder)] if model.has_own_vae else []
-    if not train_for(
-        folder,
-        model.training.minutes if minutes is None else minutes,
-        lambda words: denoiser.main([model.name, *words]),
-        [*extra, *options],
-    ):
+    vae_option = ["--vae", str(vae_folder)] if model.has_own_vae else []
+    if model.has_own_vae and not train_to(vae_folder, VAE_UPDATES, vae.main, options):
         return False
-    build.main(words)
+    total = model.training.updates if updates is None else updates
+    if not train_to(folder, total, lambda words: denoiser.main([model.name, *words]), [*vae_option, *options]):
+        return False
+    build.main(["--model", model.name, "--denoiser", str(folder), "--out", str(out), *vae_option])
     return True
 
 
@@ -81,7 +72,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(MODELS)}; all if none is named")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="training folders lie in it")
-    parser.add_argument("--minutes", type=float, help="of the denoiser's training in all; the model's own if not given")
+    parser.add_argument(
+        "--updates", type=int, help="of the denoiser in all; as the model's description says by default"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes, on a CPU")
     parser.add_argument("--again", action="store_true", help="train on and build also what is there")
     args = parser.parse_args(argv)

@@ -23,17 +23,17 @@ class Training:
     """How a denoiser is trained unless told otherwise.
 
     Args:
-        minutes: of wall clock.
+        updates: in all, over which the learning rate rises, stays and falls.
         batch: examples per microbatch.
         microbatches: per update.
         pool: examples that are kept encoded.
         reuse: how often each is met, about.
-        cooldown: share of the time in which the learning rate falls to 0.
+        cooldown: share of the updates, at their end, in which the learning rate falls to 0.
         lr: of the parameters that follow Muon.
         seed: of weights, data and noise.
     """
 
-    minutes: float = 150.0
+    updates: int = 10_000
     batch: int = 16
     microbatches: int = 2
     pool: int = 32768
@@ -108,7 +108,7 @@ MODELS: dict[str, ReferenceModel] = {
                 "true_cfg_scale": 2.0,
             },
             tokens="packed to 64 image tokens, beside 16 text tokens",
-            training=Training(minutes=240.0, microbatches=4),
+            training=Training(updates=21_500, microbatches=4),
             record="flow",
         ),
         ReferenceModel(
@@ -121,7 +121,7 @@ MODELS: dict[str, ReferenceModel] = {
             noise=VPrediction(),
             sampling={"num_inference_steps": 50, "guidance_scale": 2.0},
             tokens="cut into 64 image tokens",
-            training=Training(minutes=120.0),
+            training=Training(updates=8_000),
             borrowed="autoencoder",
         ),
         ReferenceModel(
@@ -143,7 +143,6 @@ MODELS: dict[str, ReferenceModel] = {
                 "use_resolution_binning": False,
             },
             tokens="256 image tokens of one latent pixel each, beside 16 text tokens",
-            training=Training(minutes=180.0),
             borrowed="autoencoder and T5 encoder",
         ),
         ReferenceModel(
@@ -156,7 +155,6 @@ MODELS: dict[str, ReferenceModel] = {
             noise=VPrediction(),
             sampling=_SQUARE | {"num_inference_steps": 50, "guidance_scale": 2.0},
             tokens="maps of 16 x 16, 8 x 8 and 4 x 4, beside 16 text tokens",
-            training=Training(minutes=180.0),
             borrowed="autoencoder and CLIP encoder (which learned along)",
         ),
         ReferenceModel(
@@ -178,7 +176,7 @@ MODELS: dict[str, ReferenceModel] = {
                 "mask_feature": False,  # or else what a caption is padded with depends on the batch
             },
             tokens="36 image tokens in each of 8 frames, beside 120 text tokens",
-            training=Training(minutes=180.0, batch=8, pool=8192, reuse=8),
+            training=Training(batch=8, pool=8192, reuse=8),
             borrowed="autoencoder and T5 encoder (with new rows for words of motion)",
         ),
     )

@@ -1,9 +1,10 @@
 """Train the denoiser of a reference model, and the text encoders that learn along, on latents of fresh examples.
 
-    python -m cache4diffusion.reference.training.denoiser scenes-dit --folder runs/scenes-dit --minutes 120
+    python -m cache4diffusion.reference.training.denoiser scenes-dit --folder runs/scenes-dit
     python -m cache4diffusion.reference.training.denoiser scenes-flux --vae runs/vae --folder runs/flow --minutes 240
 
-One example in ten has no prompt, which is what classifier-free guidance subtracts. What a model takes over from
+Without ``--minutes`` it takes as many updates as ``--updates`` says, or as the model's description does. One example in
+ten has no prompt, which is what classifier-free guidance subtracts. What a model takes over from
 ``scenes-flux`` (`cache4diffusion.reference.models`) is read from its folder.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import random
 from collections.abc import Sequence
@@ -146,7 +148,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sigma-mean", type=float, help="of the logit of the noise level, in flow matching")
     args = parser.parse_args(argv)
     model = model_named(args.model)
-    for name in ("minutes", "batch", "microbatches", "cooldown", "lr", "seed"):
+    if args.minutes is None:
+        args.minutes = math.inf
+        args.updates = model.training.updates if args.updates < 0 else args.updates
+    for name in ("batch", "microbatches", "cooldown", "lr", "seed"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(model.training, name))
     try:
