@@ -316,7 +316,7 @@ def test_making_trains_what_is_left_and_builds(monkeypatch, tmp_path):
     assert calls == [10, 5]
     assert make.make(model, tmp_path, tmp_path / "out", updates=10)
     assert calls == [10, 5]
-    folders = ["--denoiser", str(tmp_path / "scenes-dit"), "--out", str(tmp_path / "out")]
+    folders = ["--denoiser", str(tmp_path / "scenes-dit"), "--out", str(tmp_path / "out"), "--checker", "200"]
     assert built == [["--model", "scenes-dit", *folders]] * 2
 
 

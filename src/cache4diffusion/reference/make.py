@@ -24,6 +24,9 @@ from cache4diffusion.reference.training import denoiser, vae
 
 VAE_UPDATES = 2_600
 
+CHECKED = 200
+"""Examples per family that the checker is measured on: of clips, minutes."""
+
 
 def updates_of(folder: Path) -> int:
     """How many updates the training in a folder has had: 0 if there is none."""
@@ -63,7 +66,8 @@ def make(model: ReferenceModel, runs: Path, out: Path, updates: int | None = Non
     total = model.training.updates if updates is None else updates
     if not train_to(folder, total, lambda words: denoiser.main([model.name, *words]), [*vae_option, *options]):
         return False
-    build.main(["--model", model.name, "--denoiser", str(folder), "--out", str(out), *vae_option])
+    checked = ["--checker", str(CHECKED)]
+    build.main(["--model", model.name, "--denoiser", str(folder), "--out", str(out), *checked, *vae_option])
     return True
 
 
