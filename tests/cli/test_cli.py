@@ -18,10 +18,11 @@ import cache4diffusion as c4d
 import toys
 from cache4diffusion.cli.app import app
 from cache4diffusion.cli.measuring import DEMO_METHODS
-from cache4diffusion.cli.models import Model, family_of, read_prompts
+from cache4diffusion.cli.models import Model, read_prompts
 from cache4diffusion.compare import check_methods, parse_method, split_methods
 from cache4diffusion.errors import SettingError
 from cache4diffusion.method import FAMILIES, MethodInfo
+from cache4diffusion.reference.checker import family_of
 from cache4diffusion.reference.scenes import held_out_scenes
 from cache4diffusion.sites import Trajectory, UNetLevel
 from cache4diffusion.strip import planned_strip
