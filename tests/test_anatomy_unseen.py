@@ -204,6 +204,29 @@ def test_writing_in_place_is_followed_and_reported():
     assert [part.is_mutated for part in block.parts] == [True, False]
 
 
+class Adds(zoo.PlainDiT):
+    """Writes into what its first block returns, and into what its last one does, behind which no block looks."""
+
+    def forward(self, x, t, y):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        c = self.classes(y)
+        first, second, third = self.layers
+        x = first(x, c)
+        x[:, 1:] = x[:, 1:] + c[:, None]
+        x = second(x, c)
+        x = third(x, c)
+        x += c[:, None]
+        return self.last(x)
+
+
+def test_a_host_that_writes_between_its_blocks_is_reported():
+    torch.manual_seed(0)
+    call = torch.randn(2, 4, 8, 8), torch.full((2,), 3), torch.ones(2, dtype=torch.long)
+    (stack,) = anatomy.observe(Adds().eval(), call, {}).main
+    assert [block.is_written for block in stack.blocks] == [True, False, False]
+    assert not any(block.is_written for block in anatomy.observe(*zoo.plain()).main[0].blocks)
+
+
 class PostNorm(zoo.PlainBlock):
     """Normalises what a part returns: the norm belongs to neither the part nor what may be skipped."""
 
