@@ -1,8 +1,8 @@
 """The same methods on every architecture: full steps as expected, a state per branch, and what is won on a CPU.
 
-    PYTHONPATH=tests python benchmarks/architectures.py                    # all: docs/benchmarks/architectures.json, .md
+    PYTHONPATH=tests python benchmarks/architectures.py               # all: docs/benchmarks/architectures.json, .md
     PYTHONPATH=tests python benchmarks/architectures.py --cases flux,sd --write out/architectures
-    PYTHONPATH=tests python benchmarks/architectures.py --resume           # goes on with a file, case by case
+    PYTHONPATH=tests python benchmarks/architectures.py --resume      # goes on with a file, case by case
 
 Each architecture is a stock pipeline with random weights: text encoders and autoencoder in miniature, the denoiser wide
 and long enough that computing takes the time, and not Python. Uncached runs and runs of every method take turns, so
@@ -13,6 +13,7 @@ Expected full steps are worked out here, by each method's published rule. The ex
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -29,18 +30,19 @@ import torch
 from torch import Tensor, nn
 
 import cache4diffusion as c4d
+from cache4diffusion.anatomy import Anatomy, observe
 from cache4diffusion.cost import strips_of
 from cache4diffusion.files import check_writable, write_whole
 from cache4diffusion.flops import FlopCounter
 from cache4diffusion.trace import FULL, Record
 from pipelines.case import Case, denoisers
 from pipelines.cases import CASES
-from pipelines.parts import build, noise
+from pipelines.parts import build
 from resume import kept
 
 SCHEMA = 1
-STEPS = 14
-TURNS = 3
+STEPS = 12
+TURNS = 2
 
 
 # --- architectures ----------------------------------------------------------------------------------------------------
@@ -80,37 +82,37 @@ def _levels(words: str, down: tuple[str, ...] = THREE) -> dict[str, Any]:
         "layers_per_block": 2,
         "down_block_types": tuple(name.format(words) for name in down),
         "up_block_types": tuple(name.format(words) for name in ups),
-        "sample_size": 32,
+        "sample_size": 24,
     }
 
 
 TRANSFORMERS = (
-    Wide("FLUX", "flux", {**JOINT, "axes_dims_rope": (16, 24, 24)}, _square(64)),
-    Wide("Qwen-Image", "qwen-image", {**EIGHT, "axes_dims_rope": (16, 24, 24)}, _square(128)),
-    Wide("HunyuanImage-2.1", "hunyuan-image", {**JOINT, "rope_axes_dim": (32, 32)}, _square(64)),
-    Wide("HunyuanVideo", "hunyuan-video", {**JOINT, "rope_axes_dim": (16, 24, 24)}, _square(64, num_frames=13)),
-    Wide("Wan 2.2, both experts", "wan2.2", {**EIGHT, "ffn_dim": 1024}, _square(128, num_frames=13)),
-    Wide("Stable Diffusion 3", "sd3", {**EIGHT, "caption_projection_dim": 256, "sample_size": 32}, _square(64)),
-    Wide("PixArt", "pixart", {**EIGHT, "cross_attention_dim": 256, "sample_size": 32}, _square(64)),
-    Wide("DiT", "dit", {**EIGHT, "sample_size": 32}),
+    Wide("FLUX", "flux", {**JOINT, "axes_dims_rope": (16, 24, 24)}, _square(48)),
+    Wide("Qwen-Image", "qwen-image", {**EIGHT, "axes_dims_rope": (16, 24, 24)}, _square(96)),
+    Wide("HunyuanImage-2.1", "hunyuan-image", {**JOINT, "rope_axes_dim": (32, 32)}, _square(48)),
+    Wide("HunyuanVideo", "hunyuan-video", {**JOINT, "rope_axes_dim": (16, 24, 24)}, _square(48, num_frames=13)),
+    Wide("Wan 2.2, both experts", "wan2.2", {**EIGHT, "ffn_dim": 1024}, _square(96, num_frames=13)),
+    Wide("Stable Diffusion 3", "sd3", {**EIGHT, "caption_projection_dim": 256, "sample_size": 24}, _square(48)),
+    Wide("PixArt", "pixart", {**EIGHT, "cross_attention_dim": 256, "sample_size": 24}, _square(48)),
+    Wide("DiT", "dit", {**EIGHT, "sample_size": 24}),
     Wide(
         "CogVideoX",
         "cogvideox",
-        {**EIGHT, "time_embed_dim": 64, "sample_width": 16, "sample_height": 16, "sample_frames": 13},
-        _square(128, num_frames=13),
+        {**EIGHT, "time_embed_dim": 64, "sample_width": 12, "sample_height": 12, "sample_frames": 13},
+        _square(96, num_frames=13),
     ),
-    Wide("LTX-Video", "ltx", {**EIGHT, "cross_attention_dim": 256}, {"num_frames": 13}),
-    Wide("Mochi", "mochi", {**EIGHT, "pooled_projection_dim": 128}, _square(128, num_frames=19)),
+    Wide("LTX-Video", "ltx", {**EIGHT, "cross_attention_dim": 256}, {"num_frames": 9}),
+    Wide("Mochi", "mochi", {**EIGHT, "pooled_projection_dim": 128}, _square(96, num_frames=19)),
     Wide(
         "Z-Image",
         "z-image",
         {"dim": 256, "n_layers": 8, "n_heads": 4, "n_kv_heads": 4, "axes_dims": [16, 24, 24]},
-        _square(64),
+        _square(48),
     ),
-    Wide("Stable Audio", "stable-audio", {**EIGHT, "num_key_value_attention_heads": 2, "sample_size": 256}),
+    Wide("Stable Audio", "stable-audio", {**EIGHT, "num_key_value_attention_heads": 2, "sample_size": 128}),
 )
 UNETS = (
-    Wide("Stable Diffusion", "sd", {**_levels("2D"), "norm_num_groups": 16, "attention_head_dim": 4}, _square(64)),
+    Wide("Stable Diffusion", "sd", {**_levels("2D"), "norm_num_groups": 16, "attention_head_dim": 4}, _square(48)),
     Wide(
         "SDXL",
         "sdxl",
@@ -120,13 +122,13 @@ UNETS = (
             "attention_head_dim": 4,
             "transformer_layers_per_block": (1, 2, 4),
         },
-        _square(64),
+        _square(48),
     ),
     Wide(
         "Stable Video Diffusion",
         "svd",
         {**_levels("SpatioTemporal"), "num_attention_heads": 4},
-        _square(64, image=noise(1, 1, 3, 64, 64).sigmoid()),
+        _square(48),
     ),
 )
 
@@ -192,15 +194,71 @@ METHODS = (
 OF_UNETS = (Tried("deepcache", {"interval": 4}, every(4)),)
 
 
-def threshold_for(case: Case, pipe: Any, tried: Tried) -> float:
+@dataclass
+class Subject:
+    """A pipeline whose denoisers were looked at once.
+
+    Args:
+        case: of which it is the pipeline.
+        pipe: the pipeline.
+        calls: the first call of each denoiser.
+        anatomies: how each is built.
+        flops: of the denoisers' calls in an uncached run.
+    """
+
+    case: Case
+    pipe: Any
+    calls: dict[str, Any]
+    anatomies: dict[str, Anatomy]
+    flops: int
+
+    @classmethod
+    def of(cls, case: Case) -> Subject:
+        """Sample once, uncached, and look."""
+        pipe, calls, hooks = case.pipe(), {}, []
+        found = denoisers(pipe)
+        for name, denoiser in found.items():
+
+            def note(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                calls.setdefault(name, (args, kwargs))
+
+            hooks.append(denoiser.register_forward_pre_hook(note, with_kwargs=True))
+        with FlopCounter(list(found.values())) as counter:
+            case.sample(pipe)
+        for hook in hooks:
+            hook.remove()
+        anatomies = {name: observe(found[name], *call) for name, call in calls.items()}
+        return cls(case, pipe, calls, anatomies, counter.module_total)
+
+    @contextmanager
+    def accelerated(self, method: str, settings: dict[str, Any]) -> Iterator[c4d.Handle]:
+        """Within: attached, as after `Handle.prepare`, so that no run pays for looking."""
+        with c4d.accelerate(self.pipe, method, **settings) as handle:
+            for engine in handle._engines:
+                if engine.attachment.needs_anatomy:
+                    engine.prepare(*self.calls[engine.name], anatomy=self.anatomies[engine.name])
+            yield handle
+
+    def sample(self) -> Tensor:
+        """One run."""
+        return self.case.sample(self.pipe)
+
+    def timed(self) -> tuple[float, float]:
+        """Seconds of a run, by the wall and of the processor."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        self.sample()
+        return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def threshold_for(subject: Subject, tried: Tried) -> float:
     """A threshold that some scores stay below: a multiple of the median change between two steps."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nothing is cached, as is meant
-        with c4d.accelerate(pipe, tried.name, **tried.settings, threshold=1e-12) as handle:
-            case.sample(pipe)
+        with subject.accelerated(tried.name, {**tried.settings, "threshold": 1e-12}) as handle:
+            subject.sample()
             scores = [score for record in handle.trace.of() for score in record.scores if score is not None]
     if not scores:
-        raise SystemExit(f"{case.name}: {tried.name} met no score in {STEPS} steps")
+        raise SystemExit(f"{subject.case.name}: {tried.name} met no score in {STEPS} steps")
     return tried.quantum * statistics.median(scores)
 
 
@@ -257,8 +315,9 @@ class States:
 @contextmanager
 def at_every_step(pipe: Any, look: Callable[[], None]) -> Iterator[None]:
     """Call something before every step of the scheduler, in the middle of a run."""
-    scheduler, step = pipe.scheduler, pipe.scheduler.step
+    scheduler, step, found = pipe.scheduler, pipe.scheduler.step, vars(pipe.scheduler).get("step")
 
+    @functools.wraps(step)  # pipelines look at its signature
     def stepped(*args: Any, **kwargs: Any) -> Any:
         look()
         return step(*args, **kwargs)
@@ -267,40 +326,26 @@ def at_every_step(pipe: Any, look: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        scheduler.__dict__.pop("step", None)
+        del scheduler.step
+        if found is not None:
+            scheduler.step = found
 
 
-def timed(case: Case, pipe: Any) -> tuple[float, float]:
-    """Seconds of a run, by the wall and of the processor."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    case.sample(pipe)
-    return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def flops_of(case: Case, pipe: Any) -> int:
-    """Of the denoisers' calls in an uncached run."""
-    with FlopCounter(list(denoisers(pipe).values())) as counter:
-        case.sample(pipe)
-    return counter.module_total
-
-
-def checked(case: Case, pipe: Any, tried: Tried) -> dict[str, Any]:
+def checked(subject: Subject, tried: Tried) -> dict[str, Any]:
     """One run of one method: what it did, what it held, and what it should have done."""
     settings, threshold = dict(tried.settings), None
     if tried.is_full is None:
-        threshold = settings["threshold"] = threshold_for(case, pipe, tried)
-    looks: list[States] = []
-    with at_every_step(pipe, lambda: [states.look() for states in looks]):
-        with c4d.accelerate(pipe, tried.name, **settings) as handle:
-            looks.append(States(handle))
-            with FlopCounter(list(denoisers(pipe).values())) as counter:
-                output = case.sample(pipe)
-            records, held = handle.trace.of(), handle.memory["held"]
+        threshold = settings["threshold"] = threshold_for(subject, tried)
+    with subject.accelerated(tried.name, settings) as handle:
+        states, counter = States(handle), FlopCounter(list(denoisers(subject.pipe).values()))
+        with at_every_step(subject.pipe, states.look), counter:
+            output = subject.sample()
+        records, held = handle.trace.of(), handle.memory["held"]
     wrong = faults(tried, records, threshold)
-    wrong += [f"{names} share a tensor" for names in sorted(looks[0].shared)]
+    wrong += [f"{names} share a tensor" for names in sorted(states.shared)]
     wrong += [f"{held} bytes are held after the run"] if held else []
     wrong += [] if bool(torch.isfinite(output).all()) else ["the result is not finite"]
-    missing = {f"{record.denoiser}/{record.branch}" for record in records} - looks[0].bytes.keys()
+    missing = {f"{record.denoiser}/{record.branch}" for record in records} - states.bytes.keys()
     wrong += [f"{name} has no state" for name in sorted(missing)]
     symbols = {record.symbol for record in records}
     wrong += [] if len(symbols) > 1 else [f"all calls are {symbols}"]
@@ -311,8 +356,9 @@ def checked(case: Case, pipe: Any, tried: Tried) -> dict[str, Any]:
         "steps": steps_by_branch(records),
         "full": sum(record.symbol == FULL for record in records),
         "calls": len(records),
-        "states": looks[0].bytes,
+        "states": states.bytes,
         "flops": counter.module_total,
+        "ideal": round(subject.flops / counter.module_total, 3),
         "uncounted": counter.uncounted,
         "wrong": wrong,
     }
@@ -328,14 +374,14 @@ def steps_by_branch(records: list[Record]) -> dict[str, list[int]]:
     return found
 
 
-def measured(case: Case, pipe: Any, rows: list[dict[str, Any]], turns: int) -> None:
+def measure(subject: Subject, rows: list[dict[str, Any]], turns: int) -> None:
     """Fill in how much faster each method is: uncached and cached runs take turns."""
     found: dict[int, list[tuple[float, float]]] = {}
     for _ in range(turns):
-        plain = timed(case, pipe)
+        plain = subject.timed()
         for number, row in enumerate(rows):
-            with c4d.accelerate(pipe, row["method"], **row["settings"]):
-                cached = timed(case, pipe)
+            with subject.accelerated(row["method"], row["settings"]):
+                cached = subject.timed()
             found.setdefault(number, []).append((plain[0] / cached[0], plain[1] / cached[1]))
             row["uncached_s"] = round(min(row.get("uncached_s", plain[0]), plain[0]), 3)
             row["cached_s"] = round(min(row.get("cached_s", cached[0]), cached[0]), 3)
@@ -347,17 +393,16 @@ def measured(case: Case, pipe: Any, rows: list[dict[str, Any]], turns: int) -> N
 # --- both branches apart ----------------------------------------------------------------------------------------------
 
 
-def in_two_calls(case: Case, pipe: Any, tried: Tried) -> dict[str, Any]:
+def in_two_calls(subject: Subject, tried: Tried) -> dict[str, Any]:
     """A guided run's denoiser calls again, as they were and each in two: both give the same, from two states.
 
     Args:
-        case: whose guidance puts both branches into one batch.
-        pipe: its pipeline.
+        subject: whose guidance puts both branches into one batch.
         tried: the method.
     """
-    (name, denoiser), calls = next(iter(denoisers(pipe).items())), []
+    (name, denoiser), calls = next(iter(denoisers(subject.pipe).items())), []
     hook = denoiser.register_forward_pre_hook(lambda m, a, k: calls.append((a, k)), with_kwargs=True)
-    case.sample(pipe)
+    subject.sample()
     hook.remove()
     together, _, _ = _replayed(denoiser, calls, tried, 1)
     apart, strips, states = _replayed(denoiser, calls, tried, 2)
@@ -403,30 +448,25 @@ def _rows(tree: Any, rows: Tensor, batch: int) -> Any:
 
 def rows_of(wide: Wide, *, is_small: bool = False, turns: int = TURNS) -> list[dict[str, Any]]:
     """All methods on one architecture; ``turns=0`` measures nothing."""
-    case = case_of(wide, is_small)
-    pipe = case.pipe()
+    subject = Subject.of(case_of(wide, is_small))
     tried = OF_UNETS if wide in UNETS else METHODS
-    plain = flops_of(case, pipe)
-    rows = [checked(case, pipe, each) for each in tried]
-    for row in rows:
-        row["ideal"] = round(plain / row["flops"], 3)
-    found = denoisers(pipe)
+    rows = [checked(subject, each) for each in tried]
     facts = {
         "title": wide.title,
         "case": wide.case,
-        "pipeline": type(pipe).__name__,
-        "guidance": case.guidance,
-        "uncached_flops": plain,
+        "pipeline": type(subject.pipe).__name__,
+        "guidance": subject.case.guidance,
+        "uncached_flops": subject.flops,
         "denoisers": {
             name: {"class": type(module).__name__, "parameters": sum(p.numel() for p in module.parameters())}
-            for name, module in found.items()
+            for name, module in denoisers(subject.pipe).items()
         },
     }
     if turns:
-        measured(case, pipe, rows, turns)
+        measure(subject, rows, turns)
     if wide in UNETS:
         for row, each in zip(rows, tried, strict=True):
-            row["two_calls"] = in_two_calls(case, pipe, each)
+            row["two_calls"] = in_two_calls(subject, each)
             row["wrong"] += row["two_calls"].pop("wrong")
     return [facts | row for row in rows]
 
@@ -466,15 +506,16 @@ def page(result: dict[str, Any]) -> str:
         "(`make architectures`).",
         "",
         "Denoisers are wide and long enough that computing takes the time; text encoders and autoencoders are in "
-        "miniature, and latents leave undecoded where the pipeline allows it. *Ideal* is the speed-up of the denoiser's "
-        "calls by their FLOPs, counted in an uncached and in a cached run. *Latency* is that of whole runs, and *CPU* the same by the processor's time: the median "
-        f"of {told['turns']} turns of an uncached run and one of each method. The machine was busy with other work, so "
-        "single figures of latency scatter; the ratio within a turn is what counts.",
+        "miniature, and latents leave undecoded where the pipeline allows it. *Ideal* is the speed-up of the "
+        "denoiser's calls by their FLOPs, counted in an uncached and in a cached run. *Latency* is that of whole runs, "
+        f"and *CPU* the same by the processor's time: the median of {told['turns']} turns of an uncached run and one "
+        "of each method. How the denoiser is built was looked at before (`handle.prepare`). The machine was busy with "
+        "other work, which the wall's clock shows and the processor's does not.",
         "",
         "Full steps are compared with the method's rule, worked out apart from the library: for schedules the list of "
-        "steps, for `dbcache` (a probe of the first block) and `teacache` (a signal) each decision with its score; their "
-        "thresholds are 1.25 and 2.5 times the median change between two steps. A state is what is held for one branch of one "
-        "denoiser; no two share a tensor.",
+        "steps, for `dbcache` (a probe of the first block) and `teacache` (a signal) each decision with its score; "
+        "their thresholds are 1.25 and 2.5 times the median change between two steps. `>` is where the second expert "
+        "takes over. A state is what is held for one branch of one denoiser; no two share a tensor.",
         "",
         "| architecture | denoiser | guidance | method | full steps | full / calls | states | ideal | latency | CPU |",
         "|---|---|---|---|---|---:|---|---:|---:|---:|",
@@ -486,8 +527,8 @@ def page(result: dict[str, Any]) -> str:
         "",
         "## Both branches of a U-Net, in one call and in two",
         "",
-        "The calls of a guided run, whose batch holds both branches, again in two calls each: two states instead of one, "
-        "and the same result.",
+        "The calls of a guided run, whose batch holds both branches, again in two calls each: two states instead of "
+        "one, and the same result.",
         "",
         "| architecture | full steps of each | states | largest difference |",
         "|---|---|---|---:|",
@@ -521,7 +562,11 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _strips(strips: dict[str, str]) -> str:
-    return "<br>".join(f"`{strip}` {name}" for name, strip in strips.items())
+    """By branch; several denoisers one after another."""
+    branches: dict[str, list[str]] = {}
+    for name, strip in strips.items():
+        branches.setdefault(name.split("/", 1)[1], []).append(strip)
+    return "<br>".join(f"`{' > '.join(several)}` {branch}" for branch, several in branches.items())
 
 
 def _states(states: dict[str, int]) -> str:

@@ -21,6 +21,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
@@ -66,9 +67,7 @@ class Spy:
         self.roots: frozenset[str] = frozenset()
         self._depth = 0
         self._modules = {
-            path: module
-            for path, module in denoiser.named_modules()
-            if not isinstance(module, torch.jit.ScriptModule)
+            path: module for path, module in denoiser.named_modules() if not isinstance(module, torch.jit.ScriptModule)
         }
         for path, module in self._modules.items():
             module.forward = self._watched(path, module.forward)
@@ -88,10 +87,12 @@ class Spy:
         return watched
 
     def clear(self) -> None:
+        """Begin anew."""
         self.counts.clear()
         self.outside.clear()
 
     def remove(self) -> None:
+        """Give every ``forward`` back."""
         for module in self._modules.values():
             del module.forward
 
@@ -130,9 +131,53 @@ def error_of(output: list[Tensor], truth: list[Tensor]) -> float:
     return max(float((a - b).norm() / b.norm().clamp_min(1e-12)) for a, b in pairs)
 
 
+def equal(output: list[Tensor], truth: list[Tensor]) -> bool:
+    """Whether two outputs are the same to the bit."""
+    return len(output) == len(truth) and all(map(torch.equal, output, truth))
+
+
 def site_of(kind: str, found: Anatomy) -> str:
     """What a span is called there: of U-Nets it is their levels."""
     return "levels" if kind == "span" and found.unet is not None else kind
+
+
+@dataclass
+class Frozen:
+    """Four steps with the same input: their letters, outputs and counts, and what was to rest.
+
+    ``asked`` counts what lies in modules that rest and is run from elsewhere: DiT's head asks the first block's
+    embedder.
+    """
+
+    letters: str
+    steps: list[tuple[list[Tensor], Counter[str]]]
+    roots: frozenset[str]
+    asked: Counter[str]
+
+
+def frozen(denoiser: nn.Module, kwargs: dict[str, Any], found: Anatomy, composition: Composition, spy: Spy) -> Frozen:
+    """Run them.
+
+    Raises:
+        AnatomyError, CompositionError: the denoiser has no such site.
+    """
+    with attach(denoiser, {"denoiser": denoiser}, {"denoiser": composition}, nan_guard="now") as handle:
+        handle._engines[0].prepare((), kwargs, anatomy=found)
+        spy.roots = frozenset(handle._engines[0].attachment.bypassed)
+        spy.clear()
+        call(denoiser, kwargs)  # the first step of a run is full
+        asked, spy.roots, roots = Counter(spy.outside), frozenset(), spy.roots
+        with handle.run(num_steps=4):
+            steps = [step(denoiser, kwargs, spy) for _ in range(4)]
+        letters = "".join(record.symbol for record in handle.trace.of())
+    return Frozen(letters, steps, roots, asked)
+
+
+def step(denoiser: nn.Module, kwargs: dict[str, Any], spy: Spy) -> tuple[list[Tensor], Counter[str]]:
+    """One call: its output, and what ran."""
+    spy.clear()
+    output = call(denoiser, kwargs)
+    return output, Counter(spy.counts)
 
 
 def cell(denoiser: nn.Module, kwargs: dict[str, Any], found: Anatomy, kind: str) -> dict[str, Any]:
@@ -146,29 +191,20 @@ def cell(denoiser: nn.Module, kwargs: dict[str, Any], found: Anatomy, kind: str)
     """
     site = site_of(kind, found)
     told: dict[str, Any] = {"site": site}
+    wrong, resting, worst = [], 0, 0.0
     with spied(denoiser) as spy:
-        truth = call(denoiser, kwargs)
-        plain = Counter(spy.counts)
-        wrong, resting, worst = [], 0, 0.0
+        truth, plain = step(denoiser, kwargs, spy)
         for interval, expected in ((1, "FFFF"), (2, "FcFc")):
-            composition = Composition(SITES[site], FixedInterval(interval))
             try:
-                handle = attach(denoiser, {"denoiser": denoiser}, {"denoiser": composition}, nan_guard="now")
-                with handle:
-                    handle._engines[0].prepare((), kwargs, anatomy=found)
-                    roots = frozenset(handle._engines[0].attachment.bypassed)
-                    asked = _asked_outside(denoiser, kwargs, spy, roots) if interval == 1 else asked
-                    with handle.run(num_steps=4):
-                        outputs = [_step(denoiser, kwargs, spy) for _ in expected]
-                    letters = "".join(record.symbol for record in handle.trace.records[-4:])
+                run = frozen(denoiser, kwargs, found, Composition(SITES[site], FixedInterval(interval)), spy)
             except (AnatomyError, CompositionError) as error:
                 return told | {"outcome": ABSENT, "words": " ".join(str(error).split())}
-            if letters != expected:
-                wrong.append(f"{letters} instead of {expected}")
-            for letter, (output, counts) in zip(letters, outputs, strict=True):
+            if run.letters != expected:
+                wrong.append(f"{run.letters} instead of {expected}")
+            for letter, (output, counts) in zip(run.letters, run.steps, strict=True):
                 error = error_of(output, truth)
                 if letter == "F":
-                    if error or any(not torch.equal(a, b) for a, b in zip(output, truth, strict=True)):
+                    if error or not equal(output, truth):
                         wrong.append(f"a full step at interval {interval} is off by {error:.1e}")
                     if counts != plain:
                         wrong.append(f"a full step at interval {interval} ran something else than the plain call")
@@ -176,33 +212,16 @@ def cell(denoiser: nn.Module, kwargs: dict[str, Any], found: Anatomy, kind: str)
                 worst = max(worst, error)
                 if not error <= TOLERANCE[site]:
                     wrong.append(f"a cached step is off by {error:.1e}")
-                ran = [p for p in counts if within(p, roots) and counts[p] > asked.get(p, 0)]
+                ran = sorted(path for path in counts if within(path, run.roots) and counts[path] > run.asked[path])
                 if ran:
-                    wrong.append(f"{', '.join(sorted(ran)[:3])} ran on a cached step")
+                    wrong.append(f"{', '.join(ran[:3])} ran on a cached step")
                 resting = sum(plain[path] > counts[path] for path in plain)
-        if any(not torch.equal(a, b) for a, b in zip(call(denoiser, kwargs), truth, strict=True)):
+        if not equal(call(denoiser, kwargs), truth):
             wrong.append("the denoiser is not what it was")
     if not resting:
         wrong.append("nothing rests on a cached step")
     told |= {"outcome": FAILED if wrong else PASSED, "resting": resting, "error": worst}
     return told | ({"words": "; ".join(dict.fromkeys(wrong))} if wrong else {})
-
-
-def _step(denoiser: nn.Module, kwargs: dict[str, Any], spy: Spy) -> tuple[list[Tensor], Counter[str]]:
-    spy.clear()
-    output = call(denoiser, kwargs)
-    return output, Counter(spy.counts)
-
-
-def _asked_outside(
-    denoiser: nn.Module, kwargs: dict[str, Any], spy: Spy, roots: frozenset[str]
-) -> Counter[str]:
-    """How often what lies in the modules that rest is run from elsewhere: DiT's head asks the first block's embedder."""
-    spy.roots = roots
-    spy.clear()
-    call(denoiser, kwargs)  # the first step of a run is full
-    spy.roots = frozenset()
-    return Counter(spy.outside)
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -231,9 +250,9 @@ def row_of(name: str, called: str) -> dict[str, Any]:
         return row | {"unknown": UNKNOWN, "sites": {}}
     denoiser, kwargs = specimen(name, called)
     found = anatomy.observe(denoiser, (), kwargs)
-    rich, plain = rich_of(name, called), zoo.tiny(name).arguments(2)
+    plain = inputs_of(zoo.tiny(name).arguments(2))
     row |= {
-        "inputs": sorted(inputs_of(kwargs) if rich is None else inputs_of(rich.more(2))),
+        "inputs": sorted(set(inputs_of(kwargs)) - (set() if called == PLAIN else set(plain))),
         "stacks": [{"path": s.path, "blocks": len(s.blocks), "main": s.is_main} for s in found.stacks],
         "levels": None if found.unet is None else len(found.unet.up),
         "streams": kinds(stream.kind for s in found.main or found.stacks for b in s.blocks for stream in b.streams),
@@ -242,10 +261,16 @@ def row_of(name: str, called: str) -> dict[str, Any]:
         "sites": {kind: cell(denoiser, kwargs, found, kind) for kind in KINDS},
     }
     if called == PLAIN:
-        given = {key for other in RICH if other.kind == name for key in other.more(2)}
         row["renamed"] = renamed_equal(name, found)
-        row["left_out"] = unread(zoo.tiny(name), plain.keys() | given)
+        row["left_out"] = left_out(name)
     return row
+
+
+def left_out(name: str) -> dict[str, str]:
+    """Parameters that no call of a class gives, with the reason."""
+    plain = zoo.tiny(name)
+    calls = [plain, *(rich.of(plain) for rich in RICH if rich.kind == name)]
+    return unread(plain, {key: None for tiny in calls for key in tiny.arguments(2)})
 
 
 def inputs_of(given: dict[str, Any]) -> list[str]:
@@ -315,17 +340,18 @@ def page(result: dict[str, Any]) -> str:
         f"{told['device']}: **{counts[PASSED]} checks passed, {counts[FAILED]} failed**, {counts[ABSENT]} sites are "
         f"not there. {versions}. Written by `benchmarks/zoo.py` (`make matrix`).",
         "",
-        "Each check: with caching off four steps are bit-equal to the plain denoiser's and run what it runs; then every "
-        "second step is cached while the input stays the same. Full steps are bit-equal again; cached ones are bit-equal "
-        "at the whole denoiser, at levels and at parts, and within 1e-5 at spans, where a residual is added. Of what is "
-        "bypassed nothing runs, counted module by module. Afterwards the denoiser is what it was.",
+        "Each check: with caching off four steps are bit-equal to the plain denoiser's and run what it runs; then "
+        "every second step is cached while the input stays the same. Full steps are bit-equal again; cached ones are "
+        "bit-equal at the whole denoiser, at levels and at parts, and within 1e-5 at spans, where a residual is added. "
+        "Of what is bypassed nothing runs, counted module by module. Afterwards the denoiser is what it was.",
         "",
         f"Of all classes, in a plain call: whole denoiser {share(plain, 'whole')}, span of blocks (of U-Nets: levels) "
         f"{share(plain, 'span')}, parts {share(plain, 'parts')}. With every sub-module renamed (`m0`, `m1`, ...) "
         f"{len(renamed)} have the same anatomy ({100 * len(renamed) / len(plain):.0f} %).",
         "",
-        "In a cell: modules that rest on a cached step. A call's inputs: those that hold tensors; of rich calls, those "
-        "that the plain one leaves out.",
+        "In a cell: modules that rest on a cached step. The inputs are those that hold tensors; of a call with "
+        "optional inputs, those that the plain one leaves out. A class without such a call has none but what is listed "
+        "at the end.",
         "",
         "| class | call | blocks | streams | parts | renamed | whole | span or level | part | inputs |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -380,9 +406,22 @@ def _line(row: dict[str, Any]) -> str:
     renamed = {True: "same", False: "other", None: ""}[row.get("renamed")]
     inputs = ", ".join(f"`{name}`" for name in row["inputs"])
     words = [f"{count} {kind}" for kind, count in row["parts"].items()]
-    return "| " + " | ".join(
-        [f"`{row['class']}`", row["call"], blocks, ", ".join(row["streams"]), ", ".join(words), renamed, *sites, inputs]
-    ) + " |"
+    return (
+        "| "
+        + " | ".join(
+            [
+                f"`{row['class']}`",
+                row["call"],
+                blocks,
+                ", ".join(row["streams"]),
+                ", ".join(words),
+                renamed,
+                *sites,
+                inputs,
+            ]
+        )
+        + " |"
+    )
 
 
 def _word(found: dict[str, Any]) -> str:

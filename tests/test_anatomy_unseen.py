@@ -227,6 +227,27 @@ def test_a_host_that_writes_between_its_blocks_is_reported():
     assert not any(block.is_written for block in anatomy.observe(*zoo.plain()).main[0].blocks)
 
 
+class Masked(zoo.PlainBlock):
+    """Keeps padding at zero, by truths that were made into numbers."""
+
+    def forward(self, x, c):
+        here = torch.arange(x.shape[1], device=x.device) < x.shape[1] - 1
+        return super().forward(x, c) * here.to(x.dtype)[:, None].expand(-1, x.shape[-1])
+
+
+class Scaled(zoo.PlainBlock):
+    """Makes another stream of its own."""
+
+    def forward(self, x, c):
+        return super().forward(x, c) * torch.linspace(0.5, 1.0, x.shape[1], device=x.device)[:, None]
+
+
+def test_a_stream_whose_padding_is_masked_by_numbers_is_still_that_stream():
+    (stack,) = anatomy.observe(*zoo.plain(block=Masked)).main
+    assert [parts_of(block) for block in stack.blocks] == [{"mixer": "attn", "mapper": "ffn"}] * 3
+    assert not anatomy.observe(*zoo.plain(block=Scaled)).main
+
+
 class PostNorm(zoo.PlainBlock):
     """Normalises what a part returns: the norm belongs to neither the part nor what may be skipped."""
 

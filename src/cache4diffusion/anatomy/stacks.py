@@ -340,7 +340,7 @@ class StackFinder:
         return StackView(stack.path, blocks, parts, is_main=True)
 
     def note_readers(self, main: list[StackView]) -> None:
-        """Note who reads what a main block left, besides the one after it, and whether it is written into on the way."""
+        """Note who reads what a main block left, besides the one after it, and whether that is written into before."""
         blocks = [block for stack in main for block in stack.blocks]
         readers: dict[int, list[int]] = {}
         inside: dict[int, str] = {}

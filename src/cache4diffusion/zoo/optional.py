@@ -259,7 +259,7 @@ def _sana_wm(batch: int) -> Arguments:
     return {
         "camera_conditions": camera + 0.01 * noise(batch, 3, 20),
         "chunk_plucker": noise(batch, 6, 3, 4, 4),
-        "frame_valid_mask": torch.ones(batch, 3),
+        "frame_valid_mask": _lengths(batch, 3),
         "data_info": {"image_vae_embeds": noise(batch, 4, 3, 4, 4)},
     }
 
@@ -345,9 +345,7 @@ RICH: tuple[Rich, ...] = (
         {"in_channels": 9, "text_embed_dim_t5": 10},
     ),
     Rich("FluxTransformer2DModel", _flux_control, name="ControlNet"),
-    Rich(
-        "FluxTransformer2DModel", lambda batch: {**_flux_control(batch), **_ip_images(batch)}, adapt=_flux_adapter
-    ),
+    Rich("FluxTransformer2DModel", lambda batch: {**_flux_control(batch), **_ip_images(batch)}, adapt=_flux_adapter),
     Rich(
         "Flux3Transformer2DModel",
         lambda batch: {
@@ -579,8 +577,10 @@ LEFT_OUT: dict[str, dict[str, str]] = {
         "raymats": "what is computed from camera_conditions otherwise",
         "pos_embeds": "what is computed from the latent otherwise",
     },
-    "StableCascadeUNet": dict.fromkeys(("sca", "crp"), "a tensor of several rows is asked for its truth: the class raises"),
-    "Transformer2DModel": {"added_cond_kwargs": "read in the configuration of PixArt only, which is a class of its own"},
+    "StableCascadeUNet": dict.fromkeys(
+        ("sca", "crp"), "asked for its truth, which several rows do not have: the class raises"
+    ),
+    "Transformer2DModel": {"added_cond_kwargs": "read in the configuration of PixArt, a class of its own"},
     "TransformerTemporalModel": {"class_labels": "read by norms that no configuration of the class has"},
     "UNet2DConditionModel": {"attention_mask": _ONE_LENGTH},
     "UNet3DConditionModel": {"attention_mask": _ONE_LENGTH, "class_labels": _NEVER_READ},
