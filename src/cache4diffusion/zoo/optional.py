@@ -69,7 +69,7 @@ def unread(tiny: Tiny, given: Mapping[str, Any]) -> dict[str, str]:
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 
-def _flux_adapter(denoiser: nn.Module) -> None:
+def _flux_adapter(denoiser: Any) -> None:
     """An IP-adapter of one picture, in every block with two streams."""
     from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
     from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
@@ -80,14 +80,14 @@ def _flux_adapter(denoiser: nn.Module) -> None:
     denoiser.encoder_hid_proj = MultiIPAdapterImageProjection([projection])
 
 
-def _sd3_adapter(denoiser: nn.Module) -> None:
+def _sd3_adapter(denoiser: Any) -> None:
     from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 
     for block in denoiser.transformer_blocks:
         block.attn.set_processor(SD3IPAdapterJointAttnProcessor2_0(16, 14, 8, timesteps_emb_dim=10))
 
 
-def _unet_adapter(denoiser: nn.Module) -> None:
+def _unet_adapter(denoiser: Any) -> None:
     from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
     from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 
@@ -125,7 +125,7 @@ _ADDED = {
 
 def _conditions(batch: int, images: bool = True) -> Arguments:
     """What SDXL adds to the clock, distilled guidance, and the picture of an IP-adapter."""
-    added = {"text_embeds": noise(batch, 10), "time_ids": noise(batch, 6)}
+    added: Arguments = {"text_embeds": noise(batch, 10), "time_ids": noise(batch, 6)}
     if images:
         added["image_embeds"] = [noise(batch, 1, 14)]
     return {"timestep_cond": noise(batch, 6), "added_cond_kwargs": added}
