@@ -34,6 +34,7 @@ from cache4diffusion.anatomy import Anatomy, observe
 from cache4diffusion.cost import strips_of
 from cache4diffusion.files import check_writable, write_whole
 from cache4diffusion.flops import FlopCounter
+from cache4diffusion.measure.bench import versions
 from cache4diffusion.trace import FULL, Record
 from pipelines.case import Case, denoisers
 from pipelines.cases import CASES
@@ -482,12 +483,7 @@ def conditions() -> dict[str, Any]:
         "dtype": "float32",
         "batch": 1,
         "weights": "random",
-        "versions": {
-            "cache4diffusion": c4d.__version__,
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
 
 
