@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import cache4diffusion as c4d
 from cache4diffusion.errors import AnatomyError, SettingError
 from cache4diffusion.shapes import SHAPES, shape
+from cache4diffusion.zoo import tiny
 from toys import (
     ACTIVE,
     REDUCTIONS,
@@ -150,3 +151,6 @@ def test_a_denoiser_that_reads_its_data_is_refused_in_words():
     denoiser = ReadsItsData(**SMALL)
     with pytest.raises(AnatomyError, match="reads its data"):
         c4d.cache_bytes(denoiser, "taylorseer-lite", inputs=inputs_of_one_call())
+    denoiser, _, inputs = tiny("HunyuanImageTransformer2DModel").make(2)
+    with pytest.raises(AnatomyError, match="reads its data"):  # where its masks are true
+        c4d.cache_bytes(denoiser, "taylorseer-lite", inputs=inputs)

@@ -8,6 +8,7 @@ from cache4diffusion.cost import CountError, flops_by_module, outermost, step_co
 from cache4diffusion.engine.leaves import specs_of
 from cache4diffusion.flops import FlopCounter
 from cache4diffusion.trace import Record, Timer
+from cache4diffusion.zoo import tiny
 from toys import branch_loop, dit, dit_loop, flux, flux_inputs, flux_loop, flux_pipeline, generate
 
 
@@ -90,6 +91,19 @@ def test_a_denoiser_that_reads_values_says_why_flops_are_missing():
         text = handle.report()
     assert "FLOPs of denoiser could not be counted" in text
     assert "achieved in time" in text
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast")  # Mochi's own
+@pytest.mark.parametrize("name", ["MochiTransformer3DModel", "HunyuanImageTransformer2DModel"])
+def test_a_denoiser_that_asks_where_masks_are_true_is_counted_as_if_they_were_so_everywhere(name):
+    denoiser, _, inputs = tiny(name).make(2)
+    masks = {key: torch.ones_like(value) for key, value in inputs.items() if "mask" in key}
+    assert masks
+    table = flops_by_module(denoiser, *specs_of((), inputs))
+    with torch.no_grad():
+        assert table[""] == counted(denoiser, lambda: denoiser(**inputs | masks))
+    block = next(path for path in table if path.endswith("blocks.0"))
+    assert 0 < table[block] < table[""]
 
 
 def test_times_on_an_accelerator_are_read_when_they_are_there_and_never_waited_for():

@@ -2,7 +2,8 @@
 
 FLOPs are counted when they are asked for, not while sampling: the denoiser's plain forward is run once under fake
 tensors in the shapes of the run's first call, with a count per module; a cached step is that without the modules that
-rest. Nothing is computed and no wrapper runs.
+rest. No wrapper runs, and nothing is computed; but a denoiser that asks where its masks are true is run on zeros, with
+masks that are true everywhere.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,7 +35,7 @@ _COUNTED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, dict[str, int]]] = wea
 
 
 class CountError(Exception):
-    """The denoiser's forward could not be run under fake tensors."""
+    """The denoiser's forward could not be run on tensors without values."""
 
 
 def flops_by_module(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
@@ -53,7 +55,8 @@ def flops_by_module(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         return known[1]
     empty = pytree.tree_map_only(Spec, lambda s: torch.empty(0, dtype=s.dtype, device=s.device), (args, kwargs))
     problems = []
-    for mode in ("fake", "fake_state"):
+    modes: list[Literal["fake", "fake_state", "real"]] = ["fake", "fake_state"]
+    for mode in modes:  # which may grow
         stage, counts = Stage(denoiser, *empty, mode=mode), Counter[str]()
         counter = FlopCounterMode(display=False, custom_mapping=missing_formulas())
 
@@ -73,17 +76,22 @@ def flops_by_module(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str
 
         try:
             with stage.active(observer):
-                fakes = pytree.tree_map_only(
-                    Spec, lambda s: torch.empty(s.shape, dtype=s.dtype, device=s.device), (args, kwargs)
-                )
+                given = pytree.tree_map_only(Spec, _stand_in, (args, kwargs))
                 with counter:
-                    denoiser(*fakes[0], **fakes[1])
+                    denoiser(*given[0], **given[1])
         except Exception as error:  # the host's own code may raise anything
             problems.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+            if isinstance(error, DynamicOutputShapeException) and "real" not in modes:
+                modes.append("real")
             continue
         _COUNTED[denoiser] = (key, dict(counts))
         return _COUNTED[denoiser][1]
     raise CountError(problems[0])
+
+
+def _stand_in(spec: Spec) -> torch.Tensor:
+    """A tensor of this kind: zeros, or a mask that is true everywhere (integers may be one, or times)."""
+    return torch.full(spec.shape, float(not spec.dtype.is_floating_point), dtype=spec.dtype, device=spec.device)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeCopyMode, FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeCopyMode,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -244,7 +250,7 @@ class Rehearsal:
             with torch.no_grad():
                 for call in self.calls:
                     self._call(call)
-        except DataDependentOutputException as error:
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise AnatomyError(
                 f"{name} reads its data while it runs ({error}), so what is cached cannot be counted without "
                 "running it. Sample once and see handle.memory."
