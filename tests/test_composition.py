@@ -70,7 +70,7 @@ ENTRANCES = ("entrance", "significance")  # gates by which each block decides fo
 LOOKS_INSIDE = ("accumulated", "probe", "learned", *ENTRANCES)  # gates that decide while the blocks run
 NEEDS_STACK = ("accumulated", "probe", "adaptive", "triggered", *ENTRANCES)
 WATCHES = (*NEEDS_STACK, "drift", "learned")
-PARTS = ("parts", "linears", "mixed_score", "scaled_parts", "gated_parts")
+PARTS = ("parts", "attentions", "linears", "mixed_score", "scaled_parts", "gated_parts")
 CORRECTORS = ("increment", "linear-map")  # predictors that see what enters a site
 SPLITS_ROWS = ("span", "switching_span", "blocks", "gated_parts")
 
@@ -107,6 +107,8 @@ def refusal(site, gate, tokens, decide, predictor="reuse", cfg=None):
         return "one needs the other"
     if decide == "row" and gate in LOOKS_INSIDE and site not in SPLITS_ROWS:
         return "can no longer be split by rows"
+    if site == "attentions" and (gate in (*WATCHES, "speculative") or decide != "batch" or tokens):
+        return "takes several decisions before the call"
     if tokens and site == "gated_parts":
         return "where each part decides for itself"
     if tokens and (decide == "row" or gate == "speculative"):
@@ -201,6 +203,7 @@ FAMILY = {
     "switching_span": "span",
     "blocks": "span",
     "linears": "parts",
+    "attentions": "parts",
     "gated_parts": "parts",
     "mixed_score": "parts",
     "scaled_parts": "parts",

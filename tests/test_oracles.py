@@ -15,7 +15,7 @@ METHODS = (
     "taylorseer", "taylorseer-lite", "speca", "fora", "deepcache", "teacache", "fbcache", "dbcache", "toca",
     "fastercache", "frdiff", "delta-dit", "skip-dit", "dbprune", "adacache", "dicache", "magcache", "easycache", "scm",
     "bwcache", "seacache", "smoothcache", "dpcache", "bacache", "feb-cache", "icc", "fastcache",
-    "l2p", "lemica", "l2c", "harmonica", "lazydit", "block-caching", "md-dit",
+    "l2p", "lemica", "l2c", "harmonica", "lazydit", "block-caching", "md-dit", "pab",
 )  # fmt: skip
 ROWS = re.findall(r"^\| `([\w-]+)` \| (.+?) \| (`tests/.+`) \|$", TEXT, flags=re.MULTILINE)
 

@@ -149,6 +149,7 @@ ACTIVE = {name: dict(CALIBRATED.get(name, {})) for name in c4d.METHODS} | {
     "goc": {"start_full": 1.0},
     "lazydit": CALIBRATED["lazydit"] | {"threshold": 2.0},
     "magcache": {"ratios": (1.0, 0.99), "max_run": 2},
+    "pab": {"window": (0.0, 1000.0)},
     "scm": {"mask": "ultra"},
     "skip-dit": {"interval": 3, "start": 0.0, "stop": 1.0},
     "speca": {"threshold": 0.5},
@@ -169,6 +170,8 @@ _TRAJECTORY = {
     name for name in c4d.METHODS if isinstance(c4d.method(name, **CALIBRATED.get(name, {})).compose().site, Trajectory)
 }
 TRANSFORMER_METHODS = sorted(set(c4d.METHODS) - {"deepcache"} - _TRAJECTORY)
+# Methods that cache nothing where there is no attention, or no guidance.
+FOR_ATTENTION = {"fastercache", "pab"}
 
 
 def _kind(name):

@@ -181,8 +181,9 @@ class Composition:
             and (watch is not None or self.decide != "batch" or self.tokens is not None)
         ):
             raise CompositionError(
-                f"Parts(decisions={site.decisions!r}) takes several decisions before the call, for the whole batch: "
-                "use a gate that watches nothing, decide='batch' and no token rule, or decisions='one'."
+                f"{type(site).__name__}(decisions={site.decisions!r}) takes several decisions before the call, for the "
+                "whole batch. Use a gate that watches nothing, decide='batch' and no token rule, or site='parts' with "
+                "decisions='one'."
             )
         if self.tokens is not None and isinstance(site, GatedParts):
             raise CompositionError(

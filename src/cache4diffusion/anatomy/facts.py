@@ -18,6 +18,7 @@ BESIDE = ("text", "other")
 """Kinds of streams that run beside the image: tokens that lie in no picture."""
 
 PartKind = Literal["attn", "cross_attn", "ffn", "fused", "other"]
+Over = Literal["all", "space", "time"]
 InnerRole = Literal["nan_token", "zero_width", "one_token"]
 
 
@@ -81,6 +82,9 @@ class Part:
         calls: how often the module runs per denoiser call. Where that is more than once, each call is a part.
         turn: which of these calls this is; 0 is the first.
         linears: paths of the linear layers that run once in it, or in a module that runs only to feed it.
+        over: what a token's self-attention reaches: ``space``, the tokens of its own frame; ``time``, those at its own
+            place in all frames; ``all``.
+        context: how many tokens a cross-attention attends to, those of all its contexts together; 0 if it is none.
     """
 
     path: str
@@ -94,6 +98,8 @@ class Part:
     calls: int = 1
     linears: tuple[str, ...] = ()
     turn: int = 0
+    over: Over = "all"
+    context: int = 0
 
     @property
     def name(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cache4diffusion.engine.attentions import AttentionsDriver
 from cache4diffusion.engine.denoiser import DenoiserDriver
 from cache4diffusion.engine.driver import Driver
 from cache4diffusion.engine.gated import GatedPartsDriver
@@ -15,6 +16,7 @@ from cache4diffusion.engine.span import BlocksDriver, SpanDriver, SwitchingSpanD
 from cache4diffusion.engine.trajectory import TrajectoryDriver
 from cache4diffusion.errors import CompositionError
 from cache4diffusion.sites import (
+    Attentions,
     Blocks,
     Denoiser,
     GatedParts,
@@ -35,6 +37,7 @@ DRIVERS: dict[type[Site], type[Driver]] = {
     SwitchingSpan: SwitchingSpanDriver,
     Blocks: BlocksDriver,
     Parts: PartsDriver,
+    Attentions: AttentionsDriver,
     Linears: LinearsDriver,
     GatedParts: GatedPartsDriver,
     MixedScore: MixedScoreDriver,

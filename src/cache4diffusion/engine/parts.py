@@ -75,7 +75,7 @@ class PartsDriver(Driver):
                 if part.calls > 1 and not tells_turns:
                     shared.append(part.path)
                     continue
-                decision = {"one": "", "kind": part.kind, "part": name}[self.site.decisions]
+                decision = self.decision_for(name, part)
                 if decision not in self._names:
                     self._names.append(decision)
                 key = self._names.index(decision)
@@ -150,6 +150,10 @@ class PartsDriver(Driver):
     def sites_of(self, block: Block) -> list[tuple[str, Part]]:
         """What is cached of a block, each with the name of its site."""
         return [(part.name, part) for part in parts_of(block, self.site)]
+
+    def decision_for(self, name: str, part: Part) -> str:
+        """What the decision is called that a part follows."""
+        return {"one": "", "kind": part.kind, "part": name}[self.site.decisions]
 
     def _find_entrances(self) -> None:
         """Where modules in front of a part rest with it, what enters the first of them is what enters the part."""

@@ -21,6 +21,7 @@ from cache4diffusion.gates.base import (
     Verification,
     Watch,
 )
+from cache4diffusion.gates.broadcast import Broadcast
 from cache4diffusion.gates.code_table import CodeTable
 from cache4diffusion.gates.entrance import EntranceThreshold
 from cache4diffusion.gates.guards import (
@@ -60,6 +61,7 @@ GATES = {
     "quadratic": Quadratic,
     "widening": WideningInterval,
     "timetable": Timetable,
+    "broadcast": Broadcast,
     "code-table": CodeTable,
     "mask": StepMask,
     "magnitude": MagnitudeError,
@@ -78,6 +80,7 @@ __all__ = [
     "WATCHES",
     "AccumulatedChange",
     "AdaptiveInterval",
+    "Broadcast",
     "CodeTable",
     "Drift",
     "Entrance",

@@ -34,6 +34,7 @@ from cache4diffusion.methods.magcache import MagCache
 from cache4diffusion.methods.md_dit import MDDiT
 from cache4diffusion.methods.meancache import MeanCache
 from cache4diffusion.methods.newton import Newton
+from cache4diffusion.methods.pab import PAB
 from cache4diffusion.methods.scm import SCM
 from cache4diffusion.methods.seacache import SeaCache
 from cache4diffusion.methods.skip_dit import SkipDiT
@@ -54,6 +55,7 @@ __all__ = [
     "ICC",
     "L2C",
     "L2P",
+    "PAB",
     "SCM",
     "ABCache",
     "AdaCache",

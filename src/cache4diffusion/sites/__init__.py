@@ -3,6 +3,7 @@
 from cache4diffusion.sites.base import (
     PART_KINDS,
     SITES,
+    Attentions,
     Blocks,
     Denoiser,
     GatedParts,
@@ -21,6 +22,7 @@ from cache4diffusion.sites.base import (
 __all__ = [
     "PART_KINDS",
     "SITES",
+    "Attentions",
     "Blocks",
     "Denoiser",
     "GatedParts",

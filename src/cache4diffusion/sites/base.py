@@ -222,6 +222,40 @@ class GatedParts(Parts):
 
 
 @dataclass(frozen=True)
+class Attentions(Parts):
+    """The attentions, each kind of which has a decision of its own, and the MLPs of some blocks.
+
+    The decisions are called ``"spatial"`` (self-attention within a frame, or over all tokens), ``"temporal"`` (over the
+    frames), ``"cross"`` and ``"mlp"``. A fused part holds an attention over all tokens, so it is spatial.
+
+    Args:
+        kinds: which parts, as in `Parts`; of the ``ffn`` parts only those in ``mlp_blocks``.
+        decisions: always ``"kind"``.
+        mlp_blocks: numbers of blocks, counted in every list of blocks by itself.
+
+    Raises:
+        SettingError: another word for decisions, a kind without attention, or a number is negative.
+    """
+
+    name: ClassVar[str] = "attentions"
+    words: ClassVar[str] = "the attentions"
+
+    kinds: tuple[PartKind, ...] = ("attn", "cross_attn", "fused", "ffn")
+    decisions: Literal["one", "kind", "part"] = "kind"
+    mlp_blocks: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decisions != "kind":
+            raise SettingError(f"Attentions(decisions={self.decisions!r}): each kind of attention decides; use 'kind'.")
+        if "other" in self.kinds or min(self.mlp_blocks, default=0) < 0:
+            raise SettingError(
+                f"Attentions(kinds={self.kinds}, mlp_blocks={self.mlp_blocks}): use kinds of attn, cross_attn, fused "
+                "and ffn, and numbers from 0."
+            )
+
+
+@dataclass(frozen=True)
 class Trajectory(Site):
     """The sampling trajectory: what reaches ``scheduler.step`` after guidance, and the latent it makes of that.
 
