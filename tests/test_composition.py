@@ -31,6 +31,7 @@ GATE = {name: name for name in GATES} | {
     "quadratic": "quadratic(interval=2, center=2.0)",
     "widening": "widening(warmup=1, window=2.0)",
     "scaled": "scaled(full_steps=(0, 3), made_for=6)",
+    "frozen-cross": "frozen-cross(gate_step=3)",
     "code-table": "code-table(codes=(0, 2, 2, 0, 2, 0))",
     "accumulated": "accumulated(threshold=0.2)",
     "adaptive": "adaptive(thresholds=(), rates=(3,))",
@@ -51,7 +52,14 @@ SITE = {name: name for name in SITES} | {
 }
 PREDICTOR = {name: name for name in PREDICTORS} | {"newton": "newton(order=2)"}
 TOKENS = {None: None} | {name: name for name in TOKEN_RULES} | {"top": "top(recompute_ratio=0.5)"}
-CFG = {None: None} | {name: name for name in BRANCH_RULES} | {"fastercache": "fastercache(interval=2, warmup=1)"}
+CFG = (
+    {None: None}
+    | {name: name for name in BRANCH_RULES}
+    | {
+        "fastercache": "fastercache(interval=2, warmup=1)",
+        "drop": "drop(gate_step=3)",
+    }
+)
 DECIDE = ("batch", "any", "row")
 
 

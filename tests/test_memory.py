@@ -10,6 +10,7 @@ from cache4diffusion.errors import AnatomyError, SettingError
 from cache4diffusion.shapes import SHAPES, shape
 from toys import (
     ACTIVE,
+    ELSEWHERE,
     TRANSFORMER_METHODS,
     distinct_methods,
     dit,
@@ -34,7 +35,7 @@ SMALL = {
     "pooled_projection_dim": 20,
     "axes_dims_rope": (4, 6, 6),
 }
-TRAJECTORY = sorted(set(c4d.METHODS) - set(TRANSFORMER_METHODS) - {"deepcache"})
+TRAJECTORY = sorted(set(c4d.METHODS) - set(TRANSFORMER_METHODS) - ELSEWHERE)
 
 
 def inputs_of_one_call(batch=2):

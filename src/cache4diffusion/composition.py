@@ -10,7 +10,7 @@ from cache4diffusion.gates import Entrance, Front, Gate, Guard, LookAhead, PartI
 from cache4diffusion.gates.guards import ForceLast, Warmup
 from cache4diffusion.gates.timetable import positions_of
 from cache4diffusion.guidance import BranchRule
-from cache4diffusion.predictors import Predictor, Reuse, TwoSided
+from cache4diffusion.predictors import LinearPredictor, Predictor, Reuse, TwoSided
 from cache4diffusion.sites import (
     Blocks,
     Denoiser,
@@ -185,6 +185,17 @@ class Composition:
                 "whole batch. Use a gate that watches nothing, decide='batch' and no token rule, or site='parts' with "
                 "decisions='one'."
             )
+        is_plain = watch is None and self.decide == "batch" and self.tokens is None
+        if (
+            self.cfg is not None
+            and self.cfg.shares_history
+            and not (is_plain and isinstance(site, Parts) and isinstance(self.predictor, LinearPredictor))
+        ):
+            raise CompositionError(
+                f"{type(self.cfg).__name__}(shares_history=True) lets one branch go on with the parts that were cached "
+                "for both. Use site='parts', a gate that watches nothing, a linear predictor such as 'reuse', "
+                "decide='batch' and no token rule; or shares_history=False."
+            )
         if self.tokens is not None and isinstance(site, GatedParts):
             raise CompositionError(
                 "A token rule computes some tokens of every part on a cached step, and where each part decides for "
@@ -220,6 +231,11 @@ class Composition:
         if self.tokens is not None:
             return f"{type(self.tokens).__name__} picks tokens by their place in it"
         return None
+
+    @property
+    def splits_rows(self) -> bool:
+        """Whether rows of a batch may be computed at different steps."""
+        return self.decide == "row" or (self.cfg is not None and self.cfg.shares_history)
 
     @property
     def needs_num_steps(self) -> bool:

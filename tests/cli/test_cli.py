@@ -60,7 +60,8 @@ def test_inspect_says_how_a_denoiser_is_built_and_what_can_serve_it():
     assert found["sites"] | {"levels": True} == dict.fromkeys(["whole", "span", "parts", "levels"], True)
     assert found["methods"].keys() == c4d.METHODS.keys()
     not_served = {name: why for name, why in found["methods"].items() if why is not True}
-    assert not_served.keys() == {"deepcache"}
+    assert not_served.keys() == toys.ELSEWHERE
+    assert "cross_attn" in not_served["t-gate-v1"]
     assert "no U-Net levels" in not_served["deepcache"]
     assert found["hints"] == []
 
@@ -160,7 +161,7 @@ def test_the_family_of_a_method_is_that_of_its_parts(name):
     family, made = c4d.METHODS[name].info.family, c4d.method(name, **toys.CALIBRATED.get(name, {})).compose()
     assert (family == "trajectory") == isinstance(made.site, Trajectory)
     assert (family == "tokens") == (made.tokens is not None)
-    assert (family == "guidance") == (made.site is None)
+    assert (family == "guidance") == (made.cfg is not None)
     if isinstance(made.site, UNetLevel):
         assert family == "U-Net"
     if family == "adaptive gates":
@@ -216,7 +217,8 @@ def test_the_card_says_what_a_method_needs():
     assert facts("show", "taylorseer-lite")["needs"] == []
     for name, words in {
         "dpcache": ["a calibration made", "the number of steps", "blocks that carry"],
-        "fastercache": ["the number of steps", "classifier-free guidance"],
+        "fastercache": ["the number of steps", "classifier-free guidance", "blocks with residual parts"],
+        "t-gate-v2": ["classifier-free guidance", "blocks with cross-attention"],
         "fora": ["blocks with residual parts"],
         "deepcache": ["the levels of a U-Net"],
         "z-cache": ["the number of steps", "a solver without a history: FlowMatchEulerDiscreteScheduler"],

@@ -304,7 +304,7 @@ NEVER = {
     "dbcache": {"threshold": 1e-9, "front": 1, "warmup": 1},
     "fbcache": {"threshold": 1e-9},
     "teacache": {"threshold": 1e-9},
-    "fastercache": {"warmup": 0},  # there is no guidance
+    "fastercache": {"warmup": 0, "attention_interval": 1},  # there is no guidance
 }
 
 

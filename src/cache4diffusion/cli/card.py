@@ -81,6 +81,8 @@ def needs_of(chosen: Method) -> list[str]:
 
 
 def _needs_of_site(site: Site | None) -> list[str]:
+    if isinstance(site, Parts) and ("cross_attn" in site.required or site.kinds == ("cross_attn",)):
+        return ["blocks with cross-attention"]
     if isinstance(site, Parts):
         return ["blocks with residual parts (attention, MLP)"]
     if isinstance(site, UNetLevel):

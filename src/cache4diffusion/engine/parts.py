@@ -101,6 +101,13 @@ class PartsDriver(Driver):
             )
         if unserved:
             self.host.note(f"{words} has no numbers for {len(unserved)} sites ({unserved[0]} ...): they always run.")
+        missing = set(self.site.required) - {site.part.kind for site in self.sites}
+        if missing and self.sites:
+            raise AnatomyError(
+                f"{anatomy.denoiser} has no parts of the kind {' or '.join(sorted(missing))}, and "
+                f"{type(self.host.gate).__name__} is for those. Where text runs along with the image (joint attention) "
+                "there is no cross-attention: methods for all parts ('fora', 'taylorseer') may work."
+            )
         if not self.sites:
             raise AnatomyError(
                 f"{anatomy.denoiser} has no parts of the kinds {', '.join(self.site.kinds)} that can be told apart. "

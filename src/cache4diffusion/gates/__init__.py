@@ -24,6 +24,7 @@ from cache4diffusion.gates.base import (
 from cache4diffusion.gates.broadcast import Broadcast
 from cache4diffusion.gates.code_table import CodeTable
 from cache4diffusion.gates.entrance import EntranceThreshold
+from cache4diffusion.gates.frozen import FrozenCross
 from cache4diffusion.gates.guards import (
     ForceLast,
     Guard,
@@ -63,6 +64,7 @@ GATES = {
     "timetable": Timetable,
     "broadcast": Broadcast,
     "code-table": CodeTable,
+    "frozen-cross": FrozenCross,
     "mask": StepMask,
     "magnitude": MagnitudeError,
     "accumulated": AccumulatedChange,
@@ -88,6 +90,7 @@ __all__ = [
     "FixedInterval",
     "ForceLast",
     "Front",
+    "FrozenCross",
     "Gate",
     "Guard",
     "LearnedScore",

@@ -34,6 +34,32 @@ class BranchRule(Protocol):
         """Which half of a batched call is which."""
         ...
 
+    @property
+    def source(self) -> Literal["cond", "uncond"]:
+        """Which branch always runs; the other one is predicted from it."""
+        ...
+
+    @property
+    def takes_either(self) -> bool:
+        """Whether, where each branch has its own call, the one that is called first is the source."""
+        ...
+
+    @property
+    def needs_maps(self) -> bool:
+        """Whether outputs are handed over as maps, also where they come as tokens in a row."""
+        ...
+
+    @property
+    def shares_history(self) -> bool:
+        """Whether the site's features that were computed for both branches serve the source when it runs alone."""
+        ...
+
+    @property
+    def merges(self) -> bool:
+        """Whether it then goes on with the mean of both branches' features, where both were computed last at one
+        step."""
+        ...
+
     def init(self, store: Store = PLAIN) -> Any:
         """Empty state of one run.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -61,6 +61,8 @@ class FrequencyResidual:
             rows is one), or one call each (``"sequential"``). ``"auto"`` sees it from the calls: both halves denoise
             the same latents under different conditioning.
         batch_order: which half of a batched call is which; in sequential guidance which call comes first.
+        shares_history: whether parts' features that were computed for both branches of a batched call serve the
+            conditional one on steps where it runs alone.
 
     Raises:
         SettingError: a value is out of range.
@@ -76,6 +78,12 @@ class FrequencyResidual:
     high_from: float = 0.6
     layout: Literal["auto", "batched", "sequential"] = "auto"
     batch_order: Literal["auto", "uncond-cond", "cond-uncond"] = "auto"
+    shares_history: bool = False
+
+    source: ClassVar[Literal["cond", "uncond"]] = "cond"
+    takes_either: ClassVar[bool] = False
+    needs_maps: ClassVar[bool] = True
+    merges: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.interval < 1 or self.warmup < 0:

@@ -41,6 +41,8 @@ from cache4diffusion.methods.skip_dit import SkipDiT
 from cache4diffusion.methods.smoothcache import SmoothCache
 from cache4diffusion.methods.speca import SpeCa
 from cache4diffusion.methods.spectrum import Spectrum
+from cache4diffusion.methods.t_gate_v1 import TGateV1
+from cache4diffusion.methods.t_gate_v2 import TGateV2
 from cache4diffusion.methods.taocache import TaoCache
 from cache4diffusion.methods.taylorseer import TaylorSeer
 from cache4diffusion.methods.taylorseer_lite import TaylorSeerLite
@@ -91,6 +93,8 @@ __all__ = [
     "SmoothCache",
     "SpeCa",
     "Spectrum",
+    "TGateV1",
+    "TGateV2",
     "TaoCache",
     "TaylorSeer",
     "TaylorSeerLite",

@@ -163,6 +163,7 @@ class Parts(Site):
             FLUX's single-stream blocks), ``other``.
         decisions: how many are taken in a step: ``"one"`` for all parts; ``"kind"``, one per kind, called by the
             kind's name; ``"part"``, one per part, called by its path. Several need a gate that watches nothing.
+        required: kinds without which a denoiser is refused.
 
     Raises:
         SettingError: an unknown kind, or none; another word for decisions.
@@ -173,6 +174,7 @@ class Parts(Site):
 
     kinds: tuple[PartKind, ...] = PART_KINDS
     decisions: Literal["one", "kind", "part"] = "one"
+    required: tuple[PartKind, ...] = ()
 
     def __post_init__(self) -> None:
         if self.decisions not in ("one", "kind", "part"):
@@ -180,6 +182,8 @@ class Parts(Site):
         unknown = [kind for kind in self.kinds if kind not in PART_KINDS]
         if unknown or not self.kinds:
             raise SettingError(f"Parts(kinds={self.kinds}): use one or more of {', '.join(PART_KINDS)}.")
+        if not set(self.required) <= set(self.kinds):
+            raise SettingError(f"Parts(required={self.required}): only kinds that are cached, {self.kinds}.")
 
 
 @dataclass(frozen=True)
