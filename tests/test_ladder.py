@@ -29,7 +29,8 @@ def test_the_rungs_rise_and_compute_a_sixth_of_the_steps_or_more(name):
     strips = [strip_of(c4d.method(name, **rung), 50) for rung in info.ladder]
     full = [strip.count("F") for strip in strips if strip is not None]
     assert full == sorted(full, reverse=True)
-    assert all(50 / 6 <= count < 50 for count in full)
+    lowest = 0 if info.is_exact else 50 / 6  # what changes nothing may do so as often as it likes
+    assert all(lowest <= count < 50 for count in full)
 
 
 def test_a_ladder_has_one_to_three_rungs():

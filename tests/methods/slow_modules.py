@@ -68,7 +68,8 @@ def sample(denoiser, inputs, steps, times=None, first=None):
         given = inputs | {name: x, "timestep": torch.full_like(inputs["timestep"], time)}
         output = denoiser(**given, return_dict=False)[0]
         outputs.append(output)
-        x = x - output.reshape(-1)[: x.numel()].reshape(x.shape).tanh() / steps
+        flat = output.reshape(-1).repeat(-(-x.numel() // output.numel()))
+        x = x - flat[: x.numel()].reshape(x.shape).tanh() / steps
     return outputs
 
 

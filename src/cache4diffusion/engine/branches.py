@@ -44,7 +44,7 @@ class GuidanceState:
     shape: Any = None  # of the latents the rule's state belongs to
     pairs: int = 0  # steps at which both branches were seen, run or not
     skipped: int = 0  # steps at which one of them was not run
-    was_due: bool = False  # whether the rule ever wanted one of them not to run
+    last_step: int = 0  # that was called
     unread_finite: Tensor | None = None  # finite check of the last prediction, not read yet
 
 
@@ -102,11 +102,12 @@ class BranchDriver:
         self.shortfall, state = "", self._states.get(run)
         if state is None or state.skipped or self.is_off:
             return
-        why = (
-            "every guided step was one that runs both branches"
-            if state.pairs or not state.was_due
-            else "no guidance was seen: no call with both branches as halves, no second call in a step"
-        )
+        if state.last_step < self.rule.begins:
+            why = f"the run ended before step {self.rule.begins}, the first at which that may be"
+        elif state.pairs:
+            why = "every guided step was one that runs both branches"
+        else:
+            why = "no guidance was seen: no call with both branches as halves, no second call in a step"
         self.shortfall = f"{self.host.name}: no CFG branch was skipped, because {why}."
         self.host.trace.note(self.shortfall)
 
@@ -124,7 +125,7 @@ class BranchDriver:
         if call.is_edited:  # what is known of how the branches differ was seen under another conditioning
             state.rule = self.rule.init(self.host.store)
         now = GuidedCall(state, Step(call.step, call.run.num_steps), call, latent, inner, args, kwargs)
-        state.was_due = state.was_due or self.rule.is_cached(state.rule, now.step)
+        state.last_step = now.step.index
         return self._batched(now) if self._may_be_batched(now) else self._sequential(now)
 
     def _may_be_batched(self, now: GuidedCall) -> bool:

@@ -12,6 +12,7 @@ from cache4diffusion.engine.linears import LinearsDriver
 from cache4diffusion.engine.mixed import MixedScoreDriver
 from cache4diffusion.engine.parts import PartsDriver
 from cache4diffusion.engine.scaled import ScaledPartsDriver
+from cache4diffusion.engine.single_context import SingleContextDriver
 from cache4diffusion.engine.span import BlocksDriver, SpanDriver, SwitchingSpanDriver
 from cache4diffusion.engine.trajectory import TrajectoryDriver
 from cache4diffusion.errors import CompositionError
@@ -24,6 +25,7 @@ from cache4diffusion.sites import (
     MixedScore,
     Parts,
     ScaledParts,
+    SingleContext,
     Site,
     Span,
     SwitchingSpan,
@@ -42,6 +44,7 @@ DRIVERS: dict[type[Site], type[Driver]] = {
     GatedParts: GatedPartsDriver,
     MixedScore: MixedScoreDriver,
     ScaledParts: ScaledPartsDriver,
+    SingleContext: SingleContextDriver,
     UNetLevel: LevelDriver,
     Trajectory: TrajectoryDriver,
 }

@@ -50,6 +50,11 @@ class BranchRule(Protocol):
         ...
 
     @property
+    def begins(self) -> int:
+        """The first step at which a branch may be skipped."""
+        ...
+
+    @property
     def shares_history(self) -> bool:
         """Whether the site's features that were computed for both branches serve the source when it runs alone."""
         ...

@@ -62,6 +62,11 @@ class DropBranch:
         """Whether guidance never ends."""
         return self.gate_step == 0
 
+    @property
+    def begins(self) -> int:
+        """The gate step."""
+        return self.gate_step
+
     def init(self, store: Store = PLAIN) -> None:
         """Nothing is remembered."""
 

@@ -112,6 +112,11 @@ class FrequencyResidual:
         """The windows are fractions of the run; without gains they do not matter."""
         return self.interval > 1 and (self.low_gain != 1 or self.high_gain != 1)
 
+    @property
+    def begins(self) -> int:
+        """Behind the warm-up, and behind a step with both branches."""
+        return max(self.warmup, 1)
+
     def init(self, store: Store = PLAIN) -> FrequencyState:
         """Nothing is known."""
         return FrequencyState(store)

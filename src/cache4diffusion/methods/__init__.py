@@ -48,6 +48,7 @@ from cache4diffusion.methods.taylorseer import TaylorSeer
 from cache4diffusion.methods.taylorseer_lite import TaylorSeerLite
 from cache4diffusion.methods.teacache import TeaCache
 from cache4diffusion.methods.toca import ToCa
+from cache4diffusion.methods.vcut import VCUT
 from cache4diffusion.methods.waveex import WaveEx
 from cache4diffusion.methods.z_cache import ZCache
 
@@ -59,6 +60,7 @@ __all__ = [
     "L2P",
     "PAB",
     "SCM",
+    "VCUT",
     "ABCache",
     "AdaCache",
     "BACache",

@@ -260,6 +260,31 @@ class Attentions(Parts):
 
 
 @dataclass(frozen=True)
+class SingleContext(Parts):
+    """The cross-attentions that attend to one token: softmax over one key is 1, so all queries get the same output.
+
+    Of that output one token is kept. A denoiser with longer contexts is refused.
+
+    Args:
+        kinds: always cross-attentions.
+        decisions: how many are taken in a step, as in `Parts`.
+
+    Raises:
+        SettingError: other kinds.
+    """
+
+    name: ClassVar[str] = "single_context"
+    words: ClassVar[str] = "cross-attentions to a single token"
+
+    kinds: tuple[PartKind, ...] = ("cross_attn",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kinds != ("cross_attn",):
+            raise SettingError(f"SingleContext(kinds={self.kinds}): only cross-attentions have a context.")
+
+
+@dataclass(frozen=True)
 class Trajectory(Site):
     """The sampling trajectory: what reaches ``scheduler.step`` after guidance, and the latent it makes of that.
 
