@@ -78,7 +78,16 @@ ENTRANCES = ("entrance", "significance")  # gates by which each block decides fo
 LOOKS_INSIDE = ("accumulated", "probe", "learned", *ENTRANCES)  # gates that decide while the blocks run
 NEEDS_STACK = ("accumulated", "probe", "adaptive", "triggered", *ENTRANCES)
 WATCHES = (*NEEDS_STACK, "drift", "learned")
-PARTS = ("parts", "single_context", "attentions", "linears", "mixed_score", "scaled_parts", "gated_parts")
+PARTS = (
+    "parts",
+    "single_context",
+    "prompt_modules",
+    "attentions",
+    "linears",
+    "mixed_score",
+    "scaled_parts",
+    "gated_parts",
+)
 CORRECTORS = ("increment", "linear-map")  # predictors that see what enters a site
 SPLITS_ROWS = ("span", "switching_span", "blocks", "gated_parts")
 
@@ -220,7 +229,7 @@ FAMILY = {
 
 def runs(site, gate):
     """Whether the pair is worth a run."""
-    return site not in ("unet_level", "trajectory", "single_context") and (
+    return site not in ("unet_level", "trajectory", "single_context", "prompt_modules") and (
         site not in FAMILY or gate in ("interval", *ENTRANCES, "adaptive", "learned")
     )
 

@@ -169,8 +169,9 @@ FITTING = CALIBRATED | {
 _TRAJECTORY = {
     name for name in c4d.METHODS if isinstance(c4d.method(name, **CALIBRATED.get(name, {})).compose().site, Trajectory)
 }
-# Methods for what the denoisers here have not: U-Net levels, cross-attention. They have tests of their own.
-ELSEWHERE = {"deepcache", "t-gate-v1", "t-gate-v2", "vcut"}
+# Methods for what the denoisers here have not, or hardly: U-Net levels, cross-attention, modules that work on the
+# prompt alone. They have tests of their own.
+ELSEWHERE = {"deepcache", "t-gate-v1", "t-gate-v2", "text-kv-cache", "vcut"}
 TRANSFORMER_METHODS = sorted(set(c4d.METHODS) - ELSEWHERE - _TRAJECTORY)
 # Methods that cache nothing where there is no attention, or no guidance.
 FOR_ATTENTION = {"fastercache", "pab"}

@@ -12,7 +12,8 @@ from cache4diffusion.errors import CompositionError, RunError
 
 KINDS = ("sd", "dit", "flux")
 ALONE = {"attention_interval": 1}  # the CFG part by itself
-EXACT = {"low_gain": 1.0, "high_gain": 1.0} | ALONE
+GAINS = {"low_gain": 1.0, "high_gain": 1.0}
+EXACT = GAINS | ALONE
 
 
 def strip_of(handle, branch=None):
@@ -322,7 +323,7 @@ def test_a_branch_computed_after_all_does_not_take_the_other_branch_for_its_own(
     xs = [torch.randn(1, 4, 10, 10).repeat(2, 1, 1, 1) for _ in range(3)]
     calls = [(x, torch.full((2,), 900 - i), torch.tensor([3, 1000])) for i, x in enumerate(xs)]
     plain = denoiser(*calls[2]).sample
-    settings = {"interval": 9, "warmup": 1, "layout": "batched", **EXACT}
+    settings = {"interval": 9, "warmup": 1, "layout": "batched", **GAINS}
     rule = ", ".join(f"{name}={value!r}" for name, value in settings.items())
     with c4d.accelerate(denoiser, "fbcache", threshold=1e9, cfg=f"fastercache({rule})") as handle:
         for call in calls[:2]:

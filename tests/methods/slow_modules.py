@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import torch
 
@@ -44,7 +45,13 @@ def timesteps_of(steps):
 
 
 def made(name, batch=2):
-    """A tiny denoiser of the zoo and the arguments of a call."""
+    """A tiny denoiser of the zoo, the same every time, and the arguments of a call."""
+    denoiser, kwargs = _made(name, batch)
+    return denoiser, {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in kwargs.items()}
+
+
+@functools.cache
+def _made(name, batch):
     denoiser, _, kwargs = tiny(name).make(batch)
     return denoiser, kwargs
 

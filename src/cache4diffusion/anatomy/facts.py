@@ -261,6 +261,14 @@ class UNet:
 
 
 @dataclass(frozen=True)
+class Invariant:
+    """A module whose output depends on the prompt alone. ``is_mutated``: somebody writes into it afterwards."""
+
+    path: str
+    is_mutated: bool
+
+
+@dataclass(frozen=True)
 class Signal:
     """The first part of the first main block and the argument that brings it the modulated, normalised stream."""
 
@@ -298,6 +306,7 @@ class Anatomy:
         batch_axes: by module path (``""`` is the denoiser): which axis carries the batch.
         signal: what a gate like TeaCache's watches.
         tokens: length of the image stream in front of the first main block; None if other tokens are joined to it.
+        invariant: the outermost modules that run once, on nothing that changes from step to step.
         notes: what was assumed, and what could not be established.
     """
 
@@ -314,4 +323,5 @@ class Anatomy:
     batch_axes: Mapping[str, Axes] = field(default_factory=dict)
     signal: Signal | None = None
     tokens: int | None = None
+    invariant: tuple[Invariant, ...] = ()
     notes: tuple[str, ...] = ()

@@ -13,6 +13,7 @@ from cache4diffusion.anatomy.batch import batch_axes
 from cache4diffusion.anatomy.blocks import BlockView
 from cache4diffusion.anatomy.facts import Anatomy, Signal, Stack
 from cache4diffusion.anatomy.flow import ancestors
+from cache4diffusion.anatomy.invariant import invariant_modules
 from cache4diffusion.anatomy.observing import Stage
 from cache4diffusion.anatomy.parts import BlockReader
 from cache4diffusion.anatomy.reach import with_reach
@@ -81,6 +82,7 @@ def observe(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         batch_axes=axes,
         signal=_signal(main, recording),
         tokens=_tokens(main, recording),
+        invariant=invariant_modules(recording, conditioning),
         notes=tuple(dict.fromkeys([*notes, *roles.notes, *finder.notes, *levels.notes])),
     )
 

@@ -11,6 +11,7 @@ from cache4diffusion.engine.level import LevelDriver
 from cache4diffusion.engine.linears import LinearsDriver
 from cache4diffusion.engine.mixed import MixedScoreDriver
 from cache4diffusion.engine.parts import PartsDriver
+from cache4diffusion.engine.prompt_modules import PromptModulesDriver
 from cache4diffusion.engine.scaled import ScaledPartsDriver
 from cache4diffusion.engine.single_context import SingleContextDriver
 from cache4diffusion.engine.span import BlocksDriver, SpanDriver, SwitchingSpanDriver
@@ -24,6 +25,7 @@ from cache4diffusion.sites import (
     Linears,
     MixedScore,
     Parts,
+    PromptModules,
     ScaledParts,
     SingleContext,
     Site,
@@ -45,6 +47,7 @@ DRIVERS: dict[type[Site], type[Driver]] = {
     MixedScore: MixedScoreDriver,
     ScaledParts: ScaledPartsDriver,
     SingleContext: SingleContextDriver,
+    PromptModules: PromptModulesDriver,
     UNetLevel: LevelDriver,
     Trajectory: TrajectoryDriver,
 }

@@ -7,7 +7,7 @@ switch that the wrappers read, and keeps and predicts what they ask for.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, get_args
 
@@ -67,19 +67,18 @@ class PartsDriver(Driver):
         unserved: list[str] = []
         shared: list[str] = []
         tells_turns = self._tells_turns()
-        for position, block in blocks_of(self.host):
-            for name, part in self.sites_of(block):
-                if not self.serves(name):
-                    unserved.append(name)
-                    continue
-                if part.calls > 1 and not tells_turns:
-                    shared.append(part.path)
-                    continue
-                decision = self.decision_for(name, part)
-                if decision not in self._names:
-                    self._names.append(decision)
-                key = self._names.index(decision)
-                self.sites.append(self.part_site(name, part, position, modules[part.path], self, key))
+        for position, name, part in self.all_sites():
+            if not self.serves(name):
+                unserved.append(name)
+                continue
+            if part.calls > 1 and not tells_turns:
+                shared.append(part.path)
+                continue
+            decision = self.decision_for(name, part)
+            if decision not in self._names:
+                self._names.append(decision)
+            key = self._names.index(decision)
+            self.sites.append(self.part_site(name, part, position, modules[part.path], self, key))
         self._leave_out(shared, anatomy)
         self._wrap_turns()
         wrapped = self._served_wholly()
@@ -109,11 +108,7 @@ class PartsDriver(Driver):
                 "there is no cross-attention: methods for all parts ('fora', 'taylorseer') may work."
             )
         if not self.sites:
-            raise AnatomyError(
-                f"{anatomy.denoiser} has no parts of the kinds {', '.join(self.site.kinds)} that can be told apart. "
-                "Methods for spans ('fbcache', 'teacache') or the whole denoiser ('taylorseer-lite') may work. If its "
-                "blocks have parts, say which: c4d.declare(denoiser, parts={'mix': 'attn', 'map': 'ffn'})."
-            )
+            raise self.nothing_found(anatomy)
         if self.tokens is not None:
             self.tokens.install(anatomy, {r.inner.path: r for r in self.resting})
 
@@ -153,6 +148,20 @@ class PartsDriver(Driver):
     def forbids_compiled_blocks(self) -> str | None:
         """Why blocks must not be compiled while this is installed; None if they may be."""
         return TURNS if self.turns else None
+
+    def nothing_found(self, anatomy: Anatomy) -> AnatomyError:
+        """What is said where the denoiser has none of them."""
+        return AnatomyError(
+            f"{anatomy.denoiser} has no parts of the kinds {', '.join(self.site.kinds)} that can be told apart. "
+            "Methods for spans ('fbcache', 'teacache') or the whole denoiser ('taylorseer-lite') may work. If its "
+            "blocks have parts, say which: c4d.declare(denoiser, parts={'mix': 'attn', 'map': 'ffn'})."
+        )
+
+    def all_sites(self) -> Iterator[tuple[int, str, Part]]:
+        """What is cached, with the position of its block and the name of its site."""
+        for position, block in blocks_of(self.host):
+            for name, part in self.sites_of(block):
+                yield position, name, part
 
     def sites_of(self, block: Block) -> list[tuple[str, Part]]:
         """What is cached of a block, each with the name of its site."""

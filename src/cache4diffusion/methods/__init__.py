@@ -47,6 +47,7 @@ from cache4diffusion.methods.taocache import TaoCache
 from cache4diffusion.methods.taylorseer import TaylorSeer
 from cache4diffusion.methods.taylorseer_lite import TaylorSeerLite
 from cache4diffusion.methods.teacache import TeaCache
+from cache4diffusion.methods.text_kv_cache import TextKVCache
 from cache4diffusion.methods.toca import ToCa
 from cache4diffusion.methods.vcut import VCUT
 from cache4diffusion.methods.waveex import WaveEx
@@ -101,6 +102,7 @@ __all__ = [
     "TaylorSeer",
     "TaylorSeerLite",
     "TeaCache",
+    "TextKVCache",
     "ToCa",
     "WaveEx",
     "ZCache",

@@ -260,6 +260,21 @@ class Attentions(Parts):
 
 
 @dataclass(frozen=True)
+class PromptModules(Parts):
+    """The outermost modules whose output is a function of the prompt alone, wherever they are in the denoiser.
+
+    In a denoiser with cross-attention those are the keys' and values' projections of every block, and what prepares the
+    text for them. Where text runs along with the image and is modulated by the timestep, it is only what prepares it.
+
+    Args:
+        kinds, decisions: as they are; these are no parts of blocks.
+    """
+
+    name: ClassVar[str] = "prompt_modules"
+    words: ClassVar[str] = "the modules that see the prompt alone"
+
+
+@dataclass(frozen=True)
 class SingleContext(Parts):
     """The cross-attentions that attend to one token: softmax over one key is 1, so all queries get the same output.
 
