@@ -96,7 +96,7 @@ def refusal(site, gate, tokens, decide, predictor="reuse", cfg=None):
     """Words of the reason why two axes cannot work together, None if they can. The table of what is not possible."""
     if gate == "speculative" and site not in PARTS:
         return "that block has no input on a cached step"
-    if gate in NEEDS_STACK and site == "unet_level":
+    if gate in NEEDS_STACK and site in ("unet_level", "unet_encoder"):
         return "a U-Net has levels instead"
     if (site == "blocks") != (gate in ENTRANCES) and gate in WATCHES:
         return "each block decides by what enters it"
@@ -106,7 +106,7 @@ def refusal(site, gate, tokens, decide, predictor="reuse", cfg=None):
         return "caches them late in the run"
     if predictor == "aligned" and (site, gate) != ("span", "probe"):
         return "reads what the first blocks add"
-    if predictor in CORRECTORS and site in ("trajectory", "unet_level"):
+    if predictor in CORRECTORS and site in ("trajectory", "unet_level", "unet_encoder"):
         return "no module has both"
     if predictor in CORRECTORS and site == "gated_parts":
         return "are shown that only to decide"
@@ -229,7 +229,7 @@ FAMILY = {
 
 def runs(site, gate):
     """Whether the pair is worth a run."""
-    return site not in ("unet_level", "trajectory", "single_context", "prompt_modules") and (
+    return site not in ("unet_level", "unet_encoder", "trajectory", "single_context", "prompt_modules") and (
         site not in FAMILY or gate in ("interval", *ENTRANCES, "adaptive", "learned")
     )
 

@@ -16,7 +16,7 @@ METHODS = (
     "fastercache", "frdiff", "delta-dit", "skip-dit", "dbprune", "adacache", "dicache", "magcache", "easycache", "scm",
     "bwcache", "seacache", "smoothcache", "dpcache", "bacache", "feb-cache", "icc", "fastcache",
     "l2p", "lemica", "l2c", "harmonica", "lazydit", "block-caching", "md-dit", "pab",
-    "t-gate-v1", "t-gate-v2", "vcut", "text-kv-cache",
+    "t-gate-v1", "t-gate-v2", "vcut", "text-kv-cache", "faster-diffusion",
 )  # fmt: skip
 ROWS = re.findall(r"^\| `([\w-]+)` \| (.+?) \| (`tests/.+`) \|$", TEXT, flags=re.MULTILINE)
 

@@ -50,7 +50,11 @@ def test_every_invariant_holds_for_every_method_that_fits(denoiser, methods):
         mine = {finding.invariant: finding for finding in found.findings if finding.method == name}
         assert list(mine) == list(INVARIANTS)
         unfit = dict.fromkeys(["t-gate-v1", "t-gate-v2", "vcut"], "cross_attn")
-        unfit |= {"deepcache": "no U-Net levels", "dbcache": "watches the first 8 blocks"}  # the toy has five
+        unfit |= {
+            "deepcache": "no U-Net levels",
+            "faster-diffusion": "no U-Net levels",
+            "dbcache": "watches the first 8 blocks",
+        }  # the toy has five
         unfit |= dict.fromkeys(["meancache", "taocache", "waveex", "z-cache"], "acts in scheduler.step")
         unfit["dbprune"] = "keeps the first 8"
         unfit |= {other: "c4d calibrate" for other, cls in c4d.METHODS.items() if cls.info.needs_calibration}

@@ -171,7 +171,7 @@ _TRAJECTORY = {
 }
 # Methods for what the denoisers here have not, or hardly: U-Net levels, cross-attention, modules that work on the
 # prompt alone. They have tests of their own.
-ELSEWHERE = {"deepcache", "t-gate-v1", "t-gate-v2", "text-kv-cache", "vcut"}
+ELSEWHERE = {"deepcache", "faster-diffusion", "t-gate-v1", "t-gate-v2", "text-kv-cache", "vcut"}
 TRANSFORMER_METHODS = sorted(set(c4d.METHODS) - ELSEWHERE - _TRAJECTORY)
 # Methods that cache nothing where there is no attention, or no guidance.
 FOR_ATTENTION = {"fastercache", "pab"}

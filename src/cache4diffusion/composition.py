@@ -21,6 +21,7 @@ from cache4diffusion.sites import (
     Span,
     SwitchingSpan,
     Trajectory,
+    UNetEncoder,
     UNetLevel,
 )
 from cache4diffusion.tokens import TokenRule
@@ -92,7 +93,7 @@ class Composition:
                 f"{type(self.gate).__name__} verifies a prediction by computing the last block from its own input; at "
                 f"{site.words} that block has no input on a cached step. Use site='parts'."
             )
-        if watch is not None and watch.needs_stack and isinstance(site, UNetLevel):
+        if watch is not None and watch.needs_stack and isinstance(site, (UNetLevel, UNetEncoder)):
             raise CompositionError(
                 f"{type(self.gate).__name__} watches the blocks of a stack, and a U-Net has levels instead. "
                 "Use a gate that watches nothing, such as gate='interval'."
@@ -118,7 +119,7 @@ class Composition:
                 f"{words} reads what the first blocks add in the step itself. Use site='span' "
                 "with a gate that watches them, such as gate='probe'."
             )
-        if sees == "input" and isinstance(site, (Trajectory, UNetLevel)):
+        if sees == "input" and isinstance(site, (Trajectory, UNetLevel, UNetEncoder)):
             raise CompositionError(
                 f"{words} maps what enters a site to what leaves it, and at {site.words} no module has both: what is "
                 "cached there is made by the whole denoiser. Use a site such as 'parts' or 'blocks'."
@@ -145,6 +146,15 @@ class Composition:
             raise CompositionError(
                 f"What {type(self.gate).__name__} watches is one for the whole denoiser; with Span(per_list=True) each "
                 "list decides by what its own first blocks make. Use per_list=False, or a gate such as 'probe'."
+            )
+        if (
+            isinstance(site, UNetEncoder)
+            and site.parallel
+            and (watch is not None or self.guards or self.cfg is not None)
+        ):
+            raise CompositionError(
+                "UNetEncoder(parallel=True) decodes steps before their time, so it must be known which are cached. Use a "
+                "gate that watches nothing, no guards and no cfg; or parallel=False."
             )
         if isinstance(site, Trajectory) and (self.decide != "batch" or self.branches != "tied"):
             raise CompositionError(

@@ -23,7 +23,7 @@ from cache4diffusion.compare import check_methods, parse_method, split_methods
 from cache4diffusion.errors import SettingError
 from cache4diffusion.method import FAMILIES, MethodInfo
 from cache4diffusion.reference.scenes import held_out_scenes
-from cache4diffusion.sites import SingleContext, Trajectory, UNetLevel
+from cache4diffusion.sites import SingleContext, Trajectory, UNetEncoder, UNetLevel
 from cache4diffusion.strip import planned_strip
 
 COMMANDS = get_command(app).commands
@@ -162,7 +162,7 @@ def test_the_family_of_a_method_is_that_of_its_parts(name):
     assert (family == "trajectory") == isinstance(made.site, Trajectory)
     assert (family == "tokens") == (made.tokens is not None)
     assert (family == "guidance") == (made.cfg is not None)
-    if isinstance(made.site, (UNetLevel, SingleContext)):
+    if isinstance(made.site, (UNetEncoder, UNetLevel, SingleContext)):
         assert family == "U-Net"
     if family == "adaptive gates":
         assert made.gate.watch is not None

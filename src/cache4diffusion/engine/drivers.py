@@ -5,6 +5,7 @@ from __future__ import annotations
 from cache4diffusion.engine.attentions import AttentionsDriver
 from cache4diffusion.engine.denoiser import DenoiserDriver
 from cache4diffusion.engine.driver import Driver
+from cache4diffusion.engine.encoder import EncoderDriver
 from cache4diffusion.engine.gated import GatedPartsDriver
 from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.level import LevelDriver
@@ -32,6 +33,7 @@ from cache4diffusion.sites import (
     Span,
     SwitchingSpan,
     Trajectory,
+    UNetEncoder,
     UNetLevel,
 )
 
@@ -49,6 +51,7 @@ DRIVERS: dict[type[Site], type[Driver]] = {
     SingleContext: SingleContextDriver,
     PromptModules: PromptModulesDriver,
     UNetLevel: LevelDriver,
+    UNetEncoder: EncoderDriver,
     Trajectory: TrajectoryDriver,
 }
 

@@ -14,6 +14,7 @@ from cache4diffusion.methods.dmd import DMD
 from cache4diffusion.methods.dpcache import DPCache
 from cache4diffusion.methods.easycache import EasyCache
 from cache4diffusion.methods.fastcache import FastCache
+from cache4diffusion.methods.faster_diffusion import FasterDiffusion
 from cache4diffusion.methods.fastercache import FasterCache
 from cache4diffusion.methods.fbcache import FBCache
 from cache4diffusion.methods.feb_cache import FEBCache
@@ -79,6 +80,7 @@ __all__ = [
     "FRDiff",
     "FastCache",
     "FasterCache",
+    "FasterDiffusion",
     "FeMO",
     "FoCa",
     "Fora",

@@ -18,6 +18,7 @@ from cache4diffusion.sites.base import (
     Span,
     SwitchingSpan,
     Trajectory,
+    UNetEncoder,
     UNetLevel,
 )
 
@@ -39,5 +40,6 @@ __all__ = [
     "Span",
     "SwitchingSpan",
     "Trajectory",
+    "UNetEncoder",
     "UNetLevel",
 ]

@@ -356,6 +356,23 @@ class UNetLevel(Site):
 
 
 @dataclass(frozen=True)
+class UNetEncoder(Site):
+    """What the encoder of a U-Net hands to its decoder: every skip tensor, and what leaves the middle.
+
+    On a cached step the decoder alone runs, at the current timestep; the latent is not read.
+
+    Args:
+        parallel: cached steps up to the next full one are decoded together, each at its own timestep, in a batch so
+            many times as large. Needs the timesteps of the run, and a gate that watches nothing.
+    """
+
+    name: ClassVar[str] = "unet_encoder"
+    words: ClassVar[str] = "the encoder of a U-Net"
+
+    parallel: bool = False
+
+
+@dataclass(frozen=True)
 class MixedScore(Parts):
     """The parts, and the denoiser's output beside them: a cached step mixes what the two predict.
 
