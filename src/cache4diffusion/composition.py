@@ -153,8 +153,8 @@ class Composition:
             and (watch is not None or self.guards or self.cfg is not None)
         ):
             raise CompositionError(
-                "UNetEncoder(parallel=True) decodes steps before their time, so it must be known which are cached. Use a "
-                "gate that watches nothing, no guards and no cfg; or parallel=False."
+                "UNetEncoder(parallel=True) decodes steps before their time, so it must be known which are cached. Use "
+                "a gate that watches nothing, no guards and no cfg; or parallel=False."
             )
         if isinstance(site, Trajectory) and (self.decide != "batch" or self.branches != "tied"):
             raise CompositionError(

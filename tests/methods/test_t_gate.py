@@ -196,6 +196,14 @@ def test_calls_of_one_branch_each(sd, name):
     assert len(seen) == 2 * m + (STEPS - m)
 
 
+def test_memory_is_known_before(sd):
+    both = {"sample": torch.zeros(4, 4, 8, 8), "encoder_hidden_states": torch.cat([sd.uncond, sd.cond])}
+    for name in ("t-gate-v1", "t-gate-v2"):
+        _, _, handle = run(sd, name, gate_step=5)
+        given = {**both, "timestep": torch.full((4,), 500.0)}
+        assert c4d.cache_bytes(sd.denoiser, name, inputs=given, steps=STEPS, gate_step=5) == handle.memory["peak"]
+
+
 def test_joint_attention_is_refused():
     denoiser, inputs = made("FluxTransformer2DModel")
     for name in ("t-gate-v1", "t-gate-v2"):

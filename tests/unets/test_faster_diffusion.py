@@ -146,6 +146,19 @@ def test_memory_is_the_skips_and_the_middle():
     assert handle.memory["peak"] == 4 * (skips + 2 * 16 * 2 * 2)
 
 
+@pytest.mark.parametrize("parallel", [False, True])
+def test_memory_is_known_before(parallel):
+    """Decoded together, the outputs of the steps to come are held as well."""
+    unet, settings = sd_like(), {"interval": 4, "parallel": parallel}
+    _, handle = run(unet, **settings)
+    output = 2 * 4 * 8 * 8 * 4
+    assert handle.memory["peak"] - run(unet, interval=4)[1].memory["peak"] == 3 * output * parallel
+    assert (
+        c4d.cache_bytes(unet, "faster-diffusion", inputs=given("sd", 0), steps=STEPS, **settings)
+        == (handle.memory["peak"])
+    )
+
+
 def test_what_it_cannot_serve_is_refused():
     unet = sd_like()
     with (

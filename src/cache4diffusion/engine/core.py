@@ -409,8 +409,8 @@ class Engine:
             record.reason += ", one branch only"
             record.symbol = HALF if record.symbol == FULL else record.symbol
         self._note_call(record, start, event, latent)
-        if record.symbol != CACHED:  # a cached step takes nothing in
-            self.account()
+        if record.symbol != CACHED or (self.driver is not None and self.driver.keeps_when_cached):
+            self.account()  # most cached steps take nothing in
         return output
 
 

@@ -73,6 +73,7 @@ class Driver(ABC):
     needs_anatomy = True
     splits_rows = False  # whether it treats rows apart itself; else the engine calls it once per group of rows
     is_late = False  # whether what a call computed is recorded only after it, at the scheduler
+    keeps_when_cached = False  # whether cached steps change what is held
     needs_blocks = False  # whether the engine must wrap the main blocks' calls for `on_block`
 
     def __init__(self, host: Host, site: Any) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from cache4diffusion.anatomy import UNet
 from cache4diffusion.devices import in_double
 from cache4diffusion.engine.driver import Inner
+from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.leaves import get_output, take_apart
 from cache4diffusion.engine.level import Cut, LevelDriver
 from cache4diffusion.engine.state import Context
@@ -28,6 +29,10 @@ class EncoderDriver(LevelDriver):
     """
 
     site: UNetEncoder  # type: ignore[assignment]
+
+    def __init__(self, host: Host, site: UNetEncoder) -> None:
+        super().__init__(host, site)  # type: ignore[arg-type]
+        self.keeps_when_cached = site.parallel
 
     def find_cut(self, unet: UNet) -> Cut:
         """In front of the first up block."""
