@@ -52,9 +52,10 @@ class EncoderDriver(LevelDriver):
 
     def _predicted(self, path: str, output: Any, leaves: list[Any]) -> list[int]:
         tensors = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        if self.cut.sources[path] is None:
+        leaf = self.cut.sources[path]
+        if leaf is None:
             return tensors
-        main = get_output(output, self.cut.sources[path])
+        main = get_output(output, leaf)
         first = next(place for place in tensors if leaves[place] is main)
         return [place for place in tensors if place != first]
 

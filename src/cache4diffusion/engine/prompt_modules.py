@@ -19,8 +19,9 @@ class PromptModulesDriver(PartsDriver):
         """One for each of them."""
         assert self.host.anatomy is not None
         for number, found in enumerate(self.host.anatomy.invariant):
-            outputs = (((), "unknown"),)
-            part = Part(found.path, "other", outputs, is_tokenwise=False, inputs=(), is_mutated=found.is_mutated)
+            part = Part(
+                found.path, "other", (((), "unknown"),), is_tokenwise=False, inputs=(), is_mutated=found.is_mutated
+            )
             yield number, found.path, part
 
     def nothing_found(self, anatomy: Anatomy) -> AnatomyError:

@@ -7,7 +7,7 @@ predicted branch is not run, and how its output is made from the source branch's
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -17,7 +17,16 @@ from cache4diffusion.storage import PLAIN, Store
 
 @runtime_checkable
 class BranchRule(Protocol):
-    """Frozen settings; the state belongs to the engine."""
+    """Frozen settings; the state belongs to the engine.
+
+    A class says which branch always runs (``source``; the other one is predicted from it), whether the first of two
+    calls is the source, whichever it is (``takes_either``), and whether outputs are handed over as maps, also where
+    they come as tokens in a row (``needs_maps``).
+    """
+
+    source: ClassVar[Literal["cond", "uncond"]]
+    takes_either: ClassVar[bool]
+    needs_maps: ClassVar[bool]
 
     @property
     def needs_num_steps(self) -> bool:
@@ -32,21 +41,6 @@ class BranchRule(Protocol):
     @property
     def batch_order(self) -> Literal["auto", "uncond-cond", "cond-uncond"]:
         """Which half of a batched call is which."""
-        ...
-
-    @property
-    def source(self) -> Literal["cond", "uncond"]:
-        """Which branch always runs; the other one is predicted from it."""
-        ...
-
-    @property
-    def takes_either(self) -> bool:
-        """Whether, where each branch has its own call, the one that is called first is the source."""
-        ...
-
-    @property
-    def needs_maps(self) -> bool:
-        """Whether outputs are handed over as maps, also where they come as tokens in a row."""
         ...
 
     @property

@@ -43,7 +43,7 @@ class DropBranch:
     source: ClassVar[Literal["cond", "uncond"]] = "uncond"
     takes_either: ClassVar[bool] = True
     needs_maps: ClassVar[bool] = False
-    needs_num_steps: ClassVar[bool] = False
+    keeps_guidance: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.gate_step < 0:
@@ -56,6 +56,11 @@ class DropBranch:
             )
         if self.merges and not self.shares_history:
             raise SettingError("DropBranch(merges=True): what is not shared cannot be merged; use shares_history=True.")
+
+    @property
+    def needs_num_steps(self) -> bool:
+        """The gate step is an index."""
+        return False
 
     @property
     def never_caches(self) -> bool:

@@ -83,7 +83,6 @@ class FrequencyResidual:
     source: ClassVar[Literal["cond", "uncond"]] = "cond"
     takes_either: ClassVar[bool] = False
     needs_maps: ClassVar[bool] = True
-    merges: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.interval < 1 or self.warmup < 0:
@@ -111,6 +110,11 @@ class FrequencyResidual:
     def needs_num_steps(self) -> bool:
         """The windows are fractions of the run; without gains they do not matter."""
         return self.interval > 1 and (self.low_gain != 1 or self.high_gain != 1)
+
+    @property
+    def merges(self) -> bool:
+        """The branches' features stay apart."""
+        return False
 
     @property
     def begins(self) -> int:
