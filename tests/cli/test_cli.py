@@ -71,7 +71,7 @@ def test_inspect_of_a_pipeline_looks_at_its_denoisers(scenes):
     assert (found["name"], found["class"]) == ("transformer", "FluxTransformer2DModel")
     text = run("inspect", scenes).stdout
     assert "methods can serve it: " in text
-    assert re.search(r"^not deepcache: .*no U-Net levels", text, re.MULTILINE)
+    assert re.search(r"^not deepcache, faster-diffusion: .*no U-Net levels", text, re.MULTILINE)
 
 
 def test_inspect_of_a_unet_gives_its_levels_and_declared_facts_are_named():

@@ -95,7 +95,7 @@ class FasterCache(Method):
         fidelity="code",
         off={"interval": 1, "attention_interval": 1},
         family="guidance",
-        when="classifier-free guidance is on: it halves guided steps; its CFG part combines with every other method",
+        when="classifier-free guidance is on: it halves guided steps, and combines with every other method",
         ladder=({"interval": 2, "attention_interval": 2}, {}, {"interval": 8, "warmup": 5, "attention_warmup": 5}),
         citation="Lv et al., FasterCache: Training-Free Video Diffusion Model Acceleration, ICLR 2025",
         shares_branches=True,

@@ -52,7 +52,7 @@ class TGateV1(Method):
         fidelity="code",
         off={"gate_step": 0},
         family="guidance",
-        when="guidance is on and text enters by cross-attention (Stable Diffusion, SDXL, PixArt): both end early",
+        when="guidance is on and text enters by cross-attention (SD, SDXL, PixArt): both end early",
         ladder=({"gate_step": 30}, {"gate_step": 20}, {"gate_step": 10}),
         citation="Zhang et al., Cross-Attention Makes Inference Cumbersome in Text-to-Image Diffusion Models, 2024",
         shares_branches=True,

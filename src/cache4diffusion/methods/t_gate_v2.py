@@ -52,7 +52,7 @@ class TGateV2(Method):
         fidelity="code",
         off={"gate_step": 0, "interval": 1},
         family="guidance",
-        when="guidance is on, text enters by cross-attention, and self-attention may be reused early in the run",
+        when="guidance is on, text enters by cross-attention, and self-attention is reused at first",
         ladder=({"gate_step": 30}, {"gate_step": 20}, {"gate_step": 10, "late_interval": 2}),
         citation="Liu et al., Faster Diffusion Through Temporal Attention Decomposition, TMLR 2025",
         shares_branches=True,

@@ -44,7 +44,7 @@ class TextKVCache(Method):
         fidelity="code",
         off={"interval": 1},
         family="reuse of blocks and parts",
-        when="not a bit of quality may be lost, and text enters by cross-attention or as a stream of its own",
+        when="nothing may be lost, and text enters by cross-attention or as a stream of its own",
         citation="The diffusers team, Text KV cache hook, diffusers 0.37",
         is_exact=True,
     )

@@ -41,7 +41,7 @@ class VCUT(Method):
         fidelity="paper",
         off={"interval": 1},
         family="U-Net",
-        when="a video is made from one image embedding (Stable Video Diffusion) and not a bit of quality may be lost",
+        when="a video is made from one image embedding (Stable Video Diffusion), and nothing may be lost",
         citation="Taghipour et al., Faster Image2Video Generation: A Closer Look at CLIP Image Embedding's Impact on "
         "Spatio-Temporal Cross-Attentions, IEEE Access 2025",
         is_exact=True,
