@@ -8,7 +8,8 @@ OUT ?= out
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install demo test test-slow test-floor lint format bench bench-gpu matrix pipelines adaptive calibrations everything clean
+.PHONY: install demo test test-slow test-floor lint format bench bench-gpu matrix pipelines compatibility architectures \
+	adaptive calibrations everything clean
 
 install: $(BIN)/.installed
 
@@ -47,11 +48,18 @@ bench: install  ## cost of a cached step, ours beside peers
 bench-gpu: install  ## FLUX.1-dev at its real size with random weights, on a CUDA device: docs/benchmarks/gpu-flux.1-dev
 	$(BIN)/python benchmarks/gpu.py
 
-matrix: install  ## every invariant for every method on tiny pipelines: docs/benchmarks/matrix.json and .md
+matrix: install  ## every method on tiny pipelines, every class of diffusers: docs/benchmarks/matrix.* and zoo.*
 	$(BIN)/python benchmarks/matrix.py
+	PYTHONPATH=tests $(BIN)/python benchmarks/zoo.py
 
 pipelines: install  ## stock pipelines by task, guidance and scheduler: docs/benchmarks/pipelines.json and .md
 	PYTHONPATH=tests $(BIN)/python -m pipelines
+
+compatibility: install  ## what else people put on a pipeline, before and after: docs/compatibility.json and .md
+	PYTHONPATH=tests $(BIN)/python -m companions
+
+architectures: install  ## full steps, states and speed-ups by architecture: docs/benchmarks/architectures.json and .md
+	PYTHONPATH=tests $(BIN)/python benchmarks/architectures.py
 
 adaptive: install  ## thresholds and rows of adaptive methods on the reference model: docs/benchmarks/adaptive.json and .md
 	$(BIN)/python benchmarks/adaptive.py

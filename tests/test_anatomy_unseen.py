@@ -185,6 +185,39 @@ def test_a_call_that_cannot_work_is_an_error_that_says_why():
         anatomy.observe(module, (torch.randn(2, 4, 8, 8), torch.ones(2)), {})
 
 
+class Packed:
+    """What a quantised layer keeps of the way in which its weight is stored."""
+
+    def __init__(self, scale):
+        self.scale, self.is_packed = scale, False
+
+
+class Rearranging(nn.Linear):
+    """Brings its weight, and what hangs on it, into another form at its first call, as layers of 4 and 8 bits do."""
+
+    def forward(self, x):
+        packed = self.weight.__dict__.setdefault("packed", Packed(torch.ones(1)))
+        if not packed.is_packed:
+            self.weight.data, packed.scale = self.weight.data / 2, packed.scale * 2
+            packed.is_packed = True
+        return nn.functional.linear(x, self.weight * packed.scale, self.bias)
+
+
+def test_weights_that_are_rearranged_at_the_first_call_are_so_by_the_real_one():
+    module, args, kwargs = zoo.plain()
+    expected = run(module, args, kwargs)
+    for block in module.layers:
+        block.mapper[0].__class__ = Rearranging
+        block.mapper[0].weight.packed = Packed(torch.ones(1))
+    states = [block.mapper[0].weight.packed for block in module.layers]
+    pointers = [block.mapper[0].weight.data_ptr() for block in module.layers]
+    anatomy.observe(module, args, kwargs)
+    assert not any(state.is_packed for state in states)
+    assert [block.mapper[0].weight.data_ptr() for block in module.layers] == pointers
+    assert torch.equal(run(module, args, kwargs), expected)
+    assert all(state.is_packed for state in states)
+
+
 class InPlace(zoo.PlainBlock):
     """Adds to its input in place, and scales what its parts return in place."""
 
@@ -202,6 +235,50 @@ def test_writing_in_place_is_followed_and_reported():
     assert parts_of(block) == {"mixer": "attn", "mapper": "ffn"}
     assert block.mutates == ((0,),)
     assert [part.is_mutated for part in block.parts] == [True, False]
+
+
+class Adds(zoo.PlainDiT):
+    """Writes into what its first block returns, and into what its last one does, behind which no block looks."""
+
+    def forward(self, x, t, y):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        c = self.classes(y)
+        first, second, third = self.layers
+        x = first(x, c)
+        x[:, 1:] = x[:, 1:] + c[:, None]
+        x = second(x, c)
+        x = third(x, c)
+        x += c[:, None]
+        return self.last(x)
+
+
+def test_a_host_that_writes_between_its_blocks_is_reported():
+    torch.manual_seed(0)
+    call = torch.randn(2, 4, 8, 8), torch.full((2,), 3), torch.ones(2, dtype=torch.long)
+    (stack,) = anatomy.observe(Adds().eval(), call, {}).main
+    assert [block.is_written for block in stack.blocks] == [True, False, False]
+    assert not any(block.is_written for block in anatomy.observe(*zoo.plain()).main[0].blocks)
+
+
+class Masked(zoo.PlainBlock):
+    """Keeps padding at zero, by truths that were made into numbers."""
+
+    def forward(self, x, c):
+        here = torch.arange(x.shape[1], device=x.device) < x.shape[1] - 1
+        return super().forward(x, c) * here.to(x.dtype)[:, None].expand(-1, x.shape[-1])
+
+
+class Scaled(zoo.PlainBlock):
+    """Makes another stream of its own."""
+
+    def forward(self, x, c):
+        return super().forward(x, c) * torch.linspace(0.5, 1.0, x.shape[1], device=x.device)[:, None]
+
+
+def test_a_stream_whose_padding_is_masked_by_numbers_is_still_that_stream():
+    (stack,) = anatomy.observe(*zoo.plain(block=Masked)).main
+    assert [parts_of(block) for block in stack.blocks] == [{"mixer": "attn", "mapper": "ffn"}] * 3
+    assert not anatomy.observe(*zoo.plain(block=Scaled)).main
 
 
 class PostNorm(zoo.PlainBlock):
@@ -230,6 +307,30 @@ def test_a_placeholder_that_breaks_its_block_is_not_offered():
     found = anatomy.observe(*zoo.plain(block=Strict))
     assert all(inner_of(block) == {} for block in found.main[0].blocks)
     assert any("nan_token" in note for note in found.notes)
+
+
+class Merging(zoo.PlainBlock):
+    """Computes half of the tokens and hands out each twice, as token merging does: it picks them by number."""
+
+    def forward(self, x, c):
+        count = torch.arange(x.shape[1] // 2, device=x.device)
+        every = (torch.arange(x.shape[1], device=x.device) // 2)[None, :, None].expand(x.shape)
+        if self.picks_with == "gather":
+            few = torch.gather(self.first(x), 1, 2 * count[None, :, None].expand(x.shape[0], -1, x.shape[2]))
+        else:
+            few = self.first(x).index_select(dim=1, index=2 * count)
+        x = x + torch.gather(self.mixer(few), 1, every)
+        return x + self.mapper(self.second(x))
+
+
+@pytest.mark.parametrize("picks_with", ["gather", "index_select"])
+def test_a_placeholder_of_one_token_is_not_offered_where_tokens_are_picked(picks_with, monkeypatch):
+    """Fake tensors would not mind: they do not look which tokens are asked for."""
+    monkeypatch.setattr(Merging, "picks_with", picks_with, raising=False)
+    found = anatomy.observe(*zoo.plain(block=Merging))
+    assert parts_of(found.main[0].blocks[0]) == {"mixer": "attn", "mapper": "ffn"}
+    assert "first" not in inner_of(found.main[0].blocks[0])
+    assert any("picks" in note for note in found.notes)
 
 
 class Opaque(zoo.PlainBlock):

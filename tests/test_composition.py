@@ -19,7 +19,7 @@ from cache4diffusion.method import METHODS, Composition
 from cache4diffusion.predictors import PREDICTORS, Newton, Reuse
 from cache4diffusion.settings import component
 from cache4diffusion.sites import SITES, Denoiser, Parts, Span, UNetLevel
-from cache4diffusion.tokens import TOKEN_RULES, TopScore
+from cache4diffusion.tokens import TOKEN_RULES, Reduction, TopScore
 from small_denoisers import differences, flux, flux_inputs, remember_anatomy, unet, unet_inputs
 
 STEPS = 6
@@ -87,14 +87,20 @@ PARTS = (
     "mixed_score",
     "scaled_parts",
     "gated_parts",
+    "parts_and_stream",
 )
 CORRECTORS = ("increment", "linear-map")  # predictors that see what enters a site
+REDUCTIONS = [name for name, rule in TOKEN_RULES.items() if isinstance(rule(), Reduction)]
 SPLITS_ROWS = ("span", "switching_span", "blocks", "gated_parts")
 
 
 def refusal(site, gate, tokens, decide, predictor="reuse", cfg=None):
     """Words of the reason why two axes cannot work together, None if they can. The table of what is not possible."""
-    if gate == "speculative" and site not in PARTS:
+    if (site == "reduced") != (tokens in REDUCTIONS):
+        return "needs site='reduced', and that site such a rule"
+    if site == "reduced" and (gate in (*WATCHES, "speculative") or decide != "batch" or predictor != "reuse"):
+        return "the step alone says when tokens are left out"
+    if gate == "speculative" and (site not in PARTS or site == "parts_and_stream"):
         return "that block has no input on a cached step"
     if gate in NEEDS_STACK and site in ("unet_level", "unet_encoder"):
         return "a U-Net has levels instead"
@@ -114,6 +120,8 @@ def refusal(site, gate, tokens, decide, predictor="reuse", cfg=None):
         return "is not a sum"
     if predictor in CORRECTORS and tokens:
         return "hands it a selection"
+    if site == "parts_and_stream" and decide == "row":
+        return "A jump of the parts and the last block's stream is one for all rows"
     if site == "trajectory" and decide != "batch":
         return "one for all branches and rows of a step"
     if site == "trajectory" and (gate in WATCHES or cfg):
@@ -130,7 +138,7 @@ def refusal(site, gate, tokens, decide, predictor="reuse", cfg=None):
         return "where each part decides for itself"
     if tokens and (decide == "row" or gate == "speculative"):
         return "rows cannot decide for themselves"
-    if tokens and (site not in PARTS or site == "linears"):
+    if tokens and site != "reduced" and (site not in PARTS or site == "linears"):
         return "has no parts"
     return None
 
@@ -164,7 +172,8 @@ def blank():
 
 @pytest.mark.parametrize(("site", "gate"), list(itertools.product(SITE, GATE)))
 def test_a_pair_is_made_or_refused_as_the_table_says(site, gate):
-    for predictor, tokens, cfg, decide in itertools.product(PREDICTOR, TOKENS, CFG, DECIDE):
+    kinds = TOKENS if gate == "interval" else (None, "top", "merge")  # one of each
+    for predictor, tokens, cfg, decide in itertools.product(PREDICTOR, kinds, CFG, DECIDE):
         wanted = axes(site, gate, predictor, tokens, cfg, decide)
         reason = refusal(site, gate, tokens, decide, predictor, cfg)
         if reason is None:
@@ -224,14 +233,14 @@ FAMILY = {
     "gated_parts": "parts",
     "mixed_score": "parts",
     "scaled_parts": "parts",
+    "parts_and_stream": "parts",
 }
 
 
 def runs(site, gate):
     """Whether the pair is worth a run."""
-    return site not in ("unet_level", "unet_encoder", "trajectory", "single_context", "prompt_modules") and (
-        site not in FAMILY or gate in ("interval", *ENTRANCES, "adaptive", "learned")
-    )
+    elsewhere = ("unet_level", "unet_encoder", "trajectory", "single_context", "prompt_modules", "reduced")
+    return site not in elsewhere and (site not in FAMILY or gate in ("interval", *ENTRANCES, "adaptive", "learned"))
 
 
 def check(outputs, trace, plain, cfg):
@@ -261,7 +270,9 @@ def never(denoiser, inputs):
     [
         combination
         for combination in itertools.product(SITE, GATE, TOKENS)
-        if runs(*combination[:2]) and is_possible(*combination)
+        if runs(*combination[:2])
+        and is_possible(*combination)
+        and (combination[2] != "clusters" or "interval" in combination)
     ],
 )
 def test_what_can_be_made_runs_on_a_transformer(transformer, site, gate, tokens):

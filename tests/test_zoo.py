@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
+import json
 import re
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -19,11 +22,14 @@ from cache4diffusion.anatomy.hints import HINTS
 from cache4diffusion.anatomy.tree import leaves, map_leaves
 from cache4diffusion.composition import Composition
 from cache4diffusion.engine.inputs import inputs_of
+from cache4diffusion.engine.passage import Passage
 from cache4diffusion.errors import AnatomyError, UnknownNameError
 from cache4diffusion.gates import FixedInterval
 from cache4diffusion.inspection import SITES, why_not
 from cache4diffusion.sites import Blocks, Denoiser, Linears, Parts, Span
 from cache4diffusion.tokens import TopScore
+from cache4diffusion.zoo.optional import EVERY, LEFT_OUT, NO_TENSORS, RICH
+from scripts import script
 from small_denoisers import LinearCounter
 
 pytestmark = [  # what some denoisers say when they run on a CPU
@@ -31,6 +37,8 @@ pytestmark = [  # what some denoisers say when they run on a CPU
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
 ]
 
+pages = script("zoo")
+COMMITTED = Path(__file__).parents[1] / "docs/benchmarks/zoo.json"
 CLASSES = [name for name in zoo.denoiser_classes() if name in zoo.TINY]
 SLOW = {  # to look at
     "AudioLDM2UNet2DConditionModel", "DreamLiteUNetModel", "I2VGenXLUNet", "Kandinsky3UNet", "UNet3DConditionModel",
@@ -258,3 +266,113 @@ def test_without_its_hint_a_class_is_not_understood(name, monkeypatch):
             inputs_of(denoiser)
     else:
         assert inputs_of(denoiser).latent != roles.latent
+
+
+# --- optional inputs --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rich", [pytest.param(rich, id=f"{rich.kind}, {rich.name}") for rich in RICH])
+def test_a_rich_call_gives_what_the_plain_one_leaves_out(rich):
+    plain = zoo.tiny(rich.kind)
+    arguments = rich.of(plain).arguments(2)
+    assert set(arguments) <= set(inspect.signature(plain.cls.forward).parameters)
+    assert set(pages.inputs_of(arguments)) - set(pages.inputs_of(plain.arguments(2)))
+
+
+def test_every_optional_input_is_given_by_some_call_or_there_is_a_reason():
+    for name in CLASSES:
+        left_out = pages.left_out(name)
+        assert all(left_out.values()), f"{name}: say what {left_out} are given, or why not, in zoo/optional.py"
+        assert LEFT_OUT.get(name, {}).keys() <= left_out.keys(), "what is given needs no excuse"
+    assert LEFT_OUT.keys() <= zoo.TINY.keys()
+    assert NO_TENSORS["return_dict"]
+
+
+def test_rows_of_a_rich_call_have_texts_of_different_lengths():
+    mask = next(rich for rich in RICH if rich.kind == "QwenImageTransformer2DModel").make(
+        zoo.tiny("QwenImageTransformer2DModel")
+    )[2]["encoder_hidden_states_mask"]
+    assert mask.sum(1).tolist() == [5, 4]
+
+
+# --- the table of all classes -----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def committed():
+    return {(row["class"], row["call"]): row for row in json.loads(COMMITTED.read_text())["rows"]}
+
+
+def test_every_class_has_its_rows_in_the_table():
+    missing = set(pages.wanted(list(zoo.denoiser_classes()))) - committed().keys()
+    assert not missing, f"run `make matrix`: {sorted(missing)} have no row"
+    rows = committed().values()
+    assert all(found["outcome"] != pages.FAILED for row in rows for found in row["sites"].values())
+    assert {(r["class"], k) for r in rows if r["call"] == pages.PLAIN for k in pages.KINDS
+            if r["sites"][k]["outcome"] == pages.ABSENT} == EXCEPTIONS.keys()  # fmt: skip
+    assert all(row["renamed"] for row in rows if row["call"] == pages.PLAIN)
+    assert {row["class"] for row in rows if row["hint"]} == HINTS.keys()
+
+
+def is_as_committed(name, called, kind):
+    denoiser, kwargs = pages.specimen(name, called)
+    found = pages.cell(denoiser, kwargs, anatomy.observe(denoiser, (), kwargs), kind)
+    told = committed()[name, called]["sites"][kind]
+    return all(found.get(key) == told.get(key) for key in ("site", "outcome", "resting")), found
+
+
+@pytest.mark.parametrize(
+    ("name", "called", "kind"),
+    [
+        ("FluxTransformer2DModel", "ControlNet", "span"),
+        ("FluxTransformer2DModel", EVERY, "parts"),
+        ("ChromaTransformer2DModel", EVERY, "span"),  # a loop that writes into what blocks left
+        ("SanaWMTransformer3DModel", EVERY, "span"),  # a stream with its padding masked
+        ("QwenImageTransformer2DModel", EVERY, "whole"),
+        ("UNet2DModel", EVERY, "span"),
+        ("UNet2DModel", EVERY, "parts"),  # there are none
+    ],
+)
+def test_some_cells_are_as_in_the_table(name, called, kind):
+    is_same, found = is_as_committed(name, called, kind)
+    assert is_same, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rich", [pytest.param(rich, id=f"{rich.kind}, {rich.name}") for rich in RICH])
+@pytest.mark.parametrize("kind", pages.KINDS)
+def test_all_cells_with_optional_inputs_are_as_in_the_table(rich, kind):
+    is_same, found = is_as_committed(rich.kind, rich.name, kind)
+    assert is_same, found
+
+
+def test_what_is_added_between_blocks_must_be_added_once(monkeypatch):
+    """The check of a ControlNet fails where its residuals are taken for the blocks' own work; without one it cannot."""
+    monkeypatch.setattr(Passage, "residual", lambda self, i: self.left[i] - self.entered[i])
+    for called, outcome in ((pages.PLAIN, pages.PASSED), ("ControlNet", pages.FAILED)):
+        denoiser, kwargs = pages.specimen("FluxTransformer2DModel", called)
+        found = pages.cell(denoiser, kwargs, anatomy.observe(denoiser, (), kwargs), "span")
+        assert found["outcome"] == outcome, found
+    assert "a cached step is off by" in found["words"]
+
+
+def test_a_module_that_runs_on_a_cached_step_is_named(monkeypatch):
+    denoiser, kwargs, found = specimen("DiTTransformer2DModel")
+    monkeypatch.setattr(pages.Spy, "clear", lambda self: None)  # as if all of the full step ran again
+    told = pages.cell(denoiser, kwargs, found, "parts")
+    assert told["outcome"] == pages.FAILED
+    assert "transformer_blocks.0.attn1" in told["words"]
+
+
+def test_the_page_has_a_row_for_a_class_that_nobody_knows_yet(tmp_path, monkeypatch):
+    classes = {"DiTTransformer2DModel": None, "Flux9Transformer2DModel": None}
+    monkeypatch.setattr(pages.zoo, "denoiser_classes", lambda: classes)
+    words = ["--write", str(tmp_path / "zoo")]
+    assert pages.main(words) == 0
+    text = (tmp_path / "zoo.md").read_text()
+    assert "**3 checks passed, 0 failed**" in text and "parts 1 of 1 (100 %)" in text
+    assert "| `DiTTransformer2DModel` | plain | 2 | image | 2 attn, 2 ffn | same | 56 | 50 | 26 |" in text
+    assert "| `Flux9Transformer2DModel` | no configuration is known of this class yet |" in text
+    monkeypatch.setattr(pages, "row_of", lambda name, called: pytest.fail("known rows are kept"))
+    assert pages.main([*words, "--resume"]) == 0
+    assert (tmp_path / "zoo.md").read_text() == text

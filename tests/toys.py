@@ -23,7 +23,7 @@ from torch import nn
 import cache4diffusion as c4d
 from cache4diffusion.calibration import Calibration
 from cache4diffusion.predictors import LinearPredictor
-from cache4diffusion.sites import PART_KINDS, Trajectory
+from cache4diffusion.sites import PART_KINDS, Reduced, Trajectory
 
 _DOUBLE = {"attn": "attn", "attn1": "attn", "ff": "ffn", "ff_context": "ffn"}
 
@@ -169,9 +169,13 @@ FITTING = CALIBRATED | {
 _TRAJECTORY = {
     name for name in c4d.METHODS if isinstance(c4d.method(name, **CALIBRATED.get(name, {})).compose().site, Trajectory)
 }
+# Methods that compute fewer tokens predict nothing: tests/methods/test_reductions.py has their general tests.
+REDUCTIONS = sorted(
+    name for name in c4d.METHODS if isinstance(c4d.method(name, **CALIBRATED.get(name, {})).compose().site, Reduced)
+)
 # Methods for what the denoisers here have not, or hardly: U-Net levels, cross-attention, modules that work on the
 # prompt alone. They have tests of their own.
-ELSEWHERE = {"deepcache", "faster-diffusion", "t-gate-v1", "t-gate-v2", "text-kv-cache", "vcut"}
+ELSEWHERE = {"deepcache", "faster-diffusion", "t-gate-v1", "t-gate-v2", "text-kv-cache", "vcut", *REDUCTIONS}
 TRANSFORMER_METHODS = sorted(set(c4d.METHODS) - ELSEWHERE - _TRAJECTORY)
 # Methods that cache nothing where there is no attention, or no guidance.
 FOR_ATTENTION = {"fastercache", "pab"}

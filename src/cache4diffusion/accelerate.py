@@ -25,6 +25,7 @@ from cache4diffusion.engine.admission import Admission
 from cache4diffusion.engine.compiling import WHOLE, forbids_compiled_blocks, hides_sites, is_compiled, is_compiled_whole
 from cache4diffusion.engine.finite import NanGuard
 from cache4diffusion.engine.group import Alone, shares_tokens
+from cache4diffusion.engine.hooks import refuse_caches
 from cache4diffusion.engine.host import no_stack
 from cache4diffusion.engine.inputs import inputs_of
 from cache4diffusion.engine.leaves import parameter_names
@@ -160,7 +161,7 @@ def accelerate(
         UnknownNameError, SettingError: a name or value is not accepted; the nearest or the range is named.
         CompositionError: the axes do not go together; a model is distilled to a few steps (``strict``).
         MemoryBudgetError: the cache would be larger than ``memory_budget``; nothing is left attached.
-        AlreadyAcceleratedError: a denoiser carries a handle already.
+        AlreadyAcceleratedError: a denoiser carries a handle already, or a cache of diffusers' own.
         CalibrationError: the method needs a calibration and has none, or it was made with another denoiser.
         AnatomyError: the denoiser lacks what the method needs (where that shows only in a call: at the first call,
             with nothing left attached).
@@ -263,7 +264,11 @@ def attach(
         if handle is not None:
             handle._on_end(run, aborted)
 
-    tracker = RunTracker(on_begin, on_end)
+    def on_pipeline(pipe: Any) -> None:
+        if handle is not None:
+            handle._on_pipeline(pipe)
+
+    tracker = RunTracker(on_begin, on_end, on_pipeline)
     handle = Handle(choice, label, tracker, trace, budget)
     try:
         for name, denoiser in found.items():
@@ -450,8 +455,10 @@ def check_composition(name: str, denoiser: nn.Module, composition: Composition) 
 
     Raises:
         AnatomyError, CompositionError: the denoiser lacks what the composition needs, or hides it.
+        AlreadyAcceleratedError: something else caches it.
     """
     inputs_of(denoiser)
+    refuse_caches(name, unwrapped(denoiser))
     if composition.needs_stack is not None and _is_convolutional_unet(denoiser):
         raise no_stack(f"{name} ({type(unwrapped(denoiser)).__name__})", composition)
     if hides_sites(composition) and is_compiled_whole(denoiser):

@@ -17,6 +17,8 @@ from cache4diffusion.sites import (
     GatedParts,
     Linears,
     Parts,
+    PartsAndStream,
+    Reduced,
     Site,
     Span,
     SwitchingSpan,
@@ -24,7 +26,7 @@ from cache4diffusion.sites import (
     UNetEncoder,
     UNetLevel,
 )
-from cache4diffusion.tokens import TokenRule
+from cache4diffusion.tokens import Reduction, TokenRule
 
 Decide = Literal["batch", "any", "row"]
 
@@ -46,7 +48,8 @@ class Composition:
         gate: when.
         predictor: with what.
         guards: limits that overrule the gate, in this order.
-        tokens: which tokens are computed anyway on a cached step; None for none.
+        tokens: which tokens are computed anyway on a cached step, or (at site ``Reduced``) which are left out of a
+            step's computation; None for none.
         decide: ``"batch"`` one decision from all rows together; ``"any"`` full if one row alone would be; ``"row"``
             each row for itself.
         branches: ``"independent"`` each CFG branch decides for itself; ``"tied"`` the first branch of a step decides
@@ -62,7 +65,7 @@ class Composition:
     gate: Gate | None
     predictor: Predictor = field(default_factory=Reuse)
     guards: tuple[Guard, ...] = ()
-    tokens: TokenRule | None = None
+    tokens: TokenRule | Reduction | None = None
     decide: Decide = "batch"
     branches: Literal["independent", "tied"] = "independent"
     cfg: BranchRule | None = None
@@ -73,7 +76,7 @@ class Composition:
             ("site", self.site, Site),
             ("gate", self.gate, Gate),
             ("predictor", self.predictor, Predictor),
-            ("tokens", self.tokens, TokenRule),
+            ("tokens", self.tokens, (TokenRule, Reduction)),
             ("cfg", self.cfg, BranchRule),
         ):
             if value is not None and not isinstance(value, kind):
@@ -88,7 +91,20 @@ class Composition:
             return
         assert self.gate is not None
         watch, site = self.gate.watch, self.site
-        if isinstance(watch, Verification) and not isinstance(site, Parts):
+        if isinstance(site, Reduced) != isinstance(self.tokens, Reduction):
+            raise CompositionError(
+                f"{type(self.tokens or self.predictor).__name__} and {site.words} do not fit: a rule that leaves "
+                "tokens out of a step's computation needs site='reduced', and that site such a rule. Use both, as in "
+                "site='reduced', tokens='merge', or neither."
+            )
+        if isinstance(site, Reduced) and (
+            watch is not None or self.decide != "batch" or not isinstance(self.predictor, Reuse)
+        ):
+            raise CompositionError(
+                f"At {site.words} nothing is predicted, and the step alone says when tokens are left out. Use "
+                "predictor='reuse', decide='batch' and a gate that watches nothing, such as 'throughout'."
+            )
+        if isinstance(watch, Verification) and (not isinstance(site, Parts) or isinstance(site, PartsAndStream)):
             raise CompositionError(
                 f"{type(self.gate).__name__} verifies a prediction by computing the last block from its own input; at "
                 f"{site.words} that block has no input on a cached step. Use site='parts'."
@@ -146,6 +162,14 @@ class Composition:
             raise CompositionError(
                 f"What {type(self.gate).__name__} watches is one for the whole denoiser; with Span(per_list=True) each "
                 "list decides by what its own first blocks make. Use per_list=False, or a gate such as 'probe'."
+            )
+        if isinstance(site, PartsAndStream) and (
+            self.decide == "row" or (watch is not None and site.counted == "until")
+        ):
+            raise CompositionError(
+                f"A jump of {site.words} is one for all rows, and told by how far full steps are: with decide='row' "
+                "each row has its own, and a gate that watches does not know the next one. Use decide='batch' or "
+                "'any', and counted='since'."
             )
         if (
             isinstance(site, UNetEncoder)
@@ -216,6 +240,8 @@ class Composition:
                 "A token rule writes into the prediction that all rows share, so rows cannot decide for themselves and "
                 "a prediction cannot be verified. Use decide='batch' or 'any' with a gate such as 'interval'."
             )
+        if isinstance(site, Reduced):
+            return
         if self.tokens is not None and (not isinstance(site, Parts) or isinstance(site, Linears)):
             raise CompositionError(
                 f"A token rule computes some tokens of a part; {site.words} has no parts. Use site='parts'."
@@ -238,7 +264,9 @@ class Composition:
             return f"{type(self.gate).__name__} watches its blocks"
         if isinstance(self.site, (Span, SwitchingSpan, Blocks)):
             return "the residual of a span of its blocks is cached"
-        if self.tokens is not None:
+        if isinstance(self.site, PartsAndStream):
+            return "what leaves its last block is kept"
+        if isinstance(self.tokens, TokenRule):
             return f"{type(self.tokens).__name__} picks tokens by their place in it"
         return None
 
@@ -253,6 +281,11 @@ class Composition:
         rules: list[Any] = [*self.guards, self.predictor]
         rules += [rule for rule in (self.gate, self.cfg, self.tokens, self.site) if rule is not None]
         return self.made_for is not None or any(rule.needs_num_steps for rule in rules)
+
+    @property
+    def lives_on_other_steps(self) -> bool:
+        """Whether it goes on with what other steps computed, so that few steps leave it little to gain."""
+        return not isinstance(self.site, Reduced) or self.cfg is not None
 
     @property
     def is_off(self) -> bool:

@@ -21,9 +21,7 @@ from cache4diffusion.anatomy.observing import Stage
 from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.engine.leaves import Spec
 from cache4diffusion.flops import missing_formulas
-from cache4diffusion.gates import Step
-from cache4diffusion.tokens import Segment, TokenPlace
-from cache4diffusion.trace import CACHED, FULL, HALF, MIXED, PARTIAL, Record
+from cache4diffusion.trace import CACHED, FULL, HALF, MIXED, PARTIAL, REDUCED, Record
 from cache4diffusion.units import size_text
 
 if TYPE_CHECKING:
@@ -95,18 +93,18 @@ class StepCost:
     Args:
         full: everything runs.
         cached: what still runs when the method predicts.
-        partial: as ``cached``, with some tokens computed.
         verification: of computing the last block to check a prediction.
         table: of every module, by path.
         corrections: of what a corrector computes in place of a module, by path.
+        reduced: of a part on fewer tokens, by its path, the tokens that enter it, and the tokens there are.
     """
 
     full: int
     cached: int
-    partial: int
     verification: int
     table: dict[str, int] = field(default_factory=dict)
     corrections: dict[str, int] = field(default_factory=dict)
+    reduced: dict[tuple[str, int, int], int] = field(default_factory=dict)
 
     def of(self, record: Record) -> float:
         """FLOPs of a recorded call."""
@@ -115,6 +113,9 @@ class StepCost:
             return 0.0
         if record.symbol in (FULL, HALF):
             return share * self.full
+        if record.reduced is not None:
+            saved = sum(self.table.get(key[0], 0) - self.reduced[key] for key in record.reduced.parts)
+            return share * (self.full - saved) + record.reduced.planning
         if record.rested is not None:
             paths = outermost([path for path, _ in record.rested])
             saved = sum(rows * self.table.get(path, 0) for path, rows in record.rested if path in paths)
@@ -123,9 +124,8 @@ class StepCost:
         predicted = 1.0
         if record.symbol == MIXED and record.rows:
             predicted = sum(record.rows) / len(record.rows)
-        cached = self.partial if record.symbol == PARTIAL else self.cached
         checks = self.verification if record.is_verified else 0
-        return share * ((1 - predicted) * self.full + predicted * (cached + checks))
+        return share * ((1 - predicted) * self.full + predicted * (self.cached + checks))
 
 
 def step_cost(engine: Engine) -> StepCost:
@@ -146,7 +146,11 @@ def step_cost(engine: Engine) -> StepCost:
     corrections = engine.driver.corrections if engine.driver is not None else {}
     cached = full - sum(table.get(path, 0) for path in resting) + sum(corrections.get(path, 0) for path in paths)
     last = table.get(engine.host.blocks[-1].path, 0) if engine.host.blocks else 0
-    return StepCost(full, cached, cached + _tokens(engine, table), last, table, corrections)
+    specs: dict[tuple[str, int, int], Any] = getattr(engine.driver, "specs", {})
+    reduced = {
+        key: flops_by_module(engine.host.plain.get_submodule(key[0]), *given)[""] for key, given in specs.items()
+    }
+    return StepCost(full, cached, last, table, corrections, reduced)
 
 
 def outermost(paths: list[str]) -> list[str]:
@@ -160,24 +164,6 @@ def outermost(paths: list[str]) -> list[str]:
         return any(".".join(pieces[:i]) in known for i in range(1, len(pieces)))
 
     return [path for path in dict.fromkeys(paths) if not is_inside(path)]
-
-
-def _tokens(engine: Engine, table: dict[str, int]) -> int:
-    """About what a token rule computes on a cached step: its ratio of each part whose tokens stand alone."""
-    tokens: Any = getattr(engine.driver, "tokens", None)
-    ratio = getattr(tokens.rule, "ratio", None) if tokens is not None else None
-    if tokens is None or ratio is None:
-        return 0
-    total, steps = 0.0, engine.num_steps
-    for site in engine.driver.sites:  # type: ignore[union-attr]
-        if not tokens.handles(site):
-            continue
-        layer, layers = tokens.layer_of(site)
-        middle = Step((steps or 2) // 2, steps or 2)
-        place = TokenPlace(site.name, site.part.kind, layer, layers, middle, (Segment("image", 0, 1),), 1)
-        paths = [site.part.path] + [i.path for i in site.part.inner if i.kind == "tokenwise"]
-        total += ratio(place) * sum(table.get(path, 0) for path in outermost(paths))
-    return int(total)
 
 
 @dataclass
@@ -222,7 +208,7 @@ def summarise(handle: Handle, *, with_flops: bool = True) -> Summary:
     found = Summary(strips=strips_of(records), strip=merged_strip(records))
     found.total_steps = len(found.strip)
     found.full_steps = full_steps(records)
-    cached_letters = CACHED + PARTIAL + HALF
+    cached_letters = CACHED + PARTIAL + HALF + REDUCED
     full = sorted(r.wall_ms for r in records if r.symbol == FULL and r.wall_ms is not None)
     cached = sorted(r.wall_ms for r in records if r.symbol in cached_letters and r.wall_ms is not None)
     found.full_ms = full[len(full) // 2] if full else None

@@ -30,8 +30,12 @@ class AnatomyError(Cache4DiffusionError, ValueError):
     """The denoiser has no such part, or it could not be established."""
 
 
+class UnobservedError(AnatomyError):
+    """A call of the denoiser could not be watched."""
+
+
 class AlreadyAcceleratedError(Cache4DiffusionError, RuntimeError):
-    """The denoiser already carries a handle."""
+    """The denoiser already carries a handle, or another library's cache."""
 
 
 class RunError(Cache4DiffusionError, RuntimeError):

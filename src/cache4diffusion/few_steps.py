@@ -124,7 +124,8 @@ def check_distilled(
     Raises:
         CompositionError: ``strict``, and the model is distilled.
     """
-    reason = None if composition.is_off else distilled_by(target, found)
+    concerns = composition.lives_on_other_steps and not composition.is_off
+    reason = distilled_by(target, found) if concerns else None
     if reason is None:
         return
     bounds = [f"{gain_at_most(composition, steps)[1]:.2f}x in {steps} steps" for steps in (4, 8)]

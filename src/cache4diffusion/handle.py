@@ -8,6 +8,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
+from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.engine import Engine
 from cache4diffusion.errors import AlreadyAcceleratedError, RunError, SettingError, closest
 from cache4diffusion.few_steps import FEW, FewStepsWarning, few_steps_text
@@ -79,6 +82,22 @@ class Handle:
         if not aborted:
             self._warn_if_nothing_was_cached(run)
 
+    def _on_pipeline(self, pipe: Any) -> None:
+        """Refuse to go on beside a denoiser that took the place of an accelerated one.
+
+        Raises:
+            RunError: nothing of it would be cached.
+        """
+        for engine in self._engines:
+            now = getattr(pipe, engine.name, None)
+            is_other = isinstance(now, nn.Module) and unwrapped(now) is not unwrapped(engine.denoiser)
+            if is_other and owner_of(engine.denoiser) is self:  # not while paused
+                raise RunError(
+                    f"{engine.name} was exchanged after accelerate(): the {type(now).__name__} there now is not "
+                    "accelerated. Load or quantise a denoiser first; now, remove() this handle and call "
+                    "accelerate(pipe, ...) again."
+                )
+
     def _check_run(self, run: Run) -> None:
         """Warn of a run with few steps, once for each number of them, or refuse it.
 
@@ -87,6 +106,8 @@ class Handle:
         """
         steps, engine = run.num_steps, self._engines[0]
         if steps is None or steps in self._few or not 1 < steps < FEW or engine.composition.is_off:
+            return
+        if not engine.composition.lives_on_other_steps:
             return
         text = few_steps_text(self.label, engine.composition, steps)
         if self.options.strict:

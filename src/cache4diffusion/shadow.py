@@ -71,6 +71,21 @@ class Shadow:
         """Whether lookups still find this shadow (nobody put something else in front, or took it away)."""
         return self.owner.__dict__.get(self.name, _MISSING) is self.value
 
+    @property
+    def is_reached(self) -> bool:
+        """Whether lookups come to this shadow: through shadows, and through what says what it was put in front of."""
+        guard = self.owner.__dict__.get(_GETSTATE)
+        shadow = guard.shadows.get(self.name) if isinstance(guard, _PlainState) else None
+        behind: dict[int, Any] = {}  # what each shadow was put in front of
+        while shadow is not None:
+            behind[id(shadow.value)] = shadow.found
+            shadow = shadow.behind
+        value, seen = self.owner.__dict__.get(self.name), set()
+        while value is not None and value is not self.value and id(value) not in seen:
+            seen.add(id(value))
+            value = behind[id(value)] if id(value) in behind else getattr(value, "__wrapped__", None)
+        return value is self.value
+
     def remove(self) -> None:
         """Restore what was found, if the shadow is still in front; otherwise leave the newcomer alone.
 

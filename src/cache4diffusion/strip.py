@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 from cache4diffusion.composition import Composition
 from cache4diffusion.gates import Step
-from cache4diffusion.trace import CACHED, FULL, HALF, PARTIAL
+from cache4diffusion.sites import PartsAndStream, Reduced
+from cache4diffusion.trace import CACHED, FULL, HALF, PARTIAL, REDUCED
 
 
 def planned_strip(composition: Composition, steps: int) -> str | None:
@@ -39,7 +40,7 @@ def best_strip(composition: Composition, steps: int) -> str:
 
 
 def _of_gate(composition: Composition, steps: int) -> str:
-    gate, letters = composition.gate, []
+    gate, is_full = composition.gate, []
     assert gate is not None
     looks = gate.watch is not None
     state = None if looks else gate.begin(steps)
@@ -48,13 +49,30 @@ def _of_gate(composition: Composition, steps: int) -> str:
         step = Step(index, steps)
         opinions = (guard.overrule(kept, step) for guard, kept in guards)
         opinion = next((opinion for opinion in opinions if opinion is not None), None)
-        cached = index > 0 and ((looks or gate.propose(state, step, None)) if opinion is None else opinion)
+        if opinion is None:
+            opinion = looks or gate.propose(state, step, None)
+        cached = opinion and (index > 0 or isinstance(composition.site, Reduced))
         if not looks:
             gate.commit(state, step, cached, None)
         for guard, kept in guards:
             guard.commit(kept, step, cached, None)
-        letters.append((PARTIAL if composition.tokens is not None else CACHED) if cached else FULL)
-    return "".join(letters)
+        is_full.append(not cached)
+    return "".join(FULL if full else _cached(composition, is_full, index) for index, full in enumerate(is_full))
+
+
+def _cached(composition: Composition, is_full: list[bool], index: int) -> str:
+    """What a cached step is."""
+    if isinstance(composition.site, Reduced):
+        return REDUCED
+    if composition.tokens is None:
+        return CACHED
+    site = composition.site
+    return CACHED if isinstance(site, PartsAndStream) and site.jumps(is_full, index) else PARTIAL
+
+
+def full_steps_of(composition: Composition, steps: int) -> list[bool]:
+    """Whether each step of a run is full, for a gate that watches nothing."""
+    return [letter == FULL for letter in _of_gate(composition, steps)]
 
 
 def _of_branches(composition: Composition, steps: int) -> str:

@@ -12,7 +12,20 @@ from torch import Tensor
 
 from cache4diffusion.devices import has_clock
 
-FULL, CACHED, PARTIAL, MIXED, HALF = "F", "c", "p", "m", "h"
+FULL, CACHED, PARTIAL, MIXED, HALF, REDUCED = "F", "c", "p", "m", "h", "r"
+
+
+@dataclass(frozen=True)
+class Reductions:
+    """What one call computed on fewer tokens.
+
+    Args:
+        parts: path of each part, tokens that entered it, tokens there are.
+        planning: FLOPs of the plans that were made in this call.
+    """
+
+    parts: tuple[tuple[str, int, int], ...]
+    planning: int = 0
 
 
 @dataclass
@@ -20,7 +33,7 @@ class Record:
     """One call of one denoiser.
 
     `symbol` is ``F`` (full), ``c`` (cached), ``p`` (cached, with some tokens computed), ``m`` (some rows full, some
-    cached) or ``h`` (only one of two batched CFG branches ran).
+    cached), ``h`` (only one of two batched CFG branches ran) or ``r`` (everything ran, some parts on fewer tokens).
     """
 
     denoiser: str
@@ -34,6 +47,7 @@ class Record:
     wall_ms: float | None = None
     cached: float | None = None  # share of what can be cached that was, over rows and decisions
     rested: tuple[tuple[str, float], ...] | None = None  # what did not run, for which share of the rows
+    reduced: Reductions | None = None  # what ran on fewer tokens
     is_verified: bool = False  # whether the prediction was checked by computing the last block
 
 

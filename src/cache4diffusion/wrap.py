@@ -65,6 +65,11 @@ class CallWrapper:
         """The call as it would have been without this wrapper: compiled if the host compiled it."""
         return (self.compiled or self.module._call_impl)(*args, **kwargs)
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether a call of the module still comes here."""
+        return self._call.is_reached
+
     def remove(self) -> None:
         """Restore what was found; a ``compile()`` that came later stays, a wrapper that came later keeps working."""
         self.is_alive = False
@@ -96,8 +101,8 @@ class ForwardWrapper:
 
     @property
     def is_in_place(self) -> bool:
-        """Whether the module still carries this wrapper (an adapter may have been put in front)."""
-        return self._shadow.is_in_front
+        """Whether ``forward`` still comes here, whatever was put in front of it."""
+        return self._shadow.is_reached
 
     def remove(self) -> None:
         """Restore what was found, if still in front; else a newcomer keeps calling a wrapper that does nothing."""

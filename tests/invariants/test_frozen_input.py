@@ -143,6 +143,8 @@ PARTS = [f"{b}.{part}" for b in DOUBLE for part in ("attn", "ff", "ff_context", 
 MODULATION = [f"{b}.norm1.linear" for b in DOUBLE] + [f"{b}.norm.linear" for b in SINGLE] + ["time_text_embed"]
 NEVER = {
     "dbcache": DOUBLE[1:] + SINGLE[:-1],
+    "clusca": [f"{b}.attn" for b in DOUBLE + SINGLE] + [part for part in PARTS if part.startswith("single")],
+    "duca": [f"{b}.attn" for b in DOUBLE + SINGLE],
     "dbcache-official": DOUBLE[1:] + SINGLE[1:],
     "fbcache": DOUBLE[1:] + SINGLE,
     "block-caching": DOUBLE + SINGLE,
@@ -164,6 +166,7 @@ NEVER = {
 ALWAYS = {
     "block-caching": ["x_embedder", "norm_out", "proj_out"],
     "dbcache": [DOUBLE[0], SINGLE[-1], "x_embedder"],
+    "duca": ["x_embedder", "norm_out", "proj_out"],
     "dbcache-official": [DOUBLE[0], SINGLE[0], "x_embedder"],
     "fbcache": [DOUBLE[0], "x_embedder"],
     "taylorseer-lite": [],

@@ -384,7 +384,7 @@ def test_a_host_that_writes_between_blocks(no_grad):
                 for _ in range(8):
                     found = denoiser(x, torch.full((2,), 0.5), context)
                     assert torch.allclose(found, plain, atol=1e-5)
-                assert handle.stats["strip"].count("c") >= 4
+                assert handle.stats["strip"] == "Fccccccc", "no full step is needed to find out that it writes"
     assert not torch.allclose(plain, moved)
 
 

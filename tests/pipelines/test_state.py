@@ -150,8 +150,17 @@ def leaf_offload(pipe):
 OFFLOADS = {"model": model_offload, "sequential": sequential_offload, "group": group_offload, "leaves": leaf_offload}
 
 
-@pytest.mark.parametrize("site", ["whole", pytest.param("span", marks=pytest.mark.slow), "part"])
-@pytest.mark.parametrize("offload", OFFLOADS)
+QUICK = [("model", "whole"), ("sequential", "part"), ("group", "whole"), ("leaves", "part")]
+
+
+@pytest.mark.parametrize(
+    ("offload", "site"),
+    [
+        pytest.param(offload, site, marks=() if (offload, site) in QUICK else pytest.mark.slow)
+        for offload in OFFLOADS
+        for site in ("whole", "span", "part")
+    ],
+)
 def test_offload_enabled_before_or_after_changes_nothing(offload, site):
     case = CASES["wan"]
     truth = fresh(case, site)
@@ -172,7 +181,7 @@ def test_offload_enabled_before_or_after_changes_nothing(offload, site):
     assert torch.equal(case.sample(after), plain)
 
 
-@pytest.mark.parametrize("site", ["whole", "span", "part"])
+@pytest.mark.parametrize("site", [pytest.param("whole", marks=pytest.mark.slow), "span", "part"])
 def test_lora_weights_loaded_and_unloaded_while_attached(site):
     peft = pytest.importorskip("peft")
     case, pipe = CASES["flux"], CASES["flux"].pipe()

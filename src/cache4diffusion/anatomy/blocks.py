@@ -44,6 +44,7 @@ class BlockView:
     sums: list[Sum] = field(default_factory=list)
     restarts: list[str] = field(default_factory=list)
     read_by: tuple[str, ...] = ()
+    is_written: bool = False
     axes: list[int] = field(default_factory=list)  # number of axes of every stream
 
     def look(self, recording: Recording) -> None:

@@ -144,6 +144,7 @@ class Block:
         turn: which of these calls this is; 0 is the first.
         read_by: who reads what it left, besides the main block after it: names of later blocks (long skips), ``""`` for
             the denoiser's own code.
+        is_written: whether the denoiser's own code writes into what it left, before the main block after it.
     """
 
     path: str
@@ -156,6 +157,7 @@ class Block:
     calls: int = 1
     turn: int = 0
     read_by: tuple[str, ...] = ()
+    is_written: bool = False
 
     @property
     def name(self) -> str:

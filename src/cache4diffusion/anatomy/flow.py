@@ -118,7 +118,16 @@ class Trunk:
         return ()
 
     def _is_masking(self, op: Op) -> bool:
-        return all(self.recording.facts[serial].dtype is torch.bool for serial in op.inputs[1:]) and len(op.inputs) > 1
+        return len(op.inputs) > 1 and all(map(self._is_mask, op.inputs[1:]))
+
+    def _is_mask(self, serial: int) -> bool:
+        """Whether a tensor holds truths, maybe as numbers and in another shape than they came in."""
+        while self.recording.facts[serial].dtype is not torch.bool:
+            number = self.recording.producer[serial]
+            if number < 0 or self.recording.ops[number].name not in PASSES:
+                return False
+            serial = self.recording.ops[number].inputs[0]
+        return True
 
     def _through_sum(self, number: int, op: Op, window: Window) -> tuple[int, ...]:
         operands = op.inputs[:1] if op.name == "addcmul" else op.inputs

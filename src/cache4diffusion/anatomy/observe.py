@@ -22,7 +22,7 @@ from cache4diffusion.anatomy.stacks import StackFinder, StackView, not_so, param
 from cache4diffusion.anatomy.tape import Recording
 from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.anatomy.unet import UNetFinder
-from cache4diffusion.errors import AnatomyError
+from cache4diffusion.errors import UnobservedError
 
 
 def observe(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, may_compute: bool = True) -> Anatomy:
@@ -37,7 +37,7 @@ def observe(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         args, kwargs: as in a real call. They are not changed.
         may_compute: whether a real forward may be run where fake tensors are refused.
     Raises:
-        AnatomyError: nothing could be observed. What could not be established otherwise is in ``notes``.
+        UnobservedError: nothing could be observed. What could not be established otherwise is in ``notes``.
     """
     denoiser = unwrapped(denoiser)
     stage, recording, notes = _record(denoiser, args, kwargs, may_compute)
@@ -164,7 +164,7 @@ def _record(
             continue
         notes = [f"observed in a real forward, fake tensors were refused ({reasons[0]})"] if mode == "real" else []
         return stage, recording, notes
-    raise AnatomyError(
+    raise UnobservedError(
         f"{type(denoiser).__name__} could not be observed: {'; '.join(reasons)}. "
         "Check that the arguments are those of a call that works."
     )

@@ -8,11 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from cache4diffusion.anatomy.facts import Block, Inner, Stack
 from cache4diffusion.anatomy.observing import Stage
 from cache4diffusion.anatomy.tape import Call, Recording, TensorSerial
 from cache4diffusion.anatomy.tree import leaves, map_leaves
+from cache4diffusion.anatomy.vocabulary import name_of
 
 _ATTEMPTS: tuple[frozenset[str], ...] = (
     frozenset({"nan_token", "zero_width", "one_token"}),
@@ -78,6 +81,30 @@ def _keep(block: Block, roles: frozenset[str] | None) -> Block:
     return dataclasses.replace(block, parts=parts)
 
 
+class _NoPicking(TorchFunctionMode):
+    """Refuses to pick entries by number along an axis that has only one, as a placeholder of one token has.
+
+    Token merging does that. Fake tensors do not look at the numbers: they would hand out what real ones refuse.
+    """
+
+    _PICKING = ("gather", "index_select", "take_along_dim", "scatter_reduce", "scatter_add", "scatter")
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = name_of(function).rstrip("_")
+        if name in self._PICKING:
+            source = args[0] if args else kwargs["input"]
+            axis = args[1] if len(args) > 1 else kwargs.get("dim")
+            index = args[2] if len(args) > 2 else kwargs.get("index", kwargs.get("indices"))
+            if isinstance(axis, int) and isinstance(source, Tensor) and isinstance(index, Tensor) and index.ndim:
+                along = index.shape[axis] if index.ndim == source.ndim else index.shape[0]
+                if source.shape[axis] == 1 and along > 1:
+                    raise IndexError(f"{name} picks {along} entries of 1")
+        return function(*args, **kwargs)
+
+
 class _Rehearsal:
     def __init__(
         self, stage: Stage, recording: Recording, stacks: list[Stack], rehearsed: set[str], roles: frozenset[str]
@@ -97,7 +124,7 @@ class _Rehearsal:
         self.failed: dict[str, str] = {}
 
     def run(self) -> dict[str, str]:
-        with self.stage.active(self._observer):
+        with self.stage.active(self._observer), _NoPicking():
             args, kwargs = self.stage.arguments()
             self.stage.denoiser(*args, **kwargs)
         return self.failed

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from cache4diffusion.anatomy.arguments import parameter_names
-from cache4diffusion.anatomy.blocks import BlockView, Thread, one_kind
+from cache4diffusion.anatomy.blocks import BlockView, Thread, one_kind, written
 from cache4diffusion.anatomy.facts import Block, Part, Stack, StreamKind
 from cache4diffusion.anatomy.flow import Trunk, Window, ancestors, dependents, joined, looked_at, value_inputs
 from cache4diffusion.anatomy.hints import hint_of, matching
@@ -340,7 +340,7 @@ class StackFinder:
         return StackView(stack.path, blocks, parts, is_main=True)
 
     def note_readers(self, main: list[StackView]) -> None:
-        """Note who reads what a main block left, besides the one after it."""
+        """Note who reads what a main block left, besides the one after it, and whether that is written into before."""
         blocks = [block for stack in main for block in stack.blocks]
         readers: dict[int, list[int]] = {}
         inside: dict[int, str] = {}
@@ -351,6 +351,8 @@ class StackFinder:
             inside.update(dict.fromkeys(range(block.call.first, block.call.last), block.name))
         for block, after in itertools.pairwise(blocks):
             block.read_by = tuple(dict.fromkeys(self._read_besides(block, after, readers, inside)))
+            left = {thread.leaves for thread in block.threads if thread.leaves is not None}
+            block.is_written = written(self.recording, left, block.call.last, after.call.first)
 
     def _read_besides(
         self, block: BlockView, after: BlockView, readers: dict[int, list[int]], inside: dict[int, str]
@@ -413,6 +415,7 @@ class StackFinder:
                     calls=block.calls,
                     turn=block.call.turn,
                     read_by=block.read_by,
+                    is_written=block.is_written,
                 )
             )
         pairs = enumerate(itertools.pairwise(stack.blocks), start=1)

@@ -3,6 +3,7 @@
 Every module's call is routed through an observer that runs the plain ``forward``: compiled calls, hooks, offloading
 and wrappers (ours too) stay out of it. All instance attributes, and the contents of plain containers among them, are
 put back at the end, because models memoise tensors (rotary tables, masks) and a traced tensor must not stay behind.
+So is what weights hold, and what hangs on them: quantised layers may rearrange both at their first call.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _MISSING = object()
 
@@ -128,6 +130,33 @@ class _Snapshot:
             value.extend(kept) if isinstance(value, list) else value.update(kept)
 
 
+class _Held:
+    """What a parameter or buffer holds. Subclasses of tensors that hold others have them for attributes."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.data = tensor, tensor.data
+
+    def restore(self) -> None:
+        now = self.tensor.data
+        if now.untyped_storage()._cdata != self.data.untyped_storage()._cdata or now.shape != self.data.shape:
+            self.tensor.data = self.data
+
+
+def _held(modules: list[nn.Module]) -> list[_Snapshot | _Held]:
+    """Of the parameters and buffers: what they hold, and their attributes, down to objects of libraries' own."""
+    tensors = {id(t): t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None}
+    found: list[_Snapshot | _Held] = [_Held(t) for t in tensors.values() if not is_traceable_wrapper_subclass(t)]
+    pending: list[Any] = [tensor for tensor in tensors.values() if getattr(tensor, "__dict__", None)]
+    seen = {id(owner) for owner in pending}
+    while pending:
+        owner = pending.pop()
+        found.append(_Snapshot(owner))
+        inside = [v for v in owner.__dict__.values() if _is_helper(v, modules) and id(v) not in seen]
+        seen.update(id(value) for value in inside)
+        pending += inside
+    return found
+
+
 def _flat(items: list[Any]) -> list[Any]:
     return [part for item in items for part in (item if isinstance(item, tuple) else (item,))]
 
@@ -139,10 +168,11 @@ def undisturbed(denoiser: nn.Module, observer: CallObserver) -> Iterator[None]:
         (path, module) for path, module in denoiser.named_modules() if not isinstance(module, torch.jit.ScriptModule)
     ]
     modules = [module for _, module in named]
-    snapshots = [_Snapshot(module) for module in modules]
+    snapshots: list[_Snapshot | _Held] = [_Snapshot(module) for module in modules]
     # Attention processors and the like: objects of the model's own files that hang on its modules.
     helpers = {id(v): v for m in modules for v in m.__dict__.values() if _is_helper(v, modules)}
     snapshots += [_Snapshot(helper) for helper in helpers.values()]
+    snapshots += _held(modules)
     sizes = [(cache, cache.cache_info().currsize) for cache in _caches(modules)]
     random_state, torch_state = random.getstate(), torch.get_rng_state()
     keeps_casts = torch.is_autocast_cache_enabled()

@@ -22,11 +22,12 @@ from cache4diffusion.engine.compiling import (
     room_for,
 )
 from cache4diffusion.engine.driver import Inner
+from cache4diffusion.engine.hooks import GroupLoading, keep_alone, refuse_caches
 from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.runner import SiteRunner
 from cache4diffusion.errors import CompositionError, RunError
 from cache4diffusion.sites import Parts
-from cache4diffusion.wrap import CallHandler, CallWrapper
+from cache4diffusion.wrap import CallHandler, CallWrapper, ForwardWrapper
 
 
 class Attachment:
@@ -48,7 +49,9 @@ class Attachment:
         self.is_installed = False
         self.blocks: list[CallWrapper] = []
         self.bypassed: list[str] = []  # modules that rest on a cached step, as of the last `install`
-        self._seen: list[weakref.ref[nn.Module]] = []  # the denoiser's modules at the last `install`
+        self._seen: list[tuple[weakref.ref[nn.Module], type]] = []  # the denoiser's modules at the last `install`
+        self._places: list[tuple[dict[str, Any], str, nn.Module]] = []  # where the wrapped modules hang
+        self.groups = GroupLoading(host.plain)
         self.room: AbstractContextManager[Any] = nullcontext()  # for calls: what compiled blocks need
         leave_us_alone()
         self._on_denoiser = on_denoiser
@@ -91,7 +94,14 @@ class Attachment:
         except BaseException:
             self.uninstall()
             raise
-        self._seen = [weakref.ref(module) for _, module in self.host.denoiser.named_modules()]
+        self._seen = [(weakref.ref(module), type(module)) for _, module in self.host.denoiser.named_modules()]
+        wrapped = {wrapper.module for wrapper in self._wrappers()}
+        self._places = [
+            (parent._modules, name, child)
+            for parent in self.host.plain.modules()
+            for name, child in parent._modules.items()
+            if child in wrapped and child is not None
+        ]
         self.is_installed = True
 
     def _wrap_blocks(self, runner: SiteRunner) -> None:
@@ -112,7 +122,7 @@ class Attachment:
         """Unwrap blocks and sites."""
         for wrapper in self.blocks:
             wrapper.remove()
-        self.blocks = []
+        self.blocks, self._places = [], []
         if self.runner is not None:
             self.runner.driver.uninstall()
         if self.is_installed and isinstance(self.host.composition.site, Parts):
@@ -124,16 +134,46 @@ class Attachment:
         self._root = CallWrapper(
             self.host.denoiser, self._on_denoiser, owner=self.owner, allow_compile=self._allow_compile
         )
+        self._alone = keep_alone(self.host.name, self.host.plain)
 
     def remove(self) -> None:
         """Take every wrapper away, until `put_back`."""
         self.uninstall()
+        self.groups.remove()
         self._root.remove()
+        if self._alone is not None:
+            self._alone.remove()
 
     def is_outdated(self) -> bool:
-        """Whether modules were exchanged since `install`, as adapters do when they are loaded or unloaded."""
+        """Whether something was put in the place of modules, of their classes or of wrappers, since `install`.
+
+        Adapters exchange modules when they are loaded or unloaded, token merging patches their classes, and a hook that
+        was there first takes what was put in front of it with it when it goes.
+        """
         now = [module for _, module in self.host.denoiser.named_modules()]
-        return len(now) != len(self._seen) or any(a() is not b for a, b in zip(self._seen, now, strict=True))
+        if len(now) != len(self._seen):
+            return True
+        seen = zip(self._seen, now, strict=True)
+        if any(was() is not module or kind is not type(module) for (was, kind), module in seen):
+            return True
+        return not all(wrapper.is_in_place for wrapper in self._wrappers())
+
+    def is_exchanged(self) -> bool:
+        """Whether a wrapped module has lost its place to another since `install`: quick enough for every call."""
+        return any(modules.get(name) is not module for modules, name, module in self._places)
+
+    def _wrappers(self) -> list[CallWrapper | ForwardWrapper]:
+        return [*self.blocks, *(self.runner.driver.wrappers if self.runner is not None else ())]
+
+    def check_host(self) -> None:
+        """See what the host has put on the denoiser, before a run.
+
+        Raises:
+            AlreadyAcceleratedError: another cache.
+        """
+        refuse_caches(self.host.name, self.host.plain)
+        if self._hides_sites:
+            self.groups.refresh()
 
     # -- compiling -------------------------------------------------------------------------------------------------
 

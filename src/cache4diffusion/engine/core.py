@@ -37,7 +37,7 @@ from cache4diffusion.engine.listener import Listener
 from cache4diffusion.engine.runner import SiteRunner
 from cache4diffusion.engine.state import BranchState, Context
 from cache4diffusion.engine.trajectory import TrajectoryDriver
-from cache4diffusion.errors import Cache4DiffusionError, RunError
+from cache4diffusion.errors import Cache4DiffusionError, RunError, UnobservedError
 from cache4diffusion.gates import Step
 from cache4diffusion.run import Call, Run, RunTracker
 from cache4diffusion.storage import Store
@@ -142,10 +142,17 @@ class Engine:
     def _attach(self, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Install at the first call; if that cannot be, leave nothing attached.
 
-        A call that is wrong in itself fails in the host's own words, and nothing else changes.
+        A call that is wrong in itself fails in the host's own words, and nothing else changes. Observing runs no hooks;
+        where one leaves something that the modules need (tomesd: the latent's size), it is there after a call of the
+        host's own.
         """
         try:
-            self.attachment.install(args, kwargs)
+            try:
+                self.attachment.install(args, kwargs)
+            except UnobservedError:
+                with torch.random.fork_rng(devices=[]):
+                    inner(*args, **{name: list(v) if isinstance(v, list) else v for name, v in kwargs.items()})
+                self.attachment.install(args, kwargs)
         except Cache4DiffusionError:
             inner(*args, **kwargs)
             owner = self.attachment.owner
@@ -236,6 +243,14 @@ class Engine:
                 state.forget_features()
         self.host.note("the conditioning of a branch was replaced in a run; its history was cleared.")
 
+    def _start_anew(self, run: Run) -> None:
+        """Modules were exchanged in mid-run, as an adapter does: what is cached was computed by others."""
+        self.attachment.uninstall()
+        for key, state in list(self._states.items()):
+            if key[0] == run.id:
+                state.forget_features()
+        self.host.note("modules were exchanged in a run; its history was cleared.")
+
     def account(self) -> None:
         """Bring the ledger up to date."""
         self.ledger.set(bytes_by_place(self.tensors(), self.host.store.place_of))
@@ -274,8 +289,12 @@ class Engine:
                 if self.admission is not None and self._is_held_back(call, args, kwargs):
                     return self._plainly(call, latent, inner, args, kwargs)
                 is_new = call.run.id not in self._checked_runs
+                if is_new:
+                    self.attachment.check_host()
                 if is_new and self.attachment.is_installed and self.attachment.is_outdated():
                     self.attachment.uninstall()
+                elif self.attachment.is_exchanged():
+                    self._start_anew(call.run)
                 if not self.attachment.is_installed:
                     self._attach(inner, args, kwargs)
                 if is_new:
@@ -288,8 +307,10 @@ class Engine:
                     if self.branches is not None:
                         output = self.branches.run(call, latent, inner, args, kwargs)
                         self.account()
-                        return output
-                    return self.run_branch(call, latent, inner, args, kwargs)
+                    else:
+                        output = self.run_branch(call, latent, inner, args, kwargs)
+                self.attachment.groups.settle()
+                return output
             except BaseException as error:
                 echo = self.host.group.fail(error)
                 self.tracker.fail()

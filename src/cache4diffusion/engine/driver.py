@@ -14,6 +14,8 @@ from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.state import BranchState, Context
 from cache4diffusion.predictors import Corrector, History, Predictor, Sited
 from cache4diffusion.storage import PLAIN, Store
+from cache4diffusion.trace import CACHED, PARTIAL, Reductions
+from cache4diffusion.wrap import CallWrapper, ForwardWrapper
 
 Inner = Callable[..., Any]
 Rested = tuple[tuple[str, float], ...]  # modules that did not run in a call, and for which share of the rows
@@ -95,6 +97,11 @@ class Driver(ABC):
 
     def uninstall(self) -> None:  # noqa: B027 - optional step
         """Take every wrapper away."""
+
+    @property
+    def wrappers(self) -> list[CallWrapper | ForwardWrapper]:
+        """What was wrapped by `install`."""
+        return []
 
     @property
     def keys(self) -> tuple[int, ...]:
@@ -227,6 +234,14 @@ class Driver(ABC):
     def was_followed(self, context: Context) -> bool:
         """After a call with predictions: whether the host called what it did when they were recorded."""
         return True
+
+    def symbol(self, context: Context) -> str:
+        """The letter of a cached call, once it is over."""
+        return PARTIAL if self.host.composition.tokens is not None else CACHED
+
+    def reductions(self, context: Context) -> Reductions | None:
+        """What a call computed on fewer tokens, once it is over."""
+        return None
 
     def on_decided(self, context: Context, key: int) -> None:  # noqa: B027 - optional step
         """A verdict that was pending when the call began has been reached."""

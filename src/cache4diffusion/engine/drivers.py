@@ -8,11 +8,13 @@ from cache4diffusion.engine.driver import Driver
 from cache4diffusion.engine.encoder import EncoderDriver
 from cache4diffusion.engine.gated import GatedPartsDriver
 from cache4diffusion.engine.host import Host
+from cache4diffusion.engine.last_stream import LastStreamDriver
 from cache4diffusion.engine.level import LevelDriver
 from cache4diffusion.engine.linears import LinearsDriver
 from cache4diffusion.engine.mixed import MixedScoreDriver
 from cache4diffusion.engine.parts import PartsDriver
 from cache4diffusion.engine.prompt_modules import PromptModulesDriver
+from cache4diffusion.engine.reducing import ReductionDriver
 from cache4diffusion.engine.scaled import ScaledPartsDriver
 from cache4diffusion.engine.single_context import SingleContextDriver
 from cache4diffusion.engine.span import BlocksDriver, SpanDriver, SwitchingSpanDriver
@@ -26,7 +28,9 @@ from cache4diffusion.sites import (
     Linears,
     MixedScore,
     Parts,
+    PartsAndStream,
     PromptModules,
+    Reduced,
     ScaledParts,
     SingleContext,
     Site,
@@ -50,6 +54,8 @@ DRIVERS: dict[type[Site], type[Driver]] = {
     ScaledParts: ScaledPartsDriver,
     SingleContext: SingleContextDriver,
     PromptModules: PromptModulesDriver,
+    PartsAndStream: LastStreamDriver,
+    Reduced: ReductionDriver,
     UNetLevel: LevelDriver,
     UNetEncoder: EncoderDriver,
     Trajectory: TrajectoryDriver,

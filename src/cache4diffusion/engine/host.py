@@ -68,7 +68,7 @@ class Host:
         self._axes = {}
         self.blocks = views_of(self.anatomy)
         self.modules = [self.plain.get_submodule(view.path) for view in self.blocks]
-        self.writes = any(block.mutates for stack in self.anatomy.main for block in stack.blocks)
+        self.writes = any(block.mutates or block.is_written for stack in self.anatomy.main for block in stack.blocks)
         for note in self.anatomy.notes:
             self.note(note)
         if self.composition.needs_stack is not None and not self.anatomy.main:

@@ -16,7 +16,7 @@ from cache4diffusion.engine.leaves import flatten, get_output, own, unflatten
 from cache4diffusion.engine.state import Context
 from cache4diffusion.errors import AnatomyError
 from cache4diffusion.sites import UNetLevel
-from cache4diffusion.wrap import CallWrapper
+from cache4diffusion.wrap import CallWrapper, ForwardWrapper
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,11 @@ class LevelDriver(Driver):
         for wrapper in self._wrappers:
             wrapper.remove()
         self._wrappers, self._context = [], None
+
+    @property
+    def wrappers(self) -> list[CallWrapper | ForwardWrapper]:
+        """Of the modules that rest, and of those whose output is predicted."""
+        return [*self._wrappers]
 
     def is_ready(self, context: Context, key: int) -> bool:
         """Once the feature was recorded."""

@@ -61,6 +61,8 @@ class MixedScoreDriver(PartsDriver):
         """Everything early in the run, the parts later."""
         if context.verdicts[0].is_full:
             return None
+        if self.tokens is not None and self.weight(context) > 0:
+            return super().rested(context)
         flags = context.verdicts[0].cached
         paths = [""] if self.weight(context) == 0 else self.bypassed()
         return tuple((path, sum(flags) / len(flags)) for path in paths)

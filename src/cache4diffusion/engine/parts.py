@@ -14,7 +14,7 @@ from typing import Any, get_args
 from torch import Tensor
 
 from cache4diffusion.anatomy import Anatomy, Block, Inner, Part
-from cache4diffusion.anatomy.facts import BESIDE, InnerRole
+from cache4diffusion.anatomy.facts import InnerRole
 from cache4diffusion.engine.compiling import TURNS, is_compiled
 from cache4diffusion.engine.decide import prediction_error
 from cache4diffusion.engine.driver import Driver, Rested
@@ -31,6 +31,8 @@ from cache4diffusion.gates import Verification
 from cache4diffusion.predictors import LinearPredictor, Predictor
 from cache4diffusion.predictors.corrector import paired
 from cache4diffusion.sites import Parts
+from cache4diffusion.tokens import TokenRule
+from cache4diffusion.wrap import CallWrapper, ForwardWrapper
 
 
 class PartsDriver(Driver):
@@ -51,7 +53,7 @@ class PartsDriver(Driver):
         self._names: list[str] = []  # of the decisions
         self._traced: list[PartSite] = []  # sites in compiled blocks, as seen at the last full step
         rule = host.composition.tokens
-        self.tokens: TokenDriver | None = TokenDriver(self, rule) if rule is not None else None
+        self.tokens = TokenDriver(self, rule) if isinstance(rule, TokenRule) else None
         self._watches = (host.gate is not None and host.gate.watch is not None) or rule is not None
         self.needs_blocks = self._watches
 
@@ -180,15 +182,25 @@ class PartsDriver(Driver):
                 first.shows, site.is_fed = site, True
 
     def uninstall(self) -> None:
-        """Unwrap everything."""
+        """Unwrap everything.
+
+        A wrapper that something else was put in front of stays where it is, and must not hear of what is installed
+        later on: its switch stays off.
+        """
         self.switch.turn(on=False)
         self.switch.context = None
+        for wrapper in self.wrappers:
+            wrapper.remove()
         if self.tokens is not None:
             self.tokens.uninstall()
-        for wrapped in (*self.resting, *self.turns, *self.sites):
-            if wrapped.wrapper is not None:
-                wrapped.wrapper.remove()
+        self.switch = Switch()
         self.sites, self.resting, self.turns, self._traced, self._names = [], [], [], [], []
+
+    @property
+    def wrappers(self) -> list[CallWrapper | ForwardWrapper]:
+        """Of the parts, of what rests with them, and of what a token rule looks at."""
+        mine = [wrapped.wrapper for wrapped in (*self.resting, *self.turns, *self.sites) if wrapped.wrapper is not None]
+        return [*mine, *(self.tokens.wrappers if self.tokens is not None else ())]
 
     @property
     def keys(self) -> tuple[int, ...]:
@@ -254,11 +266,7 @@ class PartsDriver(Driver):
     ) -> Any:
         """Blocks run; a token rule must know how long their streams are."""
         if self.tokens is not None:
-            lengths = {"image": 0, "text": 0}
-            streams = self.host.blocks[position].streams
-            for stream, value in zip(streams, self.host.stream_inputs(position, args, kwargs), strict=True):
-                lengths["text" if stream.kind in BESIDE else "image"] += value.shape[1]
-            context.state.extra[f"lengths.{position}"] = (lengths["image"], lengths["text"])
+            return self.tokens.on_block(context, position, args, kwargs, inner)
         return inner(*args, **kwargs)
 
     def on_decided(self, context: Context, key: int) -> None:
@@ -413,7 +421,11 @@ class PartsDriver(Driver):
             self.tokens.bring(state, name)
 
     def rested(self, context: Context) -> Rested | None:
-        """Where there are several decisions: the parts that were predicted, and what rested with them."""
+        """Where there are several decisions: the parts that were predicted, and what rested with them. With a token
+        rule: the share of the tokens that was not computed.
+        """
+        if self.tokens is not None:
+            return self.tokens.rested(context)
         if self.site.decisions == "one":
             return None
         shares: dict[str, float] = {}

@@ -20,7 +20,7 @@ from cache4diffusion.engine.state import Context, Verdict
 from cache4diffusion.errors import RunError
 from cache4diffusion.gates import Place, Remarking
 from cache4diffusion.sites import Site
-from cache4diffusion.trace import CACHED, FULL, MIXED, PARTIAL, Record
+from cache4diffusion.trace import FULL, MIXED, Record
 
 NOT_FINITE = "not finite"
 
@@ -207,7 +207,7 @@ class SiteRunner:
         if all(verdict.is_full for verdict in verdicts):
             symbol = FULL
         elif all(verdict.is_cached for verdict in verdicts):
-            symbol = PARTIAL if self.host.composition.tokens is not None else CACHED
+            symbol = self.driver.symbol(context)
         else:
             symbol = MIXED
         return Record(
@@ -222,4 +222,5 @@ class SiteRunner:
             cached=sum(flags) / len(flags) if flags else 0.0,
             rested=self.driver.rested(context) if any(flags) else None,
             is_verified=context.is_checked,
+            reduced=self.driver.reductions(context),
         )

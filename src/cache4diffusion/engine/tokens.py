@@ -23,7 +23,8 @@ from cache4diffusion.engine.state import BranchState, Context
 from cache4diffusion.errors import AnatomyError
 from cache4diffusion.gates import Step
 from cache4diffusion.predictors import Reuse
-from cache4diffusion.tokens import Segment, TokenPlace, TokenRule
+from cache4diffusion.predictors.history import History
+from cache4diffusion.tokens import Segment, Spreading, Surveying, TokenPlace, TokenRule
 from cache4diffusion.wrap import ForwardWrapper
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 # Denoisers whose two-stream blocks attend to [image, text]; the others to [text, image].
 _IMAGE_FIRST = ("HunyuanVideo", "Mochi", "SD3")
+_SURVEY = ""  # under which name a rule's state of the whole branch is kept, beside those of the parts
 
 
 class WatchedAttention:
@@ -60,6 +62,7 @@ class TokenDriver:
         self._site_of_inner: dict[str, PartSite] = {}
         self._is_text_first = True
         self._watched: list[WatchedAttention] = []
+        self._surveyed: int | None = None  # position of the block behind which the rule looks at the streams
         self._lead: tuple[int, weakref.ref[BranchState]] | None = None  # run and state of the branch that selected last
 
     def install(self, anatomy: Anatomy, resting: dict[str, RestingModule]) -> None:
@@ -72,10 +75,13 @@ class TokenDriver:
                 position += 1
         for site in self.driver.sites:
             # Some tokens of what is concatenated are computed, if all of it is known to be of tokens one by one.
-            if any(inner.role == "zero_width" and inner.kind == "tokenwise" for inner in site.part.inner):
+            is_open = any(inner.role == "zero_width" and inner.kind == "tokenwise" for inner in site.part.inner)
+            if is_open and self.handles(site):
                 for inner in site.part.inner:
                     self._site_of_inner[inner.path] = site
 
+        handled = [site.position for site in self.driver.sites if self.handles(site)]
+        self._surveyed = max(handled, default=None) if isinstance(self.rule, Surveying) else None
         if any(self.captures(kind) for kind in OBSERVED):
             self._watch_attention(anatomy)
 
@@ -101,13 +107,20 @@ class TokenDriver:
 
     def uninstall(self) -> None:
         """Unwrap."""
-        for watched in self._watched:
-            watched.wrapper.remove()
+        for wrapper in self.wrappers:
+            wrapper.remove()
         self._watched = []
+
+    @property
+    def wrappers(self) -> list[ForwardWrapper]:
+        """Of the attentions that are looked at."""
+        return [watched.wrapper for watched in self._watched]
 
     def handles(self, site: PartSite) -> bool:
         """Parts whose tokens can be computed one by one: cross-attention's queries, and what maps each by itself."""
         part = site.part
+        if isinstance(self.rule, Surveying) and part.kind not in self.rule.kinds:
+            return False
         is_tokenwise = part.kind == "cross_attn" or (part.kind in ("ffn", "fused") and part.is_tokenwise)
         return site.position in self._layers and is_tokenwise
 
@@ -126,6 +139,22 @@ class TokenDriver:
         with AttentionCapture(next(what for what in OBSERVED[kind] if what in self.rule.observes)) as capture:
             output = found(*args, **kwargs)
         context.scratch.setdefault(("attention", position), {}).update(capture.seen)
+        return output
+
+    def on_block(self, context: Context, position: int, args: Any, kwargs: Any, inner: Callable[..., Any]) -> Any:
+        """A main block runs: note how long its streams are; a rule may look at what leaves it on a full step."""
+        host, lengths = self.driver.host, {"image": 0, "text": 0}
+        kinds = ["text" if stream.kind in BESIDE else "image" for stream in host.blocks[position].streams]
+        for kind, value in zip(kinds, host.stream_inputs(position, args, kwargs), strict=True):
+            lengths[kind] += value.shape[1]
+        context.state.extra[f"lengths.{position}"] = (lengths["image"], lengths["text"])
+        output = inner(*args, **kwargs)
+        switch = self.driver.switch
+        if position == self._surveyed and switch.is_on and not switch.is_cached and not switch.is_watching:
+            assert isinstance(self.rule, Surveying)
+            state = context.state.tokens.setdefault(_SURVEY, self.rule.init())
+            left = host.stream_outputs(position, args, kwargs, output)
+            self.rule.survey(state, dict(zip(kinds, left, strict=True)), self._twins(context))
         return output
 
     # -- full steps ------------------------------------------------------------------------------------------------
@@ -230,6 +259,7 @@ class TokenDriver:
             if index is None:
                 levels = context.call.run.timesteps
                 place = dataclasses.replace(place, twins=self._twins(context), entering=entering, levels=levels)
+                place = dataclasses.replace(place, survey=context.state.tokens.get(_SURVEY))
                 state = context.state.tokens.setdefault(site.name, self.rule.init())
                 index = self.rule.select(state, place, context.state.sites[site.name].rings[0].device)
                 if is_tied:
@@ -286,13 +316,34 @@ class TokenDriver:
             args, kwargs = with_arguments(site.module, args, kwargs, {path: take(x, index)})
         fresh = found(*args, **kwargs)
         values = [fresh] if isinstance(fresh, Tensor) else [leaf for leaf in fresh if isinstance(leaf, Tensor)]
-        if isinstance(self.driver.predictor, Reuse):  # what was computed stays in the cache
-            written = [put(leaf, index, value) for leaf, value in zip(leaves, values, strict=True)]
+        is_kept = isinstance(self.driver.predictor, Reuse)  # what was computed stays in the cache
+        if isinstance(self.rule, Spreading):
+            place = dataclasses.replace(self._place(context, site), survey=context.state.tokens.get(_SURVEY))
+            kept = context.state.tokens.setdefault(site.name, self.rule.init())
+            written = self.rule.spread(kept, place, leaves, lambda: _last(state), index, values)
+        else:
+            before = leaves if is_kept else [leaf.clone() for leaf in leaves]
+            written = [put(leaf, index, value) for leaf, value in zip(before, values, strict=True)]
+        if is_kept:
             state.amend(written)
             return site.rebuild(own(written, state) if site.part.is_mutated else written)
-        written = [put(leaf.clone(), index, value) for leaf, value in zip(leaves, values, strict=True)]
         self.driver.predictor.commit(state, written, context.time, context.rows)
         return site.rebuild(written)
+
+    def rested(self, context: Context) -> tuple[tuple[str, float], ...]:
+        """After a partial step: which modules did not run, and for which share of their tokens."""
+        plans = context.scratch.get("plans", {})
+        shares: dict[str, float] = {}
+        for site in self.driver.sites:
+            if site.name in context.state.sites:
+                length = context.state.sites[site.name].rings[0].shape[1]
+                computed = plans[site.name].shape[1] / length if site.name in plans else 0.0
+                shares[site.part.path] = 1 - computed
+        for rest in self.driver.resting:
+            least = min((shares.get(path, 0.0) for path in rest.inner.feeds), default=0.0)
+            if least == 1 or rest.inner.path in self._site_of_inner:
+                shares[rest.inner.path] = 1.0 if rest.inner.kind == "attn" else least
+        return tuple((path, share) for path, share in shares.items() if share)
 
     def run_inner(self, rest: RestingModule, found: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A module inside or in front of a part, on a partial step."""
@@ -310,6 +361,12 @@ class TokenDriver:
         if x.shape[1] == index.shape[1]:
             return found(*args, **kwargs)
         return found(take(x, index))
+
+
+def _last(history: History) -> list[Tensor]:
+    """The feature of the last full step."""
+    slot = history.of((0,))[0].slots[0]
+    return [ring.value(slot) for ring in history.rings]
 
 
 def _inner(rest: RestingModule) -> str:

@@ -48,6 +48,7 @@ from cache4diffusion.gates.significance import Significance
 from cache4diffusion.gates.speculative import Speculative
 from cache4diffusion.gates.step_mask import StepMask
 from cache4diffusion.gates.threshold import ProbeThreshold
+from cache4diffusion.gates.throughout import Throughout
 from cache4diffusion.gates.timetable import Timetable
 from cache4diffusion.gates.triggered import TriggeredInterval
 from cache4diffusion.gates.widening import WideningInterval
@@ -75,6 +76,7 @@ GATES = {
     "learned": LearnedScore,
     "triggered": TriggeredInterval,
     "speculative": Speculative,
+    "throughout": Throughout,
 }
 
 __all__ = [
@@ -118,6 +120,7 @@ __all__ = [
     "StaticGate",
     "Step",
     "StepMask",
+    "Throughout",
     "Timetable",
     "TriggeredInterval",
     "Verification",

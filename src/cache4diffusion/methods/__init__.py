@@ -5,6 +5,8 @@ from cache4diffusion.methods.adacache import AdaCache
 from cache4diffusion.methods.bacache import BACache
 from cache4diffusion.methods.block_caching import BlockCaching
 from cache4diffusion.methods.bwcache import BWCache
+from cache4diffusion.methods.ca_tome import CAToMe
+from cache4diffusion.methods.clusca import ClusCa
 from cache4diffusion.methods.dbcache import DBCache
 from cache4diffusion.methods.dbprune import DBPrune
 from cache4diffusion.methods.deepcache import DeepCache
@@ -12,6 +14,7 @@ from cache4diffusion.methods.delta_dit import DeltaDiT
 from cache4diffusion.methods.dicache import DiCache
 from cache4diffusion.methods.dmd import DMD
 from cache4diffusion.methods.dpcache import DPCache
+from cache4diffusion.methods.duca import DuCa
 from cache4diffusion.methods.easycache import EasyCache
 from cache4diffusion.methods.fastcache import FastCache
 from cache4diffusion.methods.faster_diffusion import FasterDiffusion
@@ -27,6 +30,7 @@ from cache4diffusion.methods.goc import GOC
 from cache4diffusion.methods.harmonica import HarmoniCa
 from cache4diffusion.methods.hicache import HiCache
 from cache4diffusion.methods.icc import ICC
+from cache4diffusion.methods.importance_merging import ImportanceMerging
 from cache4diffusion.methods.l2c import L2C
 from cache4diffusion.methods.l2p import L2P
 from cache4diffusion.methods.lazydit import LazyDiT
@@ -50,6 +54,9 @@ from cache4diffusion.methods.taylorseer_lite import TaylorSeerLite
 from cache4diffusion.methods.teacache import TeaCache
 from cache4diffusion.methods.text_kv_cache import TextKVCache
 from cache4diffusion.methods.toca import ToCa
+from cache4diffusion.methods.todo import ToDo
+from cache4diffusion.methods.tofu import ToFu
+from cache4diffusion.methods.tome import ToMe
 from cache4diffusion.methods.vcut import VCUT
 from cache4diffusion.methods.waveex import WaveEx
 from cache4diffusion.methods.z_cache import ZCache
@@ -68,12 +75,15 @@ __all__ = [
     "BACache",
     "BWCache",
     "BlockCaching",
+    "CAToMe",
+    "ClusCa",
     "DBCache",
     "DBPrune",
     "DPCache",
     "DeepCache",
     "DeltaDiT",
     "DiCache",
+    "DuCa",
     "EasyCache",
     "FBCache",
     "FEBCache",
@@ -87,6 +97,7 @@ __all__ = [
     "FreqCa",
     "HarmoniCa",
     "HiCache",
+    "ImportanceMerging",
     "LazyDiT",
     "LeMiCa",
     "MDDiT",
@@ -106,6 +117,9 @@ __all__ = [
     "TeaCache",
     "TextKVCache",
     "ToCa",
+    "ToDo",
+    "ToFu",
+    "ToMe",
     "WaveEx",
     "ZCache",
 ]

@@ -47,10 +47,16 @@ class RunTracker:
         on_begin: called with the run, once, before its first `Call` is returned.
         on_end: called with the run and whether it was aborted, once, if ``on_begin`` was (also when ``on_begin``
             raised). Called from another thread only for the run of a thread that died.
+        on_pipeline: called with a watched pipeline when it enters its loop, before anything else; may refuse it.
     """
 
-    def __init__(self, on_begin: Callable[[Run], None], on_end: Callable[[Run, bool], None]) -> None:
-        self._on_begin, self._on_end = on_begin, on_end
+    def __init__(
+        self,
+        on_begin: Callable[[Run], None],
+        on_end: Callable[[Run, bool], None],
+        on_pipeline: Callable[[Any], None] | None = None,
+    ) -> None:
+        self._on_begin, self._on_end, self._on_pipeline = on_begin, on_end, on_pipeline
         self._ids = itertools.count()
         self._threads: dict[int, ThreadState] = {}
         self._lock = threading.Lock()
@@ -255,6 +261,8 @@ class RunTracker:
         return self.branch(name, self._keys.get(denoiser))
 
     def _bar_entered(self, pipe: Any, iterable: Any, total: Any) -> object:
+        if self._on_pipeline is not None:
+            self._on_pipeline(pipe)
         thread, bar = self._thread(), object()
         fresh = [s for s in schedulers_of(pipe) if not Tap.has(s, "step", self)]
         for scheduler in fresh:  # replaced since `watch_pipeline`

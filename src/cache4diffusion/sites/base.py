@@ -5,6 +5,7 @@ A site is a frozen description. Finding it in a denoiser is the anatomy's work, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -410,6 +411,88 @@ class MixedScore(Parts):
     def weight(self, progress: float) -> float:
         """``lam`` at a fraction of the run."""
         return min(max((self.slope * (progress - self.bias) + 2) / 4, 0.0), 1.0)
+
+
+@dataclass(frozen=True)
+class PartsAndStream(Parts):
+    """The parts, and what leaves the last block beside them: some cached steps go on with that, and run no block.
+
+    On a *jump* every block passes its input through, and the last one returns what it returned at the last step that
+    was none, full or cached; the denoiser's head sees today's timestep. The other cached steps are as in `Parts`.
+
+    Args:
+        kinds: which parts, as in `Parts`.
+        pattern: what a cached step is, by its distance of 1, 2, ... steps: ``"c"``, as in `Parts`, or ``"j"``, a jump;
+            repeated as often as needed.
+        counted: the distance is that ``"since"`` the last full step, or that ``"until"`` the next one (or the end of
+            the run), which needs a gate that watches nothing, and the length of the run.
+
+    Raises:
+        SettingError: the pattern has other letters, or none; another word.
+    """
+
+    name: ClassVar[str] = "parts_and_stream"
+    words: ClassVar[str] = "the parts and the last block's stream"
+
+    pattern: str = "cj"
+    counted: Literal["since", "until"] = "since"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decisions != "one":
+            raise SettingError(f"PartsAndStream(decisions={self.decisions!r}): a jump is the whole step's; use 'one'.")
+        if not self.pattern or set(self.pattern) - {"c", "j"} or self.counted not in ("since", "until"):
+            raise SettingError(
+                f"PartsAndStream(pattern={self.pattern!r}, counted={self.counted!r}): a pattern consists of 'c' "
+                "(cached) and 'j' (a jump), and is counted 'since' or 'until' a full step."
+            )
+
+    @property
+    def needs_num_steps(self) -> bool:
+        """To see how far the next full step is."""
+        return self.counted == "until" and "c" in self.pattern and "j" in self.pattern
+
+    def jumps(self, is_full: Sequence[bool], index: int) -> bool:
+        """Whether a cached step is a jump.
+
+        Args:
+            is_full: of every step so far; with ``counted="until"`` of every step of the run.
+            index: of the step.
+        """
+        if self.counted == "since":
+            distance = next(d for d in range(1, index + 1) if is_full[index - d])
+        else:
+            distance = next((d for d in range(1, len(is_full) - index) if is_full[index + d]), len(is_full) - index)
+        return self.pattern[(distance - 1) % len(self.pattern)] == "j"
+
+
+@dataclass(frozen=True)
+class Reduced(Site):
+    """The parts of every block, computed on fewer tokens: nothing is kept from step to step but plans of tokens.
+
+    A token rule that makes such plans says which tokens are left, and the gate at which steps; all parts of a block
+    follow one plan. Parts that text enters along with the image, and attention that is given positions, are left out.
+
+    Args:
+        kinds: which parts.
+        max_downsample: only blocks whose grid is at most so many times coarser, per side, than the finest one.
+
+    Raises:
+        SettingError: an unknown kind, or none; a number below 1.
+    """
+
+    name: ClassVar[str] = "reduced"
+    words: ClassVar[str] = "parts on fewer tokens"
+
+    kinds: tuple[PartKind, ...] = ("attn",)
+    max_downsample: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.kinds or set(self.kinds) - {"attn", "cross_attn", "ffn"} or not self.max_downsample >= 1:
+            raise SettingError(
+                f"Reduced(kinds={self.kinds}, max_downsample={self.max_downsample}): kinds are one or more of attn, "
+                "cross_attn, ffn, and max_downsample is 1 or more."
+            )
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,32 @@
 """Which tokens anyway: rules that compute some tokens of a part on cached steps."""
 
-from cache4diffusion.tokens.base import Segment, TokenPlace, TokenRule
+from cache4diffusion.tokens.base import Segment, Spreading, Surveying, TokenPlace, TokenRule
+from cache4diffusion.tokens.clusters import ClusterTokens
+from cache4diffusion.tokens.merging import KeyStride, MergeTokens
+from cache4diffusion.tokens.reduction import Plan, Reduction
 from cache4diffusion.tokens.routed import RoutedTokens, routed_count
 from cache4diffusion.tokens.topk import TopScore
 
 # Names under which a token rule can be given in a composition, as in tokens="top(recompute_ratio=0.1)".
 TOKEN_RULES = {
+    "clusters": ClusterTokens,
     "routed": RoutedTokens,
+    "merge": MergeTokens,
+    "key-stride": KeyStride,
     "top": TopScore,
 }
 
 __all__ = [
     "TOKEN_RULES",
+    "ClusterTokens",
+    "KeyStride",
+    "MergeTokens",
+    "Plan",
+    "Reduction",
     "RoutedTokens",
     "Segment",
+    "Spreading",
+    "Surveying",
     "TokenPlace",
     "TokenRule",
     "TopScore",

@@ -17,7 +17,7 @@ says which rows are such halves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -55,6 +55,10 @@ class TokenPlace:
     """[B, N, D]: what enters the part on this cached step, if the rule asked for it."""
     levels: tuple[float, ...] | None = field(default=None, compare=False)
     """The scheduler's timestep of every step of the run, if known."""
+    signal: Tensor | None = field(default=None, compare=False)
+    """[B, N] in float32: what a `Reduction` asked for of the tokens, where it is known."""
+    survey: Any = field(default=None, compare=False)
+    """What the rule found out about the streams at the last full step, if it is `Surveying` and did."""
 
     @property
     def length(self) -> int:
@@ -105,4 +109,50 @@ class TokenRule(Protocol):
 
     def tensors(self, state: Any) -> Sequence[Tensor]:
         """What the state holds, for the ledger."""
+        ...
+
+
+@runtime_checkable
+class Surveying(Protocol):
+    """A token rule that looks at the streams once per full step, for all parts of a branch together."""
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """In which kinds of parts it computes tokens. It looks at what leaves the last main block that has one."""
+        ...
+
+    def survey(self, state: Any, streams: Mapping[str, Tensor], twins: Tensor | None) -> None:
+        """Take in a full step's streams.
+
+        Args:
+            state: one of `TokenRule.init`, the branch's own; parts are shown it as `TokenPlace.survey`.
+            streams: ``[B, N, D]`` by ``"image"`` and ``"text"``.
+            twins: as `TokenPlace.twins`.
+        """
+        ...
+
+
+@runtime_checkable
+class Spreading(Protocol):
+    """A token rule by which the computed tokens change those that are not."""
+
+    def spread(
+        self,
+        state: Any,
+        place: TokenPlace,
+        predicted: Sequence[Tensor],
+        last: Callable[[], Sequence[Tensor]],
+        index: Tensor,
+        fresh: Sequence[Tensor],
+    ) -> list[Tensor]:
+        """What a part's feature becomes on a cached step. Writes into nothing that it is given but its state.
+
+        Args:
+            state: of the part.
+            place: as given to `TokenRule.select`.
+            predicted: the feature's tensors ``[B, N, D]``, as predicted.
+            last: makes the feature of the last full step.
+            index: what was selected.
+            fresh: what was computed there, ``[B, k, D]`` each.
+        """
         ...

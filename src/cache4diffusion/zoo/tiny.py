@@ -46,6 +46,8 @@ class Tiny:
         time: the clock's value: one of 0 .. 1000, or of 0 .. 1.
         more: what no rule knows, by batch size; None leaves out what a rule gives.
         batches: whether it takes a batch; some take one sample in a packed row of tokens.
+        adapt: what is done to a fresh module.
+        is_padded: whether the last row's text is shorter than the others', where a mask tells.
     """
 
     kind: str
@@ -56,6 +58,8 @@ class Tiny:
     time: float = 500.0
     more: Callable[[int], Arguments] = field(default=nothing)
     batches: bool = True
+    adapt: Callable[[nn.Module], None] | None = None
+    is_padded: bool = False
 
     @property
     def cls(self) -> type[nn.Module]:
@@ -73,6 +77,8 @@ class Tiny:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             module = self.cls(**self.config)
+            if self.adapt is not None:
+                self.adapt(module)
             for parameter in module.parameters():
                 if parameter.ndim > 1:
                     nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
@@ -102,7 +108,11 @@ def _text(tiny: Tiny, batch: int) -> Tensor | None:
 
 
 def _mask(tiny: Tiny, batch: int) -> Tensor | None:
-    return None if tiny.text is None else torch.ones(batch, tiny.text[0], dtype=torch.bool)
+    if tiny.text is None:
+        return None
+    mask = torch.ones(batch, tiny.text[0], dtype=torch.bool)
+    mask[-1, tiny.text[0] - tiny.is_padded :] = False
+    return mask
 
 
 def _pooled(tiny: Tiny, batch: int) -> Tensor | None:

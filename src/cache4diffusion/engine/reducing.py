@@ -1,0 +1,254 @@
+"""The reduced-parts site: parts compute fewer tokens, and every token gets an output back.
+
+A plan is made per block, from the stream that enters it in front of its norm, when the first part of the block runs;
+all its parts follow it. Nothing is recorded and nothing predicted, so a run may begin with a reduced step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cache4diffusion.anatomy import Anatomy, Block, Part
+from cache4diffusion.anatomy.facts import BESIDE
+from cache4diffusion.engine.driver import Driver, Inner
+from cache4diffusion.engine.host import Host
+from cache4diffusion.engine.leaves import (
+    get_argument,
+    map_tensors,
+    parameter_names,
+    specs_of,
+    take_apart,
+    with_arguments,
+)
+from cache4diffusion.engine.maps import image_grid
+from cache4diffusion.engine.part_lookup import blocks_of
+from cache4diffusion.engine.state import Context
+from cache4diffusion.errors import AnatomyError
+from cache4diffusion.sites import Reduced
+from cache4diffusion.tokens import Plan, Reduction, Segment, TokenPlace
+from cache4diffusion.trace import REDUCED, Reductions
+from cache4diffusion.wrap import ForwardWrapper
+
+_KEYS = ("encoder_hidden_states",)  # under which name an attention takes keys and values of their own
+
+
+class ReductionDriver(Driver):
+    """Wraps blocks, to see what enters them, and their parts."""
+
+    site: Reduced
+
+    def __init__(self, host: Host, site: Reduced) -> None:
+        super().__init__(host, site)
+        rule = host.composition.tokens
+        assert isinstance(rule, Reduction)
+        self.rule = rule
+        self.specs: dict[tuple[str, int, int], Any] = {}  # arguments of parts, by path and tokens that enter
+        self._layers: dict[str, int] = {}  # number of a block among those that are reduced, by path
+        self._wrappers: list[ForwardWrapper] = []
+        self._context: Context | None = None  # a reduced call in progress
+
+    def install(self, anatomy: Anatomy | None) -> None:
+        """Wrap parts of one stream, and their blocks.
+
+        Raises:
+            AnatomyError: there are none.
+        """
+        assert anatomy is not None
+        modules = dict(self.host.plain.named_modules())
+        for _, block in blocks_of(self.host):
+            parts = [part for part in block.parts if part.kind in self.site.kinds and _is_plain(part)]
+            if not parts or block.calls > 1:
+                continue
+            self._layers[block.path] = len(self._layers)
+            self._wrappers.append(ForwardWrapper(modules[block.path], self._seeing(block, modules[block.path])))
+            for part in parts:
+                self._wrappers.append(
+                    ForwardWrapper(modules[part.path], self._reducing(block, part, modules[part.path]))
+                )
+        if not self._wrappers:
+            raise AnatomyError(
+                f"{anatomy.denoiser} has no parts of the kinds {', '.join(self.site.kinds)} that one stream of tokens "
+                "enters: where text and image meet in one attention, tokens cannot be left out of it here. Methods for "
+                "parts as a whole ('fora', 'toca') may work."
+            )
+
+    def uninstall(self) -> None:
+        """Unwrap everything."""
+        for wrapper in reversed(self._wrappers):
+            wrapper.remove()
+        self._wrappers, self._layers, self._context = [], {}, None
+
+    def is_ready(self, context: Context, key: int) -> bool:
+        """Nothing has to be recorded before."""
+        return True
+
+    def was_reached(self, context: Context) -> bool:
+        """A full step leaves nothing behind but that blocks were entered."""
+        return "reached" in context.scratch
+
+    def run(self, context: Context, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The host's code runs; everything happens in blocks and parts."""
+        context.scratch["call"], self._context = (args, kwargs), context
+        try:
+            output = inner(*args, **kwargs)
+            if self.rule.signal == "guidance":
+                self._keep_guidance(context, take_apart(output)[0][0])
+            return output
+        finally:
+            self._context = None
+            for key in [key for key in context.scratch if isinstance(key, tuple) and key[0] == "entering"]:
+                del context.scratch[key]
+
+    def _seeing(self, block: Block, module: nn.Module) -> Callable[..., Any]:
+        """Around a block."""
+        stream = next((s for s in block.streams if s.kind not in BESIDE), block.streams[0])
+
+        def make(found: Inner) -> Inner:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                context = self._context
+                if context is not None:
+                    context.scratch["reached"] = True
+                    context.scratch["entering", block.path] = get_argument(module, args, kwargs, stream.argument)
+                return found(*args, **kwargs)
+
+            return forward
+
+        return make
+
+    def _reducing(self, block: Block, part: Part, module: nn.Module) -> Callable[..., Any]:
+        """Around a part."""
+
+        def make(found: Inner) -> Inner:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                context = self._context
+                if context is None or context.verdict is None or not context.verdict.is_cached:
+                    return found(*args, **kwargs)
+                x = get_argument(module, args, kwargs, part.inputs[0])
+                plan = self._plan(context, block, x)
+                if plan is None or (plan.owner is None and part.kind != "attn"):
+                    return found(*args, **kwargs)
+                given, short = self._given(part, module, args, kwargs, plan, x)
+                taken = context.scratch.setdefault("reductions", [])
+                taken.append((part.path, short, x.shape[1]))
+                self.specs.setdefault((part.path, short, x.shape[1]), specs_of(*given))
+                return map_tensors(plan.give, found(*given[0], **given[1]))
+
+            return forward
+
+        return make
+
+    def _given(
+        self, part: Part, module: nn.Module, args: Any, kwargs: Any, plan: Plan, x: Tensor
+    ) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], int]:
+        """The arguments of a part on fewer tokens, and on how many."""
+        leaves = []
+        map_tensors(leaves.append, (args, kwargs))
+        if any(leaf is not x and x.shape[1] in leaf.shape[-2:] for leaf in leaves) and part.kind == "attn":
+            raise AnatomyError(
+                f"{part.path} is given something for each of its {x.shape[1]} tokens besides these (positions, a "
+                "mask), and tokens of several places have none. Methods for parts as a whole ('fora', 'toca') may work."
+            )
+        changes = {part.inputs[0]: plan.take(x)}
+        if plan.owner is None:
+            names = parameter_names(type(module))
+            if _KEYS[0] not in names or get_argument(module, args, kwargs, _KEYS) is not None:
+                raise AnatomyError(
+                    f"{part.path} does not take keys of their own, so they cannot be fewer than the queries. Methods "
+                    "that leave out queries as well ('tome') may work."
+                )
+            return (args, {**kwargs, _KEYS[0]: changes[part.inputs[0]]}), plan.length
+        return with_arguments(module, args, kwargs, changes), plan.length
+
+    def _plan(self, context: Context, block: Block, x: Tensor) -> Plan | None:
+        """The plan of a block in this call."""
+        plans = context.scratch.setdefault("plans", {})
+        if block.path not in plans:
+            entering = context.scratch.pop(("entering", block.path), x)
+            plans[block.path] = self._made(context, block, entering if entering.shape[:2] == x.shape[:2] else x)
+        plan = plans[block.path]
+        return plan if plan is None or plan.kept.shape[0] == x.shape[0] else None
+
+    def _made(self, context: Context, block: Block, entering: Tensor) -> Plan | None:
+        grid = self._grid(context, entering.shape[1])
+        if grid is None:
+            return None
+        most = context.state.extra["most"] = max(context.state.extra.get("most", 0), entering.shape[1])
+        if math.sqrt(most / entering.shape[1]) > self.site.max_downsample + 1e-6:
+            return None
+        segments = (Segment("image", 0, entering.shape[1], grid),)
+        layer, layers, batch = self._layers[block.path], len(self._layers), entering.shape[0]
+        place = TokenPlace(
+            block.path, "block", layer, layers, context.step, segments, batch, self._twins(context, batch)
+        )
+        signal = self._signal(context, grid)
+        if signal is not None and signal.shape[0] == batch:
+            place = dataclasses.replace(place, signal=signal)
+        state = context.state.tokens.setdefault(block.path, self.rule.init())
+        held = list(self.rule.tensors(state))
+        plan = self.rule.plan(state, place, entering)
+        if plan is not None and not any(plan.kept is tensor for tensor in held):
+            context.scratch["planning"] = context.scratch.get("planning", 0) + plan.flops
+            self.host.trace.syncs += plan.syncs
+        return plan
+
+    def _twins(self, context: Context, batch: int) -> Tensor | None:
+        """Which rows are the halves of batched guidance: two that denoise the same latent. No sync."""
+        args, kwargs = context.scratch["call"]
+        latent = self.host.inputs.split(args, kwargs)[1]
+        half, odd = divmod(latent.shape[0], 2)
+        if odd or not half or latent.shape[0] != batch:
+            return None
+        return (latent[:half] == latent[half:]).flatten(1).all(1).repeat(2)
+
+    def _keep_guidance(self, context: Context, output: Tensor) -> None:
+        """How far the halves are apart, ``[B, rows, columns]``; of rows that are no halves, nothing."""
+        twins = self._twins(context, output.shape[0])
+        if twins is None or output.ndim != 4:
+            self.host.note("the halves of guidance are not in one call, so no token is more important than another.")
+            return
+        apart = (output - output.roll(len(output) // 2, 0)).float().abs().mean(1)
+        context.state.extra["guidance"] = torch.where(twins[:, None, None], apart, torch.zeros_like(apart))
+
+    def _signal(self, context: Context, grid: tuple[int, int, int]) -> Tensor | None:
+        """What is known of the tokens of a grid: means over what each token covers."""
+        known = context.state.extra.get("guidance")
+        if known is None or grid[0] != 1:
+            return None
+        return torch.nn.functional.adaptive_avg_pool2d(known[:, None], grid[1:]).flatten(1)
+
+    def _grid(self, context: Context, count: int) -> tuple[int, int, int] | None:
+        """Frames, rows and columns; None where tokens lie in no image (attention over time), which is noted."""
+        known = context.state.extra.setdefault("grids", {})
+        if count not in known:
+            args, kwargs = context.scratch["call"]
+            try:
+                known[count] = image_grid(self.host.inputs, args, kwargs, count, "they are all computed")
+            except AnatomyError as error:
+                known[count] = None
+                self.host.note(str(error))
+        return known[count]
+
+    def symbol(self, context: Context) -> str:
+        """Every part is computed, on fewer tokens."""
+        return REDUCED
+
+    def reductions(self, context: Context) -> Reductions | None:
+        """What a reduced call computed."""
+        if context.verdict is None or context.verdict.is_full:
+            return None
+        return Reductions(tuple(context.scratch.get("reductions", ())), context.scratch.get("planning", 0))
+
+    def bypassed(self) -> list[str]:
+        """Nothing rests."""
+        return []
+
+
+def _is_plain(part: Part) -> bool:
+    """Whether one stream enters and one leaves."""
+    return len(part.inputs) == 1 and len(part.outputs) == 1 and part.calls == 1 and part.kind != "fused"

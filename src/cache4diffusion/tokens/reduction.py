@@ -1,0 +1,111 @@
+"""Fewer tokens within a part: reduce -> compute on what is left -> restore, by a plan that may serve several steps.
+
+The contract, drawn once::
+
+    state = rule.init()                              # per block, branch and run
+    in every block of a reduced step:
+        plan = rule.plan(state, place, entering)     # from what enters the block; None: nothing is reduced
+        for each part:  y = plan.give(part(plan.take(x)))
+
+A plan says which tokens are left (`Plan.kept`: slot j stands at the place of token ``kept[j]``), how their inputs are
+formed from those that are not, and from which slot each token gets its output (`Plan.owner`). What a part adds to the
+stream is what is restored, so the residual of every token stays its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from cache4diffusion.tokens.base import TokenPlace
+
+Form = Literal["pick", "mean", "mlerp"]
+Signal = Literal["guidance"]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Which tokens of a block are computed, and for whom. Never written to.
+
+    Args:
+        kept: ``[B, n]``: the token at whose place each slot stands.
+        owner: ``[B, N]``: the slot whose output every token gets; ``owner[kept[j]] == j``. None: only keys and values
+            are reduced, and nothing has to be restored.
+        form: how the input of a slot is made: ``"pick"``, that of its own token; ``"mean"``, the mean of all tokens it
+            owns; ``"mlerp"``, their mean's direction with the largest of their norms. In float32.
+        flops: what it took to make the plan.
+        syncs: how many host syncs, likewise.
+    """
+
+    kept: Tensor
+    owner: Tensor | None
+    form: Form = "pick"
+    flops: int = 0
+    syncs: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens that are left."""
+        return self.kept.shape[1]
+
+    def take(self, x: Tensor) -> Tensor:
+        """``[B, N, D]`` to ``[B, n, D]``."""
+        if self.form == "pick" or self.owner is None:
+            return x.gather(1, self.kept[..., None].expand(-1, -1, x.shape[-1]))
+        wide, index = x.float(), self.owner[..., None].expand_as(x)
+        room = wide.new_zeros(x.shape[0], self.length, x.shape[-1])
+        sums = room.scatter_add(1, index, wide)
+        if self.form == "mean":
+            sizes = room[..., 0].scatter_add(1, self.owner, torch.ones_like(wide[..., 0]))
+            return (sums / sizes[..., None]).to(x.dtype)
+        norms = room[..., 0].scatter_reduce(1, self.owner, wide.norm(dim=-1), "amax")
+        return (torch.nn.functional.normalize(sums, dim=-1) * norms[..., None]).to(x.dtype)
+
+    def give(self, y: Tensor) -> Tensor:
+        """``[B, n, D]`` to ``[B, N, D]``."""
+        return y if self.owner is None else y.gather(1, self.owner[..., None].expand(-1, -1, y.shape[-1]))
+
+    def tensors(self) -> Sequence[Tensor]:
+        """What is held by it."""
+        return [self.kept] if self.owner is None else [self.kept, self.owner]
+
+
+@runtime_checkable
+class Reduction(Protocol):
+    """Makes plans. Frozen settings; the state belongs to the engine."""
+
+    @property
+    def needs_num_steps(self) -> bool:
+        """Whether the length of the run must be known."""
+        ...
+
+    @property
+    def signal(self) -> Signal | None:
+        """What the driver is to find out of the tokens, as `TokenPlace.signal`. ``"guidance"``: how far the halves of
+        batched guidance were apart at the step before, ``|conditional - unconditional|``, the mean over channels.
+        """
+        ...
+
+    def init(self) -> Any:
+        """Empty state of one block, for one branch of one run."""
+        ...
+
+    def plan(self, state: Any, place: TokenPlace, entering: Tensor) -> Plan | None:
+        """The plan of a block at a step; None where all tokens are computed.
+
+        Rows that are `TokenPlace.twins` get the same plan. Shapes depend on the place alone.
+
+        Args:
+            state: of the block; a plan that is to serve later steps is kept there.
+            place: which block; the one segment has its grid.
+            entering: the stream ``[B, N, D]`` that enters the block, in front of its norm.
+        """
+        ...
+
+    def tensors(self, state: Any) -> Sequence[Tensor]:
+        """What the state holds, for the ledger."""
+        ...

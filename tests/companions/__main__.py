@@ -1,0 +1,5 @@
+import sys
+
+from companions.table import main
+
+sys.exit(main())
