@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out
+RUNS ?= runs
 
 # Two spinning threads beside another process make small models 30 times slower: one thread each, no spinning.
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: install demo test test-slow test-floor lint format bench bench-gpu matrix pipelines compatibility architectures \
-	adaptive calibrations everything clean
+	adaptive calibrations everything reference clean
 
 install: $(BIN)/.installed
 
@@ -71,6 +72,9 @@ calibrations: install  ## on the reference model, and beside what needs none: do
 everything: calibrations  ## every method from gentle to hard, then the front: docs/benchmarks/all-methods*
 	$(BIN)/python benchmarks/everything.py
 	$(BIN)/python benchmarks/everything.py --front
+
+reference: install  ## trains and builds the reference models that are missing (or MODELS="scenes-dit ..."): hours; goes on
+	$(BIN)/python -m cache4diffusion.reference.make $(MODELS) --runs $(RUNS)
 
 clean:
 	rm -rf $(VENV) .venv-floor $(OUT) .pytest_cache .ruff_cache .hypothesis

@@ -142,6 +142,7 @@ def test_a_downgrade_in_the_first_run_goes_on_in_it():
         assert any("order=2" in note for note in handle.trace.notes)
 
 
+@pytest.mark.slow
 def test_branches_called_one_by_one_are_weighed_together():
     branches = [flux_inputs(), {**flux_inputs(), "encoder_hidden_states": torch.randn(1, 5, 24)}]
     both = 2 * held()

@@ -162,6 +162,7 @@ def test_every_block_that_runs_runs_compiled(name):
         assert counting.runs == strip.count("F") * 4 + strip.count("c") * cached
 
 
+@pytest.mark.slow
 def test_predictions_that_share_a_piece_of_memory_are_as_good_as_others_to_a_graph():
     """As those do that were added up together and rounded."""
     counts = set()
@@ -178,7 +179,8 @@ def test_predictions_that_share_a_piece_of_memory_are_as_good_as_others_to_a_gra
     assert all(graphs.count(kind) <= 4 for graphs in counts for kind in ("double", "single"))
 
 
-@pytest.mark.parametrize("name", ["speca", pytest.param("dbcache", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["speca", "dbcache"])
 def test_another_resolution_adds_as_many_graphs_as_the_host_alone_needs(name):
     plain, alone = flux(4), Counting()
     plain.compile_repeated_blocks(backend=alone, fullgraph=True)
@@ -357,7 +359,7 @@ def fitted(denoiser, site: str) -> Weights:
 
 @pytest.mark.parametrize(
     ("site", "order"),
-    [("linears", "before"), ("parts", "after"), pytest.param("linears", "after", marks=pytest.mark.slow)],
+    [("parts", "after"), *(pytest.param("linears", order, marks=pytest.mark.slow) for order in ("before", "after"))],
 )
 def test_a_corrector_corrects_inside_compiled_blocks(site, order):
     """What enters a site is an intermediate of the block's graph, and so is the correction: two graphs per class."""

@@ -34,6 +34,7 @@ from cache4diffusion.gates import (
     Schedule,
     Speculative,
     Step,
+    Throughout,
     Timetable,
     Verification,
     Warmup,
@@ -546,6 +547,7 @@ CHOSEN = {
     "accumulated": AccumulatedChange(0.5, (1.0, 0.1)),
     "probe": ProbeThreshold(0.3),
     "speculative": Speculative(),
+    "throughout": Throughout(start=1),  # from the first step on it is for reductions, which need no full one
 }
 
 

@@ -18,10 +18,11 @@ import cache4diffusion as c4d
 import toys
 from cache4diffusion.cli.app import app
 from cache4diffusion.cli.measuring import DEMO_METHODS
-from cache4diffusion.cli.models import Model, family_of, read_prompts
+from cache4diffusion.cli.models import Model, read_prompts
 from cache4diffusion.compare import check_methods, parse_method, split_methods
 from cache4diffusion.errors import SettingError
 from cache4diffusion.method import FAMILIES, MethodInfo
+from cache4diffusion.reference.checker import family_of
 from cache4diffusion.reference.scenes import held_out_scenes
 from cache4diffusion.sites import SingleContext, Trajectory, UNetEncoder, UNetLevel
 from cache4diffusion.strip import planned_strip
@@ -62,6 +63,7 @@ def test_inspect_says_how_a_denoiser_is_built_and_what_can_serve_it():
     not_served = {name: why for name, why in found["methods"].items() if why is not True}
     assert not_served.keys() == toys.ELSEWHERE - {"text-kv-cache"}
     assert "cross_attn" in not_served["t-gate-v1"]
+    assert "where text and image meet in one attention" in not_served["tome"]
     assert "no U-Net levels" in not_served["deepcache"]
     assert found["hints"] == []
 

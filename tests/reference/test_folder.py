@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ from cache4diffusion.reference import folder as folders
 from cache4diffusion.reference.build import build
 from cache4diffusion.reference.evaluate import accuracy, format_table, generate
 from cache4diffusion.reference.folder import SAMPLING, load, save_folder
+from cache4diffusion.reference.models import MODELS
 from cache4diffusion.reference.networks import TEXT_LENGTH, build_tokenizer, build_vae, vocabulary
+from cache4diffusion.reference.parts import FluxParts
 from cache4diffusion.reference.scenes import held_out_captions
-from cache4diffusion.reference.training.flow import FlowModel
 from cache4diffusion.reference.training.parallel import Trainer, TrainSettings
 from cache4diffusion.reference.training.restore import _HISTORY as HISTORY
 from cache4diffusion.reference.training.restore import main as restore_main
@@ -30,7 +32,7 @@ from cache4diffusion.reference.training.restore import restore
 def folder(tmp_path_factory):
     vae = build_vae()
     vae.register_to_config(shift_factor=0.1, scaling_factor=0.5)
-    model = FlowModel(0, num_layers=1, num_single_layers=1, num_attention_heads=1)
+    model = FluxParts(0, num_layers=1, num_single_layers=1, num_attention_heads=1)
     with torch.no_grad():
         for parameter in model.transformer.proj_out.parameters():
             parameter.normal_(0, 0.1)
@@ -70,7 +72,7 @@ def test_names_in_the_folder_are_those_of_older_transformers(folder):
 
 
 def test_the_text_encoder_in_the_folder_is_the_one_that_was_saved(folder):
-    pipe, model = load(folder), FlowModel(0, num_layers=1, num_single_layers=1, num_attention_heads=1)
+    pipe, model = load(folder), FluxParts(0, num_layers=1, num_single_layers=1, num_attention_heads=1)
     for name in ("text_encoder", "text_encoder_2"):
         saved, loaded = getattr(model, name), getattr(pipe, name)
         assert [p.bfloat16().float().tolist() for p in saved.parameters()] == [p.tolist() for p in loaded.parameters()]
@@ -129,8 +131,8 @@ FACTS = {"batch": 4, "workers": 1, "seed": 3, "lr": 0.002, "mix": {"position": 0
 
 @pytest.fixture
 def tiny_flow(monkeypatch):
-    for module in ("flow", "restore"):
-        monkeypatch.setattr(f"cache4diffusion.reference.training.{module}.FlowModel", lambda: FlowModel(0, **TINY))
+    tiny = replace(MODELS["scenes-flux"], parts=lambda seed: FluxParts(seed, **TINY))
+    monkeypatch.setitem(MODELS, "scenes-flux", tiny)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +140,7 @@ def trained(tmp_path_factory):
     """Training folders after one update of a tiny network."""
     vae, flow = (tmp_path_factory.mktemp("runs") / name for name in ("vae", "flow"))
     Trainer(build_vae(), toy_loss, TrainSettings(vae, **ONE_UPDATE), lambda *_: False, FACTS).run()
-    Trainer(FlowModel(0, **TINY), toy_loss, TrainSettings(flow, **ONE_UPDATE), lambda *_: False, FACTS).run()
+    Trainer(FluxParts(0, **TINY), toy_loss, TrainSettings(flow, **ONE_UPDATE), lambda *_: False, FACTS).run()
     return vae, flow
 
 
@@ -175,7 +177,7 @@ def test_training_goes_on_from_a_built_folder(trained, tiny_flow, tmp_path):
 
     restored = load_file(flow / "ema.safetensors")
     settings = TrainSettings(flow, **ONE_UPDATE, lr=0.0, resume="ema")
-    trainer = Trainer(FlowModel(5, **TINY), toy_loss, settings, lambda *_: False, FACTS)
+    trainer = Trainer(FluxParts(5, **TINY), toy_loss, settings, lambda *_: False, FACTS)
     assert all(torch.equal(restored[name], p) for name, p in zip(trainer.names, trainer.parameters, strict=True))
     assert trainer.run()["updates"] == 2
     again = build(vae, flow, tmp_path / "again", captions=0, checker_scenes=0)
@@ -255,7 +257,7 @@ def test_a_damaged_file_is_an_error(folder, tmp_path):
 def test_a_folder_that_is_too_large_is_an_error(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "MAX_FOLDER_BYTES", 1000)
     with pytest.raises(ValueError, match="a reference pipeline may have 1000"):
-        save_folder(tmp_path / "large", build_vae(), FlowModel(0, num_layers=1, num_single_layers=1))
+        save_folder(tmp_path / "large", build_vae(), FluxParts(0, num_layers=1, num_single_layers=1))
 
 
 def test_the_package_offers_its_names():

@@ -14,7 +14,8 @@ SHIPPED = [(name, model) for name in sorted(c4d.METHODS) for model in shipped_ca
 
 @pytest.fixture(scope="module")
 def denoisers():
-    return {model: reference.load(model).transformer for model in reference.available()}
+    models = {model for _, model in SHIPPED}
+    return {model: getattr(reference.load(model), reference.model_named(model).denoiser) for model in models}
 
 
 def test_there_are_some_and_they_are_small():
@@ -28,5 +29,5 @@ def test_it_was_made_with_these_weights(denoisers, name, model):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # other weights are only warned of
         made.check(denoisers[model], "transformer", strict=True)
-    assert made.provenance.steps == reference.SAMPLING["num_inference_steps"]
+    assert made.provenance.steps == reference.model_named(model).sampling["num_inference_steps"]
     c4d.method(name, calibration=model).compose()

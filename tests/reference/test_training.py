@@ -5,16 +5,19 @@ import multiprocessing
 import os
 import random
 import time
-from itertools import islice
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cache4diffusion.reference.models import MODELS
 from cache4diffusion.reference.networks import build_text_encoder_2, build_tokenizer, build_vae, vocabulary
-from cache4diffusion.reference.scenes import RELATIONS, SHAPES, draw_scene, training_scenes
+from cache4diffusion.reference.parts import FluxParts
+from cache4diffusion.reference.scenes import RELATIONS, SHAPES, draw_scene
 from cache4diffusion.reference.training import flow
+from cache4diffusion.reference.training.attention import plain_attention
+from cache4diffusion.reference.training.latents import DenoiserLoss, LatentPool
 from cache4diffusion.reference.training.optim import adam_step, muon_step, orthogonalise
 from cache4diffusion.reference.training.parallel import Trainer, TrainSettings
 from cache4diffusion.reference.training.vae import VaeLoss
@@ -128,15 +131,18 @@ def test_settings_out_of_range_are_errors(tmp_path):
         train_toy(tmp_path, resume="none")
 
 
-@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3}, {"attn_mask": torch.randn(5, 5)}])
-def test_plain_attention_is_attention(options):
+@pytest.mark.parametrize("keys", [5, 7])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3}, {"attn_mask": True}])
+def test_plain_attention_is_attention(options, keys):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, 5, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    if "attn_mask" in options:
+        options = {"attn_mask": torch.randn(5, keys)}
+    q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.float64, requires_grad=True) for n in (5, keys, keys))
     options = {key: value.double() if isinstance(value, torch.Tensor) else value for key, value in options.items()}
     expected = F.scaled_dot_product_attention(q, k, v, **options)
     expected_grads = torch.autograd.grad(expected.square().sum(), (q, k, v))
     fused = F.scaled_dot_product_attention
-    with flow.plain_attention():
+    with plain_attention():
         found = F.scaled_dot_product_attention(q, k, v, **options)
         grads = torch.autograd.grad(found.square().sum(), (q, k, v))
     assert F.scaled_dot_product_attention is fused
@@ -144,17 +150,25 @@ def test_plain_attention_is_attention(options):
     assert all(torch.allclose(a, b) for a, b in zip(grads, expected_grads, strict=True))
 
 
-def test_the_pool_numbers_words_as_the_tokenizers_do():
-    pool = flow.LatentPool(build_vae(), 0, batch=2, microbatches=1, size=4)
-    tokenizers = [build_tokenizer(with_start=True), build_tokenizer(with_start=False)]
-    for scene in islice(training_scenes(0), 300):
-        assert pool._ids(scene.caption) == [
-            flow.LatentPool._tokenise(t, [scene.caption])[0].tolist() for t in tokenizers
-        ]
+def flux_pool(first_update=0, batch=4, microbatches=1, mix=None, parts=None, **sizes):
+    model = MODELS["scenes-flux"]
+    return LatentPool(
+        build_vae_with_scale(), parts or FluxParts(0, **TINY), model.task, first_update, batch, microbatches,
+        mix=mix, **sizes,
+    )  # fmt: skip
+
+
+def build_vae_with_scale():
+    vae = build_vae()
+    vae.register_to_config(shift_factor=0.0, scaling_factor=1.0)
+    return vae
+
+
+TINY = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1}
 
 
 def test_the_pool_repeats_scenes_after_it_filled_up():
-    pool = flow.LatentPool(build_vae(), 10, batch=4, microbatches=2, size=16, reuse=4)
+    pool = flux_pool(10, batch=4, microbatches=2, size=16, reuse=4)
     pool.filling = 1
     seen = [pool.draw(torch.Generator().manual_seed(i), 11 + i // 2, i % 2) for i in range(6)]
     made = {tuple(row.flatten().tolist()) for latents, _ in seen[:2] for row in latents}
@@ -167,11 +181,12 @@ def test_the_pool_repeats_scenes_after_it_filled_up():
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 def test_flow_training_runs_and_resumes_on_a_tiny_network(tmp_path):
     def train(updates):
-        model = flow.FlowModel(0, num_layers=1, num_single_layers=1, num_attention_heads=1)
+        parts = FluxParts(0, **TINY)
         settings = TrainSettings(tmp_path, minutes=1, updates=updates, workers=1, microbatches=2, log_every=1)
-        trainer = Trainer(model, lambda *_: None, settings, flow.is_matrix)
-        trainer.loss = flow.FlowLoss(flow.LatentPool(build_vae(), trainer.history["updates"], 2, 2, size=64))
-        with flow.plain_attention():
+        trainer = Trainer(parts, lambda *_: None, settings, parts.is_matrix)
+        pool = flux_pool(trainer.history["updates"], 2, 2, parts=parts, size=64)
+        trainer.loss = DenoiserLoss(pool, MODELS["scenes-flux"].noise)
+        with plain_attention():
             return trainer.run()
 
     assert train(2)["updates"] == 2
@@ -181,7 +196,7 @@ def test_flow_training_runs_and_resumes_on_a_tiny_network(tmp_path):
 
 
 def test_the_mix_of_families_is_that_asked_for():
-    pool = flow.LatentPool(build_vae(), 0, 4, 1, size=64, mix={"position": 1.0})
+    pool = flux_pool(size=64, mix={"position": 1.0})
     _, ids = pool.draw(torch.Generator().manual_seed(0), 1, 0)
     words = vocabulary()
     captions = [" ".join(words[i] for i in row[1]) for row in ids.tolist()]
@@ -229,11 +244,11 @@ def test_the_text_tokens_tell_left_from_right_before_any_training():
 
 
 def test_only_the_transformers_matrices_follow_muon():
-    model = flow.FlowModel(0, num_layers=1, num_single_layers=1, num_attention_heads=1)
-    names = [name for name, p in model.named_parameters() if p.ndim >= 2 and flow.is_matrix(name, p)]
+    model = FluxParts(0, **TINY)
+    names = [name for name, p in model.named_parameters() if p.ndim >= 2 and model.is_matrix(name, p)]
     assert len(names) == 12 + 5  # of the double-stream and of the single-stream block
     assert all(name.startswith("transformer.") for name in names)
-    assert {flow.lr_scale(name) for name, _ in model.named_parameters()} == {0.02, 0.1, 0.3, 1.0}
+    assert {model.lr_scale(name) for name, _ in model.named_parameters()} == {0.02, 0.1, 0.3, 1.0}
 
 
 def test_vae_training_lowers_its_loss(tmp_path):

@@ -58,7 +58,7 @@ SCHEDULERS = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", ["pndm", "heun", *(pytest.param(n, marks=pytest.mark.slow) for n in ("ddim", "dpm"))])
 def test_every_scheduler_with_batched_guidance(name):
     scheduler, strip = SCHEDULERS[name]
     pipe = pipeline(scheduler=scheduler)

@@ -47,7 +47,10 @@ def generate(
     cache_device: CacheDeviceOption = None,
     memory_budget: BudgetOption = None,
     allow_downgrade: DowngradeOption = False,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The PNG to write.")] = Path("image.png"),
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="The PNG to write; for a video also .webp or .gif."),
+    ] = Path("image.png"),
     as_json: JsonOption = False,
 ) -> None:
     """Draw one image, with the settings in the PNG's metadata.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from cache4diffusion.calls import subject
 from cache4diffusion.errors import FileFormatError, SettingError, UnknownNameError, closest
 
-REFERENCE_MODELS = ("scenes-flux",)
+REFERENCE_MODELS = ("scenes-flux", "scenes-dit", "scenes-pixart", "scenes-sd", "scenes-video")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -25,8 +26,9 @@ class Model:
         name: in tables.
         call: arguments its calls need.
         steps: it is made for; None: the pipeline's default.
-        judge: says whether an image meets its caption, where that can be checked.
+        judge: says whether an image (of a video: its frames) meets its caption, where that can be checked.
         family: of a caption.
+        task: of a reference model: what it draws.
     """
 
     pipe: Any
@@ -35,6 +37,7 @@ class Model:
     steps: int | None = None
     judge: Callable[[str, Any], bool] | None = None
     family: Callable[[str], str] | None = None
+    task: Any = None
 
     @property
     def is_scenes(self) -> bool:
@@ -133,28 +136,15 @@ def _pipeline(folder: Path, dtype: torch.dtype) -> Model:
 def _scenes(source: str | Path, name: str, dtype: torch.dtype | None) -> Model:
     from cache4diffusion import reference
 
-    call = dict(reference.SAMPLING)
+    pipe = reference.load(source, dtype or torch.float32)
+    described = reference.model_of(pipe)
+    call, task = dict(described.sampling), described.task
     steps = call.pop("num_inference_steps")
 
-    def judge(caption: str, image: Any) -> bool:
-        return reference.check(image, caption).ok
+    def judge(prompt: Any, picture: Any) -> bool:
+        return task.check(picture, prompt).ok
 
-    return Model(reference.load(source, dtype or torch.float32), name, call, steps, judge, family_of)
-
-
-def family_of(caption: str) -> str:
-    """Task family of a scene's caption, by what it asks for."""
-    from cache4diffusion.reference.checker import parse_caption
-
-    demands = parse_caption(caption)
-    kinds = set(demands.objects)
-    if demands.relation is not None:
-        return "position"
-    if len(demands.objects) == 1:
-        return "colors" if demands.objects[0][0] is not None else "single_object"
-    if len(kinds) == 1:
-        return "counting"
-    return "color_attr" if all(colour is not None for colour, _ in demands.objects) else "two_object"
+    return Model(pipe, name, call, steps, judge, task.family_of, task)
 
 
 def captions_for(model: Model, count: int | None, file: Path | None, seed: int) -> tuple[list[Any], Model]:
@@ -172,13 +162,11 @@ def captions_for(model: Model, count: int | None, file: Path | None, seed: int) 
     if file is None:
         if not model.is_scenes:
             raise SettingError(f"{model.name} has no captions of its own: give --prompts FILE, one prompt per line.")
-        from cache4diffusion import reference
-
-        return reference.held_out_captions(count or 16, seed), model
-    captions = read_prompts(file)[:count]
-    if model.is_scenes and not all(_is_scene(caption) for caption in captions):
+        return [model.task.prompt(drawn) for drawn in model.task.held_out(count or 16, seed)], model
+    prompts = [model.prompt(text) for text in read_prompts(file)[:count]]
+    if model.is_scenes and not all(_is_known(model.task, prompt) for prompt in prompts):
         model.judge = model.family = None
-    return [model.prompt(caption) for caption in captions], model
+    return prompts, model
 
 
 def prompts_to_calibrate(model: Model, count: int | None, file: Path | None, seed: int) -> list[Any]:
@@ -196,11 +184,8 @@ def prompts_to_calibrate(model: Model, count: int | None, file: Path | None, see
         return [model.prompt(text) for text in read_prompts(file)[:count]]
     if not model.is_scenes:
         raise SettingError(f"{model.name} has no captions of its own: give --prompts FILE, one prompt per line.")
-    from itertools import islice
-
-    from cache4diffusion.reference.scenes import training_scenes
-
-    return [scene.caption for scene in islice(training_scenes(seed), count or 16)]
+    rng = random.Random(seed)
+    return [model.task.prompt(model.task.training(rng, 1)[0]) for _ in range(count or 16)]
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -221,11 +206,9 @@ def read_prompts(file: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def _is_scene(caption: str) -> bool:
-    from cache4diffusion.reference.checker import parse_caption
-
+def _is_known(task: Any, prompt: Any) -> bool:
     try:
-        parse_caption(caption)
+        task.family_of(prompt)
     except ValueError:
         return False
     return True

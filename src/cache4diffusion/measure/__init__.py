@@ -11,6 +11,7 @@ from .report import write_report
 from .results import Conditions, Results, Row
 from .table import console_table, markdown_table
 from .variant import Variant
+from .video import animate, as_clips, as_videos, filmstrip, frame_by_frame, temporal_error
 
 __all__ = [
     "Bench",
@@ -23,19 +24,25 @@ __all__ = [
     "Row",
     "Timer",
     "Variant",
+    "animate",
+    "as_clips",
     "as_images",
     "as_pil",
+    "as_videos",
     "bench",
     "console_table",
     "count_flops",
+    "filmstrip",
     "flip",
     "flux_block_flops",
+    "frame_by_frame",
     "generators",
     "markdown_table",
     "paired_interval",
     "psnr",
     "ssim",
     "synchronize",
+    "temporal_error",
     "wilson_interval",
     "write_report",
 ]

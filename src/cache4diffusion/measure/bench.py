@@ -38,10 +38,13 @@ if TYPE_CHECKING:
 
 
 class Bench(NamedTuple):
-    """What `bench` gives: results, and for each row's name the images of ``captions``, ready for `write_report`."""
+    """What `bench` gives: results, and for each row's name the images of ``captions``, ready for `write_report`.
+
+    Of a pipeline that makes videos they are clips: lists of images.
+    """
 
     results: Results
-    images: dict[str, list[Image]]
+    images: dict[str, list[Image | list[Image]]]
     captions: list[str]
 
 
@@ -53,7 +56,7 @@ def bench(
     *,
     steps: int,
     batch: int = 16,
-    judge: Callable[[str, Image], bool] | None = None,
+    judge: Callable[[str, Any], bool] | None = None,
     family: Callable[[str], str] | None = None,
     denoiser: torch.nn.Module | Sequence[torch.nn.Module] | None = None,
     conditions: Mapping[str, Any] | None = None,
@@ -70,14 +73,14 @@ def bench(
     Args:
         variants: see `Variant`. Names that occur twice get a label from the settings that differ.
         generate: ``generate(captions, seeds, steps)`` runs the pipeline on one batch and returns images as `as_images`
-            takes them. Image ``i`` must depend on ``captions[i]`` and ``seeds[i]`` only (one generator per caption).
-            If it has a parameter ``on_step``, that is None or a function to call with the latents ``[N, ...]`` after
-            each step.
+            takes them, or videos as `as_videos` does. Image ``i`` must depend on ``captions[i]`` and ``seeds[i]`` only
+            (one generator per caption). If it has a parameter ``on_step``, that is None or a function to call with the
+            latents ``[N, ...]`` after each step.
         captions: one image is made for each.
         seeds: one per caption, or an int ``s`` for ``s, s + 1, ...``.
         steps: of the uncached pipeline and of the methods.
         batch: captions per run; latencies hold for this batch.
-        judge: says whether an image meets its caption; gives the accuracies.
+        judge: says whether an image (of a video: the list of its frames) meets its caption; gives the accuracies.
         family: task family of a caption, for accuracies per family.
         denoiser: the network (or networks) called in the loop. ``flops`` and ``flops_speedup`` are then of all its
             calls in the run; the whole pipeline's ratio, text encoders and VAE included, is ``pipeline_flops_speedup``.

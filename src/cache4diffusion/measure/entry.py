@@ -38,7 +38,9 @@ class Entry:
     ssim: list[float] = field(default_factory=list)
     flip: list[float] = field(default_factory=list)
     correct: list[bool] = field(default_factory=list)
-    shown: dict[int, Image] = field(default_factory=dict)
+    temporal: list[float] = field(default_factory=list)  # of videos, as what follows
+    frames: dict[str, list[list[float]]] = field(default_factory=dict)  # by metric: per video, per frame
+    shown: dict[int, Image | list[Image]] = field(default_factory=dict)
     broken: int = 0  # images with NaN or Inf
     last: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

@@ -17,6 +17,7 @@ from . import table
 from .errors import MeasureError, require
 from .metrics import quantile
 from .results import FEWER_STEPS, Results, Row
+from .video import animate, filmstrip, is_video, wall
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,7 +40,7 @@ FIDELITY = {
 
 def write_report(
     results: Results,
-    images: Mapping[str, Sequence[Image]],
+    images: Mapping[str, Sequence[Image | Sequence[Image]]],
     captions: Sequence[str],
     path: str | Path,
     *,
@@ -50,7 +51,9 @@ def write_report(
     Args:
         results: what `bench` measured.
         images: for each row's name, images of ``captions`` in their order; rows may be missing, also all of them. The
-            grid needs those of ``"uncached"``. They are embedded as PNG, shrunk as far as the size of the page asks.
+            grid needs those of ``"uncached"``. They are embedded as PNG, shrunk as far as the size of the page asks. A
+            clip (a list of images) is embedded as a filmstrip, and all clips move in an animated file of the same name
+            that ends in ``.webp``.
         captions: what the images show.
         path: of the HTML file; folders are made.
         title: of the page; from the denoiser's name if None.
@@ -82,13 +85,18 @@ def write_report(
         "percent": table.percent,
         "size": table.size,
         "milliseconds": table.milliseconds,
+        "small": table.small,
         "steps": table.steps,
         "settings": table.settings,
         "rival": _rival,
         "safe_json": _inside_script,
     }
     environment.globals |= {"whisker": _whisker(results), "shade": _shade(results)}
-    embedded = _embed(images, names)
+    clips = {name: images[name] for name in names if name in images and is_video(list(images[name]))}
+    embedded = _embed({name: _stills(several) for name, several in images.items()}, names)
+    animation = Path(path).with_suffix(".webp")
+    if clips:
+        animate(animation, wall(list(clips.values())))  # type: ignore[arg-type]
     library: str = require("plotly.offline").get_plotlyjs()
     page = environment.get_template("report.html.j2").render(
         title=title or f"Feature caching on {results.conditions.denoiser}",
@@ -103,6 +111,8 @@ def write_report(
         widest=max(row.total_steps for row in results.rows),
         has=_has(results),
         captions=list(captions),
+        animation=animation.name if clips else None,
+        animated=list(clips),
         data=_data(results, embedded, captions),
         plotly=base64.b64encode(gzip.compress(library.encode(), mtime=0)).decode(),
         json=results.to_json(),
@@ -255,6 +265,7 @@ def _has(results: Results) -> dict[str, bool]:
         "predicted_latency_speedup",
         "pipeline_flops_speedup",
         "psnr_wins",
+        "temporal_error",
         "error_per_step",
         "accuracy_by_family",
     )
@@ -308,6 +319,10 @@ def _embed(images: Mapping[str, Sequence[Image]], order: list[str]) -> dict[str,
         name: ["data:image/png;base64," + base64.b64encode(png).decode() for png in several]
         for name, several in encoded.items()
     }
+
+
+def _stills(several: Sequence[Image | Sequence[Image]]) -> list[Image]:
+    return [filmstrip(each) if isinstance(each, Sequence) else each for each in several]
 
 
 def _png(image: Image, longest: int) -> bytes:

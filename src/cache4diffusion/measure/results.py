@@ -145,6 +145,10 @@ class Row(_Strict):
         error_per_step: relative L2 distance of the latent from the uncached run's, after each step; mean over
             ``conditions.counted`` captions.
         psnr_per_caption, correct_per_caption: what the means are of, in the order of the captions.
+        temporal_error: of videos: how differently they change from frame to frame than the uncached ones, 0..2, see
+            `measure.video.temporal_error`; None for images.
+        psnr_per_frame, ssim_per_frame, flip_per_frame: of videos: per frame, means over captions, of a PSNR over those
+            that differ. ``psnr`` is then of all frames' mean squared error, ``ssim`` and ``flip`` are means over them.
         syncs: host synchronisations per run.
         notes: what was unusual, such as images with NaN; a report prints them.
     """
@@ -182,6 +186,10 @@ class Row(_Strict):
     error_per_step: list[Finite] | None = None
     psnr_per_caption: list[Psnr] | None = None
     correct_per_caption: list[bool] | None = None
+    temporal_error: NonNegativeFloat | None = None
+    psnr_per_frame: list[Psnr] | None = None
+    ssim_per_frame: list[Finite] | None = None
+    flip_per_frame: list[Share] | None = None
     syncs: NonNegativeFloat | None = None
     notes: list[str] = []
 

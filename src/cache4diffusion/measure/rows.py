@@ -71,6 +71,10 @@ def row_of(
         "psnr_per_caption": entry.psnr,
         "notes": notes,
     }
+    if entry.temporal:
+        values["temporal_error"] = fmean(entry.temporal)
+        for name, per_video in entry.frames.items():
+            values[f"{name}_per_frame"] = [_mean(column) for column in zip(*per_video, strict=True)]
     if entry.last.get("syncs") is not None:
         values["syncs"] = float(entry.last["syncs"])
     expected = entry.expected_flops_speedup
@@ -99,6 +103,12 @@ def row_of(
             values["accuracy_vs_reference"] = fmean(entry.correct) - fmean(other.correct)
             values["accuracy_vs_reference_interval"] = list(paired_interval(entry.correct, other.correct, level))
     return Row(**values)
+
+
+def _mean(values: tuple[float, ...]) -> float:
+    """Of those that are finite; infinite if none is."""
+    finite = [value for value in values if math.isfinite(value)]
+    return fmean(finite) if finite else math.inf
 
 
 def _by_family(correct: list[bool], families: list[str] | None) -> dict[str, float] | None:

@@ -15,18 +15,19 @@ import torch
 from .cost import FlopCounter, PeakMemory, Timer
 from .entry import Entry
 from .errors import MeasureError
-from .metrics import as_images, as_pil, flip, psnr, ssim
+from .metrics import as_images, as_pil
 from .progress import RunBar
+from .video import as_clips, as_videos, closeness, is_video
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    pass
 
 
 @dataclass
 class Run:
     """What one call of the pipeline gave."""
 
-    images: np.ndarray  # [N, H, W, 3]
+    images: np.ndarray  # [N, H, W, 3], or [N, F, H, W, 3]
     broken: int
     full_steps: float
     total_steps: int
@@ -58,11 +59,11 @@ class Runner:
     batch: int
     counted: int
     denoisers: list[torch.nn.Module]
-    judge: Callable[[str, Image], bool] | None
+    judge: Callable[[str, Any], bool] | None
     shown: list[int]
     warmup: int
     bar: RunBar
-    resolution: list[int] = field(default_factory=list)  # of the images, once there are any
+    resolution: list[int] = field(default_factory=list)  # of the images, once there are any: height, width[, frames]
 
     @property
     def batches(self) -> list[slice]:
@@ -116,11 +117,16 @@ class Runner:
                 run = self._timed(entry, part)
                 entry.speedups.append(baseline.seconds[-1] / max(entry.seconds[-1], 1e-9))
                 if images is None:
-                    images, self.resolution = run.images, [int(size) for size in run.images.shape[1:3]]
-                entry.psnr += psnr(run.images, images).tolist()
-                entry.ssim += ssim(run.images, images).tolist()
-                entry.flip += [min(1.0, max(0.0, value)) for value in flip(run.images, images).tolist()]
-                pictures = as_pil(run.images)
+                    images, self.resolution = run.images, _resolution(run.images)
+                found = closeness(run.images, images)
+                entry.psnr += found.psnr.tolist()
+                entry.ssim += found.ssim.tolist()
+                entry.flip += found.flip.tolist()
+                if found.temporal is not None and found.frames is not None:
+                    entry.temporal += found.temporal.tolist()
+                    for name, values in found.frames.items():
+                        entry.frames.setdefault(name, []).extend(values.tolist())
+                pictures = as_clips(run.images) if is_video(run.images) else as_pil(run.images)
                 if self.judge is not None:
                     pairs = zip(self.captions[part], pictures, strict=True)
                     entry.correct += [bool(self.judge(caption, picture)) for caption, picture in pairs]
@@ -183,13 +189,20 @@ def _repair(output: Any) -> tuple[np.ndarray, int]:
     """Images with NaN or Inf become black there: a broken method gets its bad figures, and a note."""
     if hasattr(output, "detach"):
         output = output.detach().float().cpu().numpy()
+    bring = as_videos if is_video(output) else as_images
     if not isinstance(output, np.ndarray):
-        return as_images(output), 0
+        return bring(output), 0
     bad = ~np.isfinite(output)
     if not bad.any():
-        return as_images(output), 0
+        return bring(output), 0
     broken = int(bad.reshape(len(output), -1).any(axis=1).sum())
-    return as_images(np.where(bad, 0, output)), broken
+    return bring(np.where(bad, 0, output)), broken
+
+
+def _resolution(images: np.ndarray) -> list[int]:
+    """Height and width, then the number of frames if there are any."""
+    *frames, height, width = images.shape[1:-1]
+    return [height, width, *frames]
 
 
 def _takes_on_step(generate: Callable[..., Any]) -> bool:

@@ -42,6 +42,11 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
+def small(value: float | None) -> str:
+    """Four decimals: ``0.0031``; an en dash for None."""
+    return "–" if value is None else f"{value:.4f}"
+
+
 def size(value: int | None) -> str:
     """Bytes in binary units: ``12.5 MiB``; an en dash for None."""
     return "–" if value is None else size_text(value)
@@ -94,6 +99,7 @@ _COLUMNS = [
     _Column("PSNR dB", lambda row: decibels(row.psnr), 0),
     _Column("SSIM", lambda row: f"{row.ssim:.3f}", 6),
     _Column("FLIP", lambda row: f"{row.flip:.3f}", 7),
+    _Column("temporal", lambda row: small(row.temporal_error), 6, optional=True),
     _Column("accuracy", lambda row: percent(row.accuracy), 1, optional=True),
     _Column(
         "Δ points", lambda row: points(row.accuracy_difference, row.accuracy_difference_interval), 2, optional=True

@@ -59,7 +59,7 @@ class ClusCa(Method):
         fidelity="code",
         off={"interval": 1},
         family="tokens",
-        when="you forecast over long intervals, and a few fresh tokens per step should hold the forecast on course",
+        when="you forecast over long intervals, and a few fresh tokens per step should correct it",
         ladder=({"interval": 2}, {}, {"interval": 7}),
         citation="Zheng et al., Compute Only 16 Tokens in One Timestep (ClusCa), ACM MM 2025",
         published={

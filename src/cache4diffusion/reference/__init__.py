@@ -1,4 +1,4 @@
-"""Reference models ("scenes"): small trained pipelines, the world they draw, and its exact checker.
+"""Reference models ("scenes"): small trained pipelines, the worlds they draw, and their exact checkers.
 
 >>> from cache4diffusion import reference
 >>> pipe = reference.load("scenes-flux")  # doctest: +SKIP
@@ -17,29 +17,38 @@ if TYPE_CHECKING:
     from cache4diffusion.reference.checker import Verdict, check
     from cache4diffusion.reference.evaluate import accuracy, generate
     from cache4diffusion.reference.folder import SAMPLING, available, folder_of, load
+    from cache4diffusion.reference.models import MODELS, ReferenceModel, model_named, model_of
+    from cache4diffusion.reference.motion import check_clip
     from cache4diffusion.reference.scenes import FAMILIES, Scene, draw_scene, held_out_captions, held_out_scenes, render
 
 _HOMES = {
     "checker": ("Verdict", "check"),
     "evaluate": ("accuracy", "generate"),
     "folder": ("SAMPLING", "available", "folder_of", "load"),
+    "models": ("MODELS", "ReferenceModel", "model_named", "model_of"),
+    "motion": ("check_clip",),
     "scenes": ("FAMILIES", "Scene", "draw_scene", "held_out_captions", "held_out_scenes", "render"),
 }
 
 __all__ = [
     "FAMILIES",
+    "MODELS",
     "SAMPLING",
+    "ReferenceModel",
     "Scene",
     "Verdict",
     "accuracy",
     "available",
     "check",
+    "check_clip",
     "draw_scene",
     "folder_of",
     "generate",
     "held_out_captions",
     "held_out_scenes",
     "load",
+    "model_named",
+    "model_of",
     "render",
 ]
 

@@ -1,6 +1,7 @@
-"""Build the folder of ``scenes-flux`` from training checkpoints, with a model card made of what was recorded.
+"""Build the folder of a reference model from training checkpoints, with a model card made of what was recorded.
 
     python -m cache4diffusion.reference.build --vae runs/vae --flow runs/flow --out scenes-flux --captions 480
+    python -m cache4diffusion.reference.build --model scenes-dit --denoiser runs/scenes-dit
 
 Without ``--out`` it replaces the weights inside the package. ``--captions 0`` skips the measurement. The way back, from
 a built folder to training folders, is `cache4diffusion.reference.training.restore`.
@@ -13,6 +14,8 @@ import json
 import os
 import shutil
 import sys
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,60 +23,68 @@ import torch
 
 from cache4diffusion.errors import Cache4DiffusionError
 from cache4diffusion.reference.evaluate import accuracy, checker_rates
-from cache4diffusion.reference.folder import SAMPLING, WEIGHTS, load, save_folder
+from cache4diffusion.reference.folder import WEIGHTS, load, save_folder
+from cache4diffusion.reference.models import MODELS, ReferenceModel, model_named
 from cache4diffusion.reference.scenes import HELD_OUT_SEED, held_out_combinations
-from cache4diffusion.reference.training.flow import load_model, load_vae
+from cache4diffusion.reference.training.denoiser import load_parts, vae_of
 
 
 def build(
-    vae_folder: Path,
-    flow_folder: Path,
+    vae_folder: Path | None,
+    denoiser_folder: Path,
     out: Path,
     captions: int = 480,
     checker_scenes: int = 2000,
     batch: int = 16,
     progress: bool = False,
+    model: ReferenceModel | None = None,
 ) -> dict[str, Any]:
     """Write a pipeline folder with ``README.md`` and ``facts.json``; return the facts.
 
     Args:
-        vae_folder: training folder of the autoencoder.
-        flow_folder: training folder of the denoiser and the text encoders.
+        vae_folder: training folder of the autoencoder; None for a model that takes that of ``scenes-flux``.
+        denoiser_folder: training folder of the denoiser and the text encoders that learn along.
         out: folder to write; appears only when everything in it is complete.
-        captions: held-out captions to measure the accuracy on; 0 skips this.
-        checker_scenes: scenes per family to measure checker and autoencoder on; 0 skips this.
-        batch: captions per call of the pipeline.
+        captions: held-out prompts to measure the accuracy on; 0 skips this.
+        checker_scenes: examples per family to measure checker and autoencoder on; 0 skips this.
+        batch: prompts per call of the pipeline.
         progress: show progress bars on stderr.
+        model: what is built; None: ``scenes-flux``.
 
     Raises:
         FileNotFoundError: a training folder has no checkpoint.
     """
-    facts: dict[str, Any] = {"held_out_seed": HELD_OUT_SEED, "held_out": len(held_out_combinations())}
-    for name, folder in (("vae", vae_folder), ("flow", flow_folder)):
+    model = model or MODELS["scenes-flux"]
+    facts: dict[str, Any] = {
+        "model": model.name,
+        "held_out_seed": HELD_OUT_SEED,
+        "held_out": len(held_out_combinations()),
+    }
+    folders = {model.record: denoiser_folder}
+    if model.has_own_vae:
+        folders = {"vae": vae_folder or Path("none"), **folders}
+    for name, folder in folders.items():
         if not (folder / "ema.safetensors").exists() or not (folder / "history.json").exists():
             raise FileNotFoundError(
                 f"{folder} holds no checkpoint (ema.safetensors, history.json); train {name} first."
             )
         facts[name] = json.loads((folder / "history.json").read_text())
         facts[name]["curve"] = _thin(facts[name]["curve"])
-    vae, model = load_vae(vae_folder), load_model(flow_folder)
-    facts["parameters"] = {
-        "vae": _count(vae),
-        "transformer": _count(model.transformer),
-        "text_encoder": _count(model.text_encoder),
-        "text_encoder_2": _count(model.text_encoder_2),
-    }
+    vae, parts = vae_of(model, vae_folder), load_parts(model, denoiser_folder)
+    facts["parameters"] = {"vae": _count(vae)} | {name: _count(module) for name, module in parts.named_children()}
     facts["latents"] = {key: vae.config[key] for key in ("shift_factor", "scaling_factor")}
 
     out = Path(out)
     partial = out.with_name(f".{out.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        save_folder(partial, vae, model)
+        save_folder(partial, vae, parts, model=model)
         pipe = load(partial)  # what is measured is what ships, rounded to bfloat16
         facts["accuracy"] = accuracy(pipe, captions, batch=batch, progress=progress) if captions else None
-        facts["checker"] = checker_rates(pipe.vae, checker_scenes, progress=progress) if checker_scenes else None
-        (partial / "README.md").write_text(model_card(facts), encoding="utf-8")
+        facts["checker"] = (
+            checker_rates(pipe.vae, checker_scenes, progress=progress, task=model.task) if checker_scenes else None
+        )
+        (partial / "README.md").write_text(model_card(facts, model), encoding="utf-8")
         (partial / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(out, ignore_errors=True)
         os.replace(partial, out)
@@ -92,30 +103,45 @@ def _thin(curve: list[dict[str, float]], points: int = 60) -> list[dict[str, flo
     return curve[::-1][::stride][::-1]
 
 
-def model_card(facts: dict[str, Any]) -> str:
+def model_card(facts: dict[str, Any], model: ReferenceModel | None = None) -> str:
     """The text of the folder's ``README.md``, from the facts that `build` recorded."""
-    vae, flow, counts = facts["vae"], facts["flow"], facts["parameters"]
-    settings = ", ".join(f"`{key}={value!r}`" for key, value in SAMPLING.items())
+    model = model or model_named(facts.get("model", "scenes-flux"))
+    task, record, counts = model.task, facts[model.record], facts["parameters"]
+    settings = ", ".join(f"`{key}={value!r}`" for key, value in model.sampling.items())
+    call = "".join(f", {key}={value!r}" for key, value in model.sampling.items())
+    shift = facts["latents"]["shift_factor"]
+    shape = "8 x 16 x 16" if task.frames is None else f"8 x {task.frames} x {task.side // 8} x {task.side // 8}"
+    kind = "text-to-video" if task.frames else "text-to-image" if task.prompts == "captions" else "image-generation"
+    subject = "prompt" if task.prompts == "captions" else "class_labels"
+    example = task.prompt(task.held_out(1)[0])
+    origin = "beside parts of `scenes-flux`" if model.borrowed else "from scratch"
+    result = "frames" if task.frames else "images"
     lines = [
         "---",
         "license: apache-2.0",
         "library_name: diffusers",
-        "pipeline_tag: text-to-image",
+        f"pipeline_tag: {kind}",
         "---",
         "",
-        "# scenes-flux",
+        f"# {model.name}",
         "",
-        "A stock diffusers `FluxPipeline` in miniature, trained from scratch on procedural scenes: shaded shapes on",
-        "plain backgrounds, described by captions of the six GenEval task families. It exists so that sampling methods",
-        "can be tested and measured offline, on a CPU, against an exact checker. It draws nothing else.",
+        *textwrap.wrap(
+            f"A stock diffusers `{model.pipeline}` in miniature, trained {origin} on procedural scenes: shaded "
+            f"shapes on plain backgrounds, {model.about} It exists so that sampling methods can be tested and measured "
+            "offline, on a CPU, against an exact checker. It draws nothing else.",
+            width=120,
+        ),
         "",
         "```python",
-        "from diffusers import FluxPipeline",
+        f"from diffusers import {model.pipeline}",
         "",
-        'pipe = FluxPipeline.from_pretrained("path/to/scenes-flux")',
-        'image = pipe("a red circle left of a blue star on a gray background", height=128, width=128,',
-        f"             max_sequence_length={SAMPLING['max_sequence_length']}, num_inference_steps=50,",
-        f'             negative_prompt="", true_cfg_scale={SAMPLING["true_cfg_scale"]}).images[0]',
+        f'pipe = {model.pipeline}.from_pretrained("path/to/{model.name}")',
+        *textwrap.wrap(
+            f"image = pipe({subject}=[{example!r}]{call}).{result}[0]",
+            width=120,
+            subsequent_indent="             ",
+            break_long_words=False,
+        ),
         "```",
         "",
         f"Settings it was made for: {settings}.",
@@ -132,33 +158,33 @@ def model_card(facts: dict[str, Any]) -> str:
         "|---|---|",
         *[f"| {part} | {count:,} |" for part, count in counts.items()],
         "",
-        f"Latents 8 x 16 x 16, normalised with shift {facts['latents']['shift_factor']} and scale "
-        f"{facts['latents']['scaling_factor']}; packed to 64 image tokens, beside 16 text tokens.",
+        f"Latents {shape}, normalised with "
+        + (f"shift {shift} and " if shift is not None else "")
+        + f"scale {facts['latents']['scaling_factor']}; {model.tokens}.",
+        "",
+        *([f"Taken over from `scenes-flux`: {model.borrowed}.", ""] if model.borrowed else []),
+        f"Noise: {model.noise.words}.",
         "",
         "## Training",
         "",
-        "| | autoencoder | denoiser and text encoders |",
-        "|---|---|---|",
-        f"| updates | {vae['updates']:,} | {flow['updates']:,} |",
-        f"| images per update | {vae['facts'].get('batch')} | {flow['facts'].get('batch')} |",
-        f"| wall-clock hours | {vae['seconds'] / 3600:.2f} | {flow['seconds'] / 3600:.2f} |",
-        f"| processes, one thread each | {vae['facts'].get('workers')} | {flow['facts'].get('workers')} |",
-        f"| seed of data and noise | {vae['facts'].get('seed')} | {flow['facts'].get('seed')} |",
-        f"| learning rate of the last stretch | {vae['facts'].get('lr')} | {flow['facts'].get('lr')} |",
+        *_training_table(
+            {"autoencoder": facts["vae"], "denoiser and text encoders": record}
+            if "vae" in facts
+            else {"denoiser": record}
+        ),
         "",
-        *_last_stretch(flow["facts"]),
+        *_last_stretch(record["facts"]),
         "Scenes are drawn afresh all the time; weights are averages over the last updates (EMA).",
-        f"{facts['held_out']} combinations of words are never drawn in training; they follow from the seed "
-        f"{facts['held_out_seed']} (`cache4diffusion.reference.scenes.held_out_combinations`).",
+        *filter(None, [task.describe_held_out()]),
         "",
-        *[line for note in flow["facts"].get("notes", []) for line in (note, "")],
-        "Loss (mean squared error of the velocity):",
+        *[line for note in record["facts"].get("notes", []) for line in (note, "")],
+        "Loss (mean squared error of what the denoiser predicts):",
         "",
         "| update | minutes | loss | at noise > 0.5 | at noise <= 0.5 |",
         "|---|---|---|---|---|",
         *[
             f"| {e['update']} | {e['minutes']:.0f} | {e['loss']:.4f} | {e['high']:.4f} | {e['low']:.4f} |"
-            for e in _thin(flow["curve"], 20)
+            for e in _thin(record["curve"], 20)
         ],
         "",
     ]
@@ -166,9 +192,9 @@ def model_card(facts: dict[str, Any]) -> str:
         result = facts["accuracy"]
         conditions = ", ".join(f"{key} {value!r}" for key, value in result["conditions"].items())
         lines += [
-            "## Accuracy on held-out captions",
+            f"## Accuracy on held-out {task.prompts}" if task.describe_held_out() else "## Accuracy",
             "",
-            "| family | captions | met | 95 % interval |",
+            f"| family | {task.prompts} | met | 95 % interval |",
             "|---|---|---|---|",
         ]
         rows = [*result["families"].items(), ("all", result | {"captions": result["conditions"]["captions"]})]
@@ -181,8 +207,8 @@ def model_card(facts: dict[str, Any]) -> str:
         lines += [
             "## Checker and autoencoder",
             "",
-            "Share of ground-truth renders that the checker accepts: with their caption, with one demand of it",
-            "changed, and after the autoencoder's round trip.",
+            "Share of ground-truth renders that the checker accepts: with what they were drawn for, with one demand of",
+            "it changed, and after the autoencoder's round trip.",
             "",
             "| family | true | changed | after round trip | PSNR of round trip |",
             "|---|---|---|---|---|",
@@ -194,34 +220,50 @@ def model_card(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _training_table(histories: dict[str, dict[str, Any]]) -> list[str]:
+    """Facts of each training, side by side."""
+    rows: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
+        ("updates", lambda history: f"{history['updates']:,}"),
+        ("examples per update", lambda history: history["facts"].get("batch")),
+        ("wall-clock hours", lambda history: f"{history['seconds'] / 3600:.2f}"),
+        ("device", lambda history: history["facts"].get("device", "cpu")),
+        ("processes, one thread each", lambda history: history["facts"].get("workers")),
+        ("seed of data and noise", lambda history: history["facts"].get("seed")),
+        ("learning rate of the last stretch", lambda history: history["facts"].get("lr")),
+    ]
+    lines = [" | ".join(["|", *histories, "|"]).replace("|  |", "| |"), "|---" * (len(histories) + 1) + "|"]
+    return lines + [f"| {name} | {' | '.join(str(of(h)) for h in histories.values())} |" for name, of in rows]
+
+
 def _last_stretch(facts: dict[str, Any]) -> list[str]:
     """Which scenes and noise levels the denoiser was trained on last, where that was recorded."""
     if "mix" not in facts:
         return []
     shares = ", ".join(f"{family} {share:g}" for family, share in facts["mix"].items())
-    return [
-        f"The last stretch drew families with the weights {shares}, and noise levels whose logit has the mean "
-        f"{facts['sigma_mean']:g}.",
-        "",
-    ]
+    noise = f", and noise levels whose logit has the mean {facts['sigma_mean']:g}" if "sigma_mean" in facts else ""
+    return [f"The last stretch drew families with the weights {shares}{noise}.", ""]
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vae", type=Path, required=True, help="training folder of the autoencoder")
-    parser.add_argument("--flow", type=Path, required=True, help="training folder of the denoiser")
-    parser.add_argument("--out", type=Path, default=WEIGHTS / "scenes-flux")
-    parser.add_argument("--captions", type=int, default=480)
+    parser.add_argument("--model", choices=MODELS, default="scenes-flux")
+    parser.add_argument("--vae", type=Path, help="training folder of the autoencoder, where the model has its own")
+    parser.add_argument("--denoiser", "--flow", type=Path, required=True, help="training folder of the denoiser")
+    parser.add_argument("--out", type=Path, help="folder to write; by default the package's own")
+    parser.add_argument("--captions", type=int, default=480, metavar="N", help="held-out prompts; 0 skips")
     parser.add_argument("--checker", type=int, default=2000, metavar="N", help="scenes per family; 0 skips")
     parser.add_argument("--batch", type=int, default=16)
     args = parser.parse_args(argv)
+    model = MODELS[args.model]
+    out = args.out or WEIGHTS / model.name
+    sizes = args.captions, args.checker, args.batch
     try:
-        facts = build(args.vae, args.flow, args.out, args.captions, args.checker, args.batch, sys.stderr.isatty())
+        facts = build(args.vae, args.denoiser, out, *sizes, progress=sys.stderr.isatty(), model=model)
     except (Cache4DiffusionError, OSError) as error:
         parser.exit(2, f"build: {error}\n")
     measured = f", accuracy {facts['accuracy']['accuracy']:.3f}" if facts["accuracy"] else ""
-    print(f"{args.out}: {facts['flow']['updates']} updates{measured}")
+    print(f"{out}: {facts[model.record]['updates']} updates{measured}")
 
 
 if __name__ == "__main__":

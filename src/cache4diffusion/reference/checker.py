@@ -49,19 +49,19 @@ class Demands:
     """What a caption asks for.
 
     Args:
-        background: a key of `BACKGROUNDS`.
+        background: a key of `BACKGROUNDS`; None where any will do.
         objects: (colour, shape) of each object; the colour is None where the caption names none.
         relation: one of `RELATIONS`, said of the first object towards the second, or None.
     """
 
-    background: str
+    background: str | None
     objects: tuple[tuple[str | None, str], ...]
     relation: str | None = None
 
 
 @dataclass(frozen=True)
 class Found:
-    """One component of an image. ``shape`` and ``colour`` are None where none fits; lengths in pixels of 128."""
+    """One component of an image. ``shape`` and ``colour`` are None where none fits; lengths in pixels of the image."""
 
     shape: str | None
     colour: str | None
@@ -116,6 +116,23 @@ def parse_caption(caption: str) -> Demands:
     )
 
 
+def family_of(caption: str) -> str:
+    """Task family of a caption, by what it asks for.
+
+    Raises:
+        ValueError: the caption cannot be read.
+    """
+    demands = parse_caption(caption)
+    kinds = set(demands.objects)
+    if demands.relation is not None:
+        return "position"
+    if len(demands.objects) == 1:
+        return "colors" if demands.objects[0][0] is not None else "single_object"
+    if len(kinds) == 1:
+        return "counting"
+    return "color_attr" if all(colour is not None for colour, _ in demands.objects) else "two_object"
+
+
 def format_caption(demands: Demands) -> str:
     """The caption of some demands: the inverse of `parse_caption`."""
 
@@ -144,9 +161,14 @@ def check(image: Image.Image | np.ndarray, caption: str) -> Verdict:
     Raises:
         ValueError: the caption cannot be read, or the image is no square RGB image.
     """
-    demands = parse_caption(caption)
+    return judge(image, parse_caption(caption))
+
+
+def judge(image: Image.Image | np.ndarray, demands: Demands) -> Verdict:
+    """As `check`, for demands that no caption need be read for."""
     background, found = find_objects(image)
-    met = {"background": background == demands.background, "count": len(found) == len(demands.objects)}
+    met = {} if demands.background is None else {"background": background == demands.background}
+    met["count"] = len(found) == len(demands.objects)
     shapes = sorted(str(thing.shape) for thing in found)
     met["objects"] = shapes == sorted(shape for _, shape in demands.objects)
     matches = [order for order in permutations(found) if _is_match(demands, order)] if met["objects"] else []
@@ -172,13 +194,17 @@ def _is_related(first: Found, second: Found, relation: str) -> bool:
     return along >= _MIN_DISTANCE and along > abs(across)
 
 
-def find_objects(image: Image.Image | np.ndarray) -> tuple[str | None, list[Found]]:
+def find_objects(image: Image.Image | np.ndarray, side: int | None = IMAGE_SIZE) -> tuple[str | None, list[Found]]:
     """Name of the background (None if no palette entry is near) and the components on it, largest first.
+
+    Args:
+        image: a PIL image, or uint8 ``[H, W, 3]`` in 0..255; square.
+        side: what it is resized to; None leaves it as it is.
 
     Raises:
         ValueError: the image is no square RGB image.
     """
-    pixels = _pixels(image)
+    pixels = _pixels(image, side)
     ground = np.median(pixels.reshape(-1, 3), axis=0)
     background = _nearest(ground, BACKGROUNDS, _MAX_BACKGROUND_DISTANCE)
     mask = np.linalg.norm(pixels - ground, axis=-1) > _MIN_CONTRAST
@@ -218,15 +244,15 @@ def _describe(pixels: np.ndarray, ground: np.ndarray, mask: np.ndarray) -> Found
     return Found(shape, colour, float(x), float(y), int(mask.sum()), float(overlap))
 
 
-def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
+def _pixels(image: Image.Image | np.ndarray, side: int | None) -> np.ndarray:
     if isinstance(image, Image.Image):
         image = np.asarray(image.convert("RGB"))
     if image.ndim != 3 or image.shape[2] != 3 or image.shape[0] != image.shape[1] or image.dtype != np.uint8:
         raise ValueError(
             f"an image must be square and RGB, uint8 [H, H, 3]; this one is {image.dtype} {list(image.shape)}."
         )
-    if image.shape[0] != IMAGE_SIZE:
-        image = np.asarray(Image.fromarray(image).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX))
+    if side is not None and image.shape[0] != side:
+        image = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BOX))
     return image.astype(np.float32)
 
 
@@ -304,7 +330,7 @@ def contradict(caption: str, rng: random.Random | int) -> str:
     is_counting = len(objects) > 1 and len(set(objects)) == 1
     changed = []
 
-    def other(value: str, values) -> str:
+    def other(value: str | None, values) -> str:
         return rng.choice([v for v in values if v != value])
 
     changed.append(replace(demands, background=other(demands.background, BACKGROUNDS)))

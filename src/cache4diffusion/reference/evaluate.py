@@ -1,4 +1,6 @@
-"""Measure what a reference pipeline can do: the share of held-out captions whose image the checker accepts.
+"""Measure what a reference pipeline can do: the share of held-out prompts whose picture the checker accepts.
+
+Which checker, and what is asked for, is the model's: captions of scenes, classes, or captions of motion.
 
 python -m cache4diffusion.reference.evaluate scenes-flux --captions 480 --json accuracy.json
 python -m cache4diffusion.reference.evaluate scenes-flux --checker 2000
@@ -12,69 +14,69 @@ import math
 import random
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, FluxPipeline
+from diffusers import AutoencoderKL
 from rich.console import Console
 from rich.progress import track
 
 from cache4diffusion.calls import sampler
 from cache4diffusion.errors import Cache4DiffusionError, SettingError
 from cache4diffusion.measure import wilson_interval
-from cache4diffusion.reference.checker import check, contradict
-from cache4diffusion.reference.folder import SAMPLING, load
-from cache4diffusion.reference.scenes import FAMILIES, draw_scene, held_out_scenes, render
+from cache4diffusion.reference.folder import load
+from cache4diffusion.reference.models import model_of
+from cache4diffusion.reference.tasks import Scenes, Task
 
 
 def generate(
-    pipe: FluxPipeline,
-    captions: list[str],
+    pipe: Any,
+    prompts: Sequence[Any],
     seed: int = 0,
     batch: int = 16,
     progress: bool = False,
     **sampling: Any,
 ) -> Iterable[np.ndarray]:
-    """Yield one image, uint8 ``[128, 128, 3]``, per caption.
+    """Yield one picture per prompt, uint8: ``[128, 128, 3]``, or ``[8, 96, 96, 3]`` of a model that draws clips.
 
-    The noise of caption ``i`` depends on ``seed + i`` alone, not on the batch it falls into; `bench` draws the same.
+    The noise of prompt ``i`` depends on ``seed + i`` alone, not on the batch it falls into; `bench` draws the same.
 
     Args:
         pipe: a reference pipeline.
-        captions: any number of captions.
-        seed: of the first caption's noise.
-        batch: captions per call of the pipeline.
+        prompts: captions, or class labels; any number.
+        seed: of the first one's noise.
+        batch: prompts per call of the pipeline.
         progress: show a progress bar on stderr.
-        sampling: replaces entries of `SAMPLING`.
+        sampling: replaces entries of the model's ``sampling``.
     """
-    call = SAMPLING | sampling
+    call = {**model_of(pipe).sampling, **sampling}
     steps = call.pop("num_inference_steps")
     sample = sampler(pipe, call)
-    starts = range(0, len(captions), batch)
+    starts: Iterable[int] = range(0, len(prompts), batch)
     if progress:
         starts = track(starts, "sampling", console=Console(stderr=True))
     for start in starts:
-        part = captions[start : start + batch]
+        part = prompts[start : start + batch]
         with torch.inference_mode():
             images = sample(part, range(seed + start, seed + start + len(part)), steps)
         yield from np.rint(255 * np.asarray(images)).astype(np.uint8)
 
 
 def accuracy(
-    pipe: FluxPipeline, n: int = 480, seed: int = 0, batch: int = 16, progress: bool = False, **sampling: Any
+    pipe: Any, n: int = 480, seed: int = 0, batch: int = 16, progress: bool = False, **sampling: Any
 ) -> dict[str, Any]:
-    """Share of held-out captions met, over all and per family, with 95 % intervals and the demands missed.
+    """Share of held-out prompts met, over all and per family, with 95 % intervals and the demands missed.
 
     Args:
         pipe: a reference pipeline.
-        n: number of captions; a multiple of six gives every family the same number.
-        seed: of the captions and of the noise.
-        batch: captions per call of the pipeline.
+        n: number of prompts; a multiple of the number of families gives every family the same number.
+        seed: of the prompts and of the noise.
+        batch: prompts per call of the pipeline.
         progress: show a progress bar on stderr.
-        sampling: replaces entries of `SAMPLING`.
+        sampling: replaces entries of the model's ``sampling``.
 
     Returns:
         JSON-ready facts: ``conditions``, ``accuracy``, ``interval``, ``families`` (each with ``accuracy``,
@@ -85,14 +87,17 @@ def accuracy(
     """
     if n < 1:
         raise SettingError(f"accuracy(n={n}): use 1 caption or more.")
-    scenes = held_out_scenes(n, seed)
+    model = model_of(pipe)
+    task, denoiser = model.task, getattr(pipe, model.denoiser)
+    wanted = task.held_out(n, seed)
+    prompts = [task.prompt(each) for each in wanted]
     start = time.monotonic()
-    images = generate(pipe, [scene.caption for scene in scenes], 100_000 * seed, batch, progress, **sampling)
-    verdicts = [check(image, scene.caption) for image, scene in zip(images, scenes, strict=True)]
+    pictures = generate(pipe, prompts, 100_000 * seed, batch, progress, **sampling)
+    verdicts = [task.check(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
     seconds = time.monotonic() - start
     families = {}
-    for family in FAMILIES:
-        own = [verdict for verdict, scene in zip(verdicts, scenes, strict=True) if scene.family == family]
+    for family in task.families:
+        own = [verdict for verdict, each in zip(verdicts, wanted, strict=True) if each.family == family]
         if not own:
             continue
         met = sum(verdict.ok for verdict in own)
@@ -112,21 +117,22 @@ def accuracy(
             "captions": n,
             "seed": seed,
             "batch": batch,
-            **(SAMPLING | sampling),
-            "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
-            "device": str(pipe.transformer.device),
+            **model.sampling,
+            **sampling,
+            "dtype": str(denoiser.dtype).removeprefix("torch."),
+            "device": str(denoiser.device),
             "torch": torch.__version__,
         },
         "accuracy": met / n,
         "interval": wilson_interval(met, n),
         "seconds": round(seconds, 1),
         "families": families,
-        "failures": [scene.caption for scene, verdict in zip(scenes, verdicts, strict=True) if not verdict.ok],
+        "failures": [prompt for prompt, verdict in zip(prompts, verdicts, strict=True) if not verdict.ok],
     }
 
 
 def round_trip(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
-    """Encode and decode uint8 images ``[B, 128, 128, 3]``; the latent is the posterior's mean."""
+    """Encode and decode uint8 images ``[B, H, W, 3]``; the latent is the posterior's mean."""
     with torch.inference_mode():
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(vae.dtype) / 127.5 - 1
         decode: Any = vae.decode  # typed for FloatTensor, which no tensor is
@@ -134,15 +140,24 @@ def round_trip(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
     return ((decoded.float() + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
-def checker_rates(vae: AutoencoderKL, n: int = 2000, seed: int = 0, progress: bool = False) -> dict[str, Any]:
-    """How far the checker and the autoencoder can be trusted, per family, on ``n`` scenes each.
+def checker_rates(
+    vae: AutoencoderKL, n: int = 2000, seed: int = 0, progress: bool = False, task: Task | None = None
+) -> dict[str, Any]:
+    """How far the checker and the autoencoder can be trusted, per family, on ``n`` examples each.
+
+    Args:
+        vae: the autoencoder.
+        n: examples per family.
+        seed: of the examples.
+        progress: show progress bars on stderr.
+        task: whose checker; None: that of `Scenes`.
 
     Returns:
-        per family: ``true`` (renders accepted), ``changed`` (renders accepted for a caption with one demand changed),
+        per family: ``true`` (renders accepted), ``changed`` (renders accepted for a prompt with one demand changed),
         ``round_trip`` (accepted after the autoencoder) and ``psnr`` of the round trip in dB.
     """
-    rates = {}
-    for family in FAMILIES:
+    task, rates = task or Scenes(), {}
+    for family in task.families:
         counts: dict[str, float] = {"true": 0, "changed": 0, "round_trip": 0}
         error = 0.0
         starts: Iterable[int] = range(0, n, 16)
@@ -150,14 +165,16 @@ def checker_rates(vae: AutoencoderKL, n: int = 2000, seed: int = 0, progress: bo
             starts = track(starts, family, console=Console(stderr=True))
         for start in starts:
             rngs = [random.Random(f"{family} {seed} {i}") for i in range(start, min(start + 16, n))]
-            scenes = [draw_scene(rng, family, held_out=rng.random() < 0.5) for rng in rngs]
-            images = np.stack([render(scene) for scene in scenes])
-            decoded = round_trip(vae, images)
-            error += float(((decoded.astype(np.float32) - images) ** 2).mean()) * len(scenes)
-            for rng, scene, image, copy in zip(rngs, scenes, images, decoded, strict=True):
-                counts["true"] += check(image, scene.caption).ok
-                counts["changed"] += check(image, contradict(scene.caption, rng)).ok
-                counts["round_trip"] += check(copy, scene.caption).ok
+            drawn = [task.draw(rng, family, held_out=rng.random() < 0.5) for rng in rngs]
+            images = np.stack([task.render(each) for each in drawn])
+            frames = images.reshape(-1, *images.shape[-3:])
+            decoded = round_trip(vae, frames).reshape(images.shape)
+            error += float(((decoded.astype(np.float32) - images) ** 2).mean()) * len(drawn)
+            for rng, each, image, copy in zip(rngs, drawn, images, decoded, strict=True):
+                prompt = task.prompt(each)
+                counts["true"] += task.check(image, prompt).ok
+                counts["changed"] += task.check(image, task.contradict(prompt, rng)).ok
+                counts["round_trip"] += task.check(copy, prompt).ok
         psnr = 10 * math.log10(255**2 / max(error / n, 1e-9))
         rates[family] = {key: value / n for key, value in counts.items()} | {"psnr": round(psnr, 2)}
     return rates
@@ -182,8 +199,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--captions", type=int, default=480)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=SAMPLING["num_inference_steps"])
-    parser.add_argument("--guidance", type=float, default=SAMPLING["true_cfg_scale"])
+    parser.add_argument("--steps", type=int, help="sampling steps; the model's own if not given")
+    parser.add_argument("--guidance", type=float, help="guidance scale; the model's own if not given")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
@@ -191,12 +208,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--json", type=Path, help="write the facts here, too")
     args = parser.parse_args(argv)
-    sampling: dict[str, Any] = {"num_inference_steps": args.steps, "true_cfg_scale": args.guidance}
     show = sys.stderr.isatty()
     try:
         pipe = load(args.model, getattr(torch, args.dtype)).to(args.device)
+        model = model_of(pipe)
+        asked = {"num_inference_steps": args.steps, model.guidance: args.guidance}
+        sampling = {name: value for name, value in asked.items() if value is not None}
         if args.checker:
-            result = checker_rates(pipe.vae, args.checker, args.seed, progress=show)
+            result = checker_rates(pipe.vae, args.checker, args.seed, progress=show, task=model.task)
         else:
             result = accuracy(pipe, args.captions, args.seed, args.batch, progress=show, **sampling)
         print(json.dumps(result, indent=2) if args.checker else format_table(result))

@@ -1,7 +1,8 @@
 """Reference pipelines on disk: load the ones that ship, write new ones from training checkpoints.
 
-A folder is what ``FluxPipeline.from_pretrained(folder)`` reads, offline and without code of this library. A stock
-pipeline assumes FLUX's sizes, so calls must say the reference model's own: `SAMPLING`.
+A folder is what ``DiffusionPipeline.from_pretrained(folder)`` reads, offline and without code of this library. A stock
+pipeline assumes the sizes of the model it was made for, so calls must say the reference model's own: the ``sampling``
+of its description (`cache4diffusion.reference.models`); `SAMPLING` is that of ``scenes-flux``.
 
     pipe = load("scenes-flux")
     image = pipe("a red circle left of a blue star on a gray background", **SAMPLING).images[0]
@@ -18,34 +19,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, FluxPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from cache4diffusion.errors import FileFormatError, MissingExtraError, UnknownNameError, closest
-from cache4diffusion.reference.networks import TEXT_LENGTH, build_scheduler, build_tokenizer
-from cache4diffusion.reference.scenes import IMAGE_SIZE
+from cache4diffusion.reference.models import MODELS, ReferenceModel
 
 WEIGHTS = Path(__file__).parent / "weights"
 """Where the pipelines that ship with the package lie."""
 
-SAMPLING: dict[str, Any] = {
-    "height": IMAGE_SIZE,
-    "width": IMAGE_SIZE,
-    "num_inference_steps": 50,
-    "max_sequence_length": TEXT_LENGTH,
-    "negative_prompt": "",
-    "true_cfg_scale": 2.0,
-}
+SAMPLING: dict[str, Any] = dict(MODELS["scenes-flux"].sampling)
 """Arguments of a call that fit ``scenes-flux``. With ``true_cfg_scale=1`` guidance is off and a step costs half."""
 
-MAX_FOLDER_BYTES = 40_000_000
+MAX_FOLDER_BYTES = 20_000_000
+"""Of one pipeline, so that its weights may lie in the repository."""
 
-_PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+_PARTS = ("transformer", "unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 
 
 def available() -> list[str]:
-    """Names of the reference pipelines that ship with this installation."""
+    """Names of the reference pipelines that this installation has: that ship with it, or were built."""
     return sorted(folder.parent.name for folder in WEIGHTS.glob("*/model_index.json"))
 
 
@@ -53,10 +48,15 @@ def folder_of(name: str = "scenes-flux") -> Path:
     """The folder of a reference pipeline, for ``from_pretrained``.
 
     Raises:
-        UnknownNameError: no such pipeline ships with this installation.
+        UnknownNameError: this installation has no such pipeline.
     """
     folder = WEIGHTS / name
     if name not in available():
+        if name in MODELS:
+            raise UnknownNameError(
+                f"The reference model {name!r} does not ship: `make reference MODELS={name}`, in a checkout, trains "
+                f"and builds it. Available: {', '.join(available()) or 'none'}."
+            )
         raise UnknownNameError(
             f"There is no reference model {name!r} in {WEIGHTS}{closest(name, available()) or '.'} "
             f"Available: {', '.join(available()) or 'none'}."
@@ -64,8 +64,8 @@ def folder_of(name: str = "scenes-flux") -> Path:
     return folder
 
 
-def load(name: str | Path = "scenes-flux", dtype: torch.dtype = torch.float32) -> FluxPipeline:
-    """A reference pipeline on the CPU, ready to call with `SAMPLING`.
+def load(name: str | Path = "scenes-flux", dtype: torch.dtype = torch.float32) -> Any:
+    """A reference pipeline on the CPU, ready to call with its model's ``sampling``.
 
     Args:
         name: one of `available`, or the path of a folder made by `save_folder`.
@@ -81,16 +81,16 @@ def load(name: str | Path = "scenes-flux", dtype: torch.dtype = torch.float32) -
     folder = Path(name) if isinstance(name, Path) or Path(name).is_dir() else folder_of(name)
     if not folder.is_dir():
         raise UnknownNameError(f"There is no folder {folder}. Reference models: {', '.join(available()) or 'none'}.")
-    missing = [part for part in ("model_index.json", *_PARTS) if not (folder / part).exists()]
+    missing = [part for part in ("model_index.json", *_parts_of(folder)) if not (folder / part).exists()]
     if missing:
         raise FileFormatError(
             f"{folder} is no reference pipeline: it lacks {', '.join(missing)}. Build or install it anew."
         )
     try:
-        with warnings.catch_warnings(), _without_progress_bars():
+        with warnings.catch_warnings(), without_progress_bars():
             # The newer name of this argument is unknown to the oldest diffusers we support.
             warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
-            pipe = FluxPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+            pipe: Any = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
     except Exception as error:
         reason = " ".join(str(error).split())
         raise FileFormatError(f"{folder} cannot be loaded ({reason}). Build or install it anew.") from error
@@ -98,34 +98,45 @@ def load(name: str | Path = "scenes-flux", dtype: torch.dtype = torch.float32) -
     return pipe
 
 
-def save_folder(path: Path | str, vae: AutoencoderKL, model: Any, card: str | None = None) -> Path:
+def _parts_of(folder: Path) -> list[str]:
+    """Those that the folder's index names; all if it has none."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return list(_PARTS)
+    return [part for part in _PARTS if isinstance(index.get(part), list) and index[part][0] is not None]
+
+
+def save_folder(
+    path: Path | str,
+    vae: AutoencoderKL,
+    parts: Any,
+    card: str | None = None,
+    model: ReferenceModel = MODELS["scenes-flux"],
+) -> Path:
     """Write a pipeline in bfloat16.
 
     Args:
         path: folder to write; what it holds of an earlier pipeline is replaced.
         vae: the trained autoencoder, its scaling and shift set.
-        model: a trained `FlowModel`: its ``transformer``, ``text_encoder`` and ``text_encoder_2``.
+        parts: the trained `Parts`: denoiser and text encoders.
         card: text of ``README.md``.
+        model: what they are the parts of.
 
     Raises:
         ValueError: the folder would be larger than `MAX_FOLDER_BYTES`.
     """
     path = Path(path)
-    vae, model = copy.deepcopy(vae), copy.deepcopy(model)
-    for parameter in [*vae.parameters(), *model.parameters()]:
+    vae, parts = copy.deepcopy(vae), copy.deepcopy(parts)
+    for parameter in [*vae.parameters(), *parts.parameters()]:
         parameter.data = parameter.data.to(torch.bfloat16)
-    make: Any = FluxPipeline  # typed for CLIPTokenizer; any tokenizer of transformers serves
-    pipe = make(
-        scheduler=build_scheduler(),
-        vae=vae,
-        text_encoder=model.text_encoder,
-        tokenizer=build_tokenizer(with_start=True),
-        text_encoder_2=model.text_encoder_2,
-        tokenizer_2=build_tokenizer(with_start=False),
-        transformer=model.transformer,
-    )
-    with _without_progress_bars():
+    make: Any = getattr(diffusers, model.pipeline)
+    options = parts.options()
+    pipe = make(vae=vae, scheduler=model.noise.scheduler(), **parts.modules_of_pipeline(), **options)
+    with without_progress_bars():
         pipe.save_pretrained(path, safe_serialization=True)
+    # What a pipeline's class takes and does not keep, stands in the index all the same.
+    _edit(path / "model_index.json", **{key: value for key, value in options.items() if value is not None})
     make_portable(path)
     if card is not None:
         (path / "README.md").write_text(card, encoding="utf-8")
@@ -142,15 +153,20 @@ def make_portable(path: Path) -> None:
     know the old one. The weights of CLIP: 4 wants the prefix ``text_model.`` and, without it, starts from random
     weights with no more than a warning; 5 takes the prefix away itself.
     """
+    index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
     for part in ("tokenizer", "tokenizer_2"):
-        _edit(path / part / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-        _edit(path / "model_index.json", **{part: ["transformers", "PreTrainedTokenizerFast"]})
-    weights = path / "text_encoder" / "model.safetensors"
-    tensors = load_file(weights)
-    named = {"text_model." + name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
-    save_file(named, weights, metadata={"format": "pt"})
-    # Asked for no dtype, transformers 5 takes the file's and diffusers float32: the pipeline would mix the two.
+        if part in index:
+            _edit(path / part / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+            _edit(path / "model_index.json", **{part: ["transformers", "PreTrainedTokenizerFast"]})
     for part in ("text_encoder", "text_encoder_2"):
+        if part not in index:
+            continue
+        if index[part][1].startswith("CLIP"):
+            weights = path / part / "model.safetensors"
+            tensors = load_file(weights)
+            named = {"text_model." + name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+            save_file(named, weights, metadata={"format": "pt"})
+        # Asked for no dtype, transformers 5 takes the file's and diffusers float32: the pipeline would mix the two.
         _edit(path / part / "config.json", dtype="float32")
     for file in path.rglob("*.safetensors"):
         file.chmod(0o644)  # written readable by their owner only
@@ -163,7 +179,8 @@ def _edit(file: Path, **changes: Any) -> None:
 
 
 @contextlib.contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
+    """Within: diffusers and transformers load and save in silence."""
     import diffusers.utils.logging
     import transformers.utils.logging
 

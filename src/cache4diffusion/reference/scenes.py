@@ -234,9 +234,13 @@ def combinations_of(scene: Scene) -> tuple[Combination, ...]:
 # How each family is drawn: (rng, held_out) -> words, [(colour, shape)], [(x, y)], size.
 
 
+def article(word: str) -> str:
+    """``a`` or ``an``."""
+    return "an" if word[0] in "aeiou" else "a"
+
+
 def _a(*words: str) -> str:
-    article = "an" if words[0][0] in "aeiou" else "a"
-    return " ".join((article, *words))
+    return " ".join((article(words[0]), *words))
 
 
 def _kind(rng: random.Random) -> tuple[str, str]:
@@ -334,17 +338,22 @@ _DRAW = {
 
 def render(scene: Scene) -> np.ndarray:
     """The image of a scene: uint8 ``[128, 128, 3]``, RGB in 0..255."""
-    image = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.float32)
-    image[:] = BACKGROUNDS[scene.background]
-    for thing in scene.objects:
+    return paint(scene.background, scene.objects, IMAGE_SIZE)
+
+
+def paint(background: str, objects: tuple[SceneObject, ...], side: int) -> np.ndarray:
+    """Objects, each wholly inside, on a background: uint8 ``[side, side, 3]``, RGB in 0..255."""
+    image = np.empty((side, side, 3), dtype=np.float32)
+    image[:] = BACKGROUNDS[background]
+    for thing in objects:
         coverage = shape_mask(thing.shape, thing.size)  # [S, S], S even: the centre falls between two pixels
-        side = coverage.shape[0]
-        top, left = thing.y - side // 2, thing.x - side // 2
-        ramp = np.linspace(-1.0, 1.0, side, dtype=np.float32)
-        light = 1.0 - _SHADING * (ramp[:, None] + ramp[None, :]) / 2 * side / thing.size
-        paint = np.clip(np.asarray(COLOURS[thing.colour], dtype=np.float32) * light[..., None], 0, 255)
-        region = image[top : top + side, left : left + side]
-        region += coverage[..., None] * (paint - region)
+        extent = coverage.shape[0]
+        top, left = thing.y - extent // 2, thing.x - extent // 2
+        ramp = np.linspace(-1.0, 1.0, extent, dtype=np.float32)
+        light = 1.0 - _SHADING * (ramp[:, None] + ramp[None, :]) / 2 * extent / thing.size
+        colour = np.clip(np.asarray(COLOURS[thing.colour], dtype=np.float32) * light[..., None], 0, 255)
+        region = image[top : top + extent, left : left + extent]
+        region += coverage[..., None] * (colour - region)
     return np.rint(image).astype(np.uint8)
 
 

@@ -22,7 +22,7 @@ def training_parser(description: str | None, **defaults: Any) -> argparse.Argume
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="checkpoints, log and loss curve go here")
     parser.add_argument("--minutes", type=float, help="wall-clock budget of this call")
-    parser.add_argument("--updates", type=int, default=-1)
+    parser.add_argument("--updates", type=int, default=-1, help="budget of this call; below 0: none")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--warmup", type=int, default=100)
     parser.add_argument("--cooldown", type=float)
@@ -46,4 +46,11 @@ def settings_of(args: argparse.Namespace) -> TrainSettings:
 
 def facts_of(args: argparse.Namespace) -> dict[str, Any]:
     """What the history of a training says of them."""
-    return {"batch": args.batch * args.microbatches, "seed": args.seed, "lr": args.lr, "workers": args.workers}
+    workers = args.workers if args.device == "cpu" else 1
+    return {
+        "batch": args.batch * args.microbatches,
+        "seed": args.seed,
+        "lr": args.lr,
+        "workers": workers,
+        "device": args.device,
+    }
