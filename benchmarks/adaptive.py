@@ -46,6 +46,7 @@ from cache4diffusion.engine.leaves import flatten
 from cache4diffusion.engine.span import SpanDriver
 from cache4diffusion.files import check_writable, write_whole
 from cache4diffusion.gates import Outputs, Step
+from cache4diffusion.measure.bench import versions
 from cache4diffusion.method import Composition, Dial
 from cache4diffusion.selfcheck.inside import always_resting
 from cache4diffusion.sites import Blocks
@@ -474,12 +475,7 @@ def conditions(stage: Stage, rows: int) -> dict[str, Any]:
         "dtype": "float32, and bfloat16 where it says so",
         "device": f"cpu, {torch.get_num_threads()} thread(s), {platform.machine()}",
         "guidance": reference.SAMPLING["true_cfg_scale"],
-        "versions": {
-            "cache4diffusion": c4d.__version__,
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
 
 

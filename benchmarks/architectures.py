@@ -34,6 +34,7 @@ from cache4diffusion.anatomy import Anatomy, observe
 from cache4diffusion.cost import strips_of
 from cache4diffusion.files import check_writable, write_whole
 from cache4diffusion.flops import FlopCounter
+from cache4diffusion.measure.bench import versions
 from cache4diffusion.trace import FULL, Record
 from pipelines.case import Case, denoisers
 from pipelines.cases import CASES
@@ -482,12 +483,7 @@ def conditions() -> dict[str, Any]:
         "dtype": "float32",
         "batch": 1,
         "weights": "random",
-        "versions": {
-            "cache4diffusion": c4d.__version__,
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
 
 
@@ -510,7 +506,8 @@ def page(result: dict[str, Any]) -> str:
         "denoiser's calls by their FLOPs, counted in an uncached and in a cached run. *Latency* is that of whole runs, "
         f"and *CPU* the same by the processor's time: the median of {told['turns']} turns of an uncached run and one "
         "of each method. How the denoiser is built was looked at before (`handle.prepare`). The machine was busy with "
-        "other work, which the wall's clock shows and the processor's does not.",
+        "other work, which the wall's clock shows and the processor's does not: a latency beyond the ideal is no more "
+        "than an uncached run that had to wait.",
         "",
         "Full steps are compared with the method's rule, worked out apart from the library: for schedules the list of "
         "steps, for `dbcache` (a probe of the first block) and `teacache` (a signal) each decision with its score; "

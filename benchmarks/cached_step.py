@@ -31,6 +31,7 @@ from diffusers import FirstBlockCacheConfig, FluxTransformer2DModel, TaylorSeerC
 from torch import nn
 
 import cache4diffusion as c4d
+from cache4diffusion.measure.bench import versions
 
 DOUBLE, SINGLE, SIDE, TEXT = 4, 8, 16, 32
 ALWAYS = 1e9  # a threshold under which every step is cached
@@ -287,12 +288,7 @@ def measure(repeats: int) -> dict[str, Any]:
         "dtype": "float32",
         "device": f"CPU, {torch.get_num_threads()} thread ({platform.machine()}), shared with other work",
         "statistic": f"mean of the fastest third, {repeats} repeats, variants in turn within each",
-        "versions": {
-            "cache4diffusion": c4d.__version__,
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "probed_blocks_percent": {"first": shares[0], "first two": sum(shares)},
     }
     return {"conditions": conditions, "rows": rows}

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 import cache4diffusion as c4d
 from cache4diffusion.compare import check_methods, parse_method, split_methods
 from cache4diffusion.files import check_writable, write_whole
+from cache4diffusion.measure.bench import versions
 from cache4diffusion.method import Method
 from cache4diffusion.selfcheck import INVARIANTS
 from resume import kept
@@ -279,12 +280,7 @@ def conditions() -> dict[str, Any]:
         "steps": STEPS,
         "device": f"cpu, {torch.get_num_threads()} thread(s), {platform.machine()}",
         "weights": "random",
-        "versions": {
-            "cache4diffusion": c4d.__version__,
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
 
 

@@ -28,7 +28,6 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-import cache4diffusion as c4d
 import renaming
 from cache4diffusion import anatomy, zoo
 from cache4diffusion.accelerate import attach
@@ -40,6 +39,7 @@ from cache4diffusion.errors import AnatomyError, CompositionError
 from cache4diffusion.files import check_writable, write_whole
 from cache4diffusion.gates import FixedInterval
 from cache4diffusion.inspection import SITES
+from cache4diffusion.measure.bench import versions
 from cache4diffusion.zoo.optional import RICH, Rich, unread
 from resume import kept
 
@@ -309,12 +309,7 @@ def conditions() -> dict[str, Any]:
         "weights": "random",
         "batch": 2,
         "device": f"cpu, {torch.get_num_threads()} thread(s), {platform.machine()}",
-        "versions": {
-            "cache4diffusion": c4d.__version__,
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
 
 

@@ -238,25 +238,25 @@ def without_tome(pipe: Any) -> None:
     del pipe.unet._tome_info
 
 
-CACHES = {
-    "FirstBlockCache": lambda pipe: diffusers.FirstBlockCacheConfig(threshold=0.2),
-    "TaylorSeer": lambda pipe: diffusers.TaylorSeerCacheConfig(),
-    "MagCache": lambda pipe: diffusers.MagCacheConfig(mag_ratios=[1.0] * 9, num_inference_steps=9),
-    "PAB": lambda pipe: diffusers.PyramidAttentionBroadcastConfig(
+CACHES: dict[str, Callable[[], Any]] = {
+    "FirstBlockCache": lambda: diffusers.FirstBlockCacheConfig(threshold=0.2),
+    "TaylorSeerCache": lambda: diffusers.TaylorSeerCacheConfig(),
+    "MagCache": lambda: diffusers.MagCacheConfig(mag_ratios=[1.0] * 9, num_inference_steps=9),
+    "PyramidAttentionBroadcast": lambda: diffusers.PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
     ),
 }
 
 
 def own_cache(pipe: Any, name: str) -> None:
-    denoiser_of(pipe).enable_cache(CACHES[name](pipe))
+    denoiser_of(pipe).enable_cache(CACHES[name]())
 
 
 def without_cache(pipe: Any) -> None:
     denoiser_of(pipe).disable_cache()
 
 
-WHOLE = "compile_repeated_blocks"
+WHOLE = "compile_repeated_blocks"  # words of refusals: what to do instead
 ONE_CACHE = "disable_cache"
 
 _TABLE = (
@@ -346,8 +346,8 @@ _TABLE = (
     Companion("tomesd", "`tomesd.apply_patch(pipe)`", tome, without_tome, needs="tomesd", subject=UNET),
     *(
         Companion(
-            f"diffusers' {name}", f"`enable_cache({name}Config(...))`".replace("TaylorSeerC", "TaylorSeerCacheC"),
-            partial(own_cache, name=name), without_cache, refused={"": ONE_CACHE},
+            f"diffusers' {name}", f"`enable_cache({name}Config(...))`", partial(own_cache, name=name), without_cache,
+            refused={"": ONE_CACHE},
         )
         for name in CACHES
     ),

@@ -99,7 +99,8 @@ def page(result: dict[str, Any]) -> str:
         "",
         f"Tiny stock pipelines with random weights ({pipelines}) on {told['device']}: what needs an accelerator "
         "(streams, pinned memory, kernels of its own) is not tested here, and offload has the CPU for its accelerator; "
-        f"weights that are away are on the meta device, or NaN. {versions}.",
+        "weights that are away are on the meta device, or NaN. What is compiled is compiled with the backend `eager`. "
+        f"{versions}.",
         "",
         "Each check: with the method off the output is bit-equal to the companion's alone; with caching on the strip "
         "is the method's own, the second run equals the first, and the output is as near to the method's without the "
@@ -178,9 +179,9 @@ def main(arguments: list[str] | None = None) -> int:
         if name not in known:
             row = row_of(COMPANIONS[name])
             rows.append(row)
-            rows.sort(key=lambda row: list(COMPANIONS).index(row["companion"]))
             outcomes = Counter(cell["outcome"] for cell in row["cells"].values())
             print(f"{name}: {', '.join(f'{count} {word}' for word, count in outcomes.items())}", file=sys.stderr)
+        rows.sort(key=lambda row: list(COMPANIONS).index(row["companion"]))
         path.write_text(json.dumps(result, indent=1) + "\n")
         path.with_suffix(".md").write_text(page(result))
     failed = sum(cell["outcome"] == FAILED for row in rows for cell in row["cells"].values())

@@ -22,7 +22,7 @@ import diffusers
 import pytest
 import torch
 
-import cache4diffusion as c4d
+from cache4diffusion.measure.bench import versions
 from pipelines.absent import absent
 from pipelines.case import Case
 from pipelines.cases import CASES
@@ -80,12 +80,7 @@ def conditions() -> dict[str, Any]:
         "device": f"cpu, {torch.get_num_threads()} thread(s), {platform.machine()}",
         "weights": "random",
         "methods": {site: f"{tried.method}({_settings(tried.settings)})" for site, tried in METHODS.items()},
-        "versions": {
-            "cache4diffusion": c4d.__version__,
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
 
 
