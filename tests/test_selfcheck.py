@@ -66,8 +66,7 @@ def test_every_invariant_holds_for_every_method_that_fits(denoiser, methods):
             assert all(f.status == "not applicable" and unfit[name] in f.detail for f in mine.values())
             continue
         not_shown = {key for key, finding in mine.items() if finding.status == "not applicable"}
-        unguided = {"frozen_input", "nan_guard"} if name == "fastercache" else set()
-        assert not_shown == {"linear_feature"} | unguided, str(found)
+        assert not_shown == {"linear_feature"}, str(found)
     assert owner_of(denoiser) is None
     facts = json.loads(found.to_json())
     assert facts["ok"]

@@ -331,14 +331,13 @@ class Composition:
         """
         if self.made_for is not None:
             positions_of(Place(num_steps, levels), *self.made_for, resample=False, has_option=False)
-        rules = [rule for rule in (self.gate, self.cfg) if getattr(rule, "interval", 0) != 1]  # 1 never caches
+        rules = [rule for rule in (self.gate, self.cfg) if rule is not None]
+        rules = [rule for rule in rules if getattr(rule, "interval", 0) != 1]  # 1 never caches
         rules = [rule for rule in rules if not getattr(rule, "never_caches", False)]
-        warmup = max(
-            [guard.steps for guard in self.guards if isinstance(guard, ForceLast)]
-            + [guard.steps for guard in self.guards if isinstance(guard, Warmup) and guard.interval == 1]
-            + [getattr(rule, "warmup", 0) for rule in rules],
-            default=0,
-        )
+        guarded = [guard.steps for guard in self.guards if isinstance(guard, ForceLast)]
+        guarded += [guard.steps for guard in self.guards if isinstance(guard, Warmup) and guard.interval == 1]
+        # One of two rules may have something to cache before the other.
+        warmup = max([*guarded, min((getattr(rule, "warmup", 0) for rule in rules), default=0)])
         if warmup >= num_steps and num_steps > 1:
             raise SettingError(
                 f"warmup={warmup} leaves nothing to cache in a run of {num_steps} steps: use less than {num_steps}."

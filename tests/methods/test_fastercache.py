@@ -163,3 +163,10 @@ def test_attention_is_skipped_as_in_the_scripts(what, skips):
     assert [gate.propose(None, Step(c - 1, steps), None) for c in range(1, steps + 1)] == [
         bool(skips(c)) for c in range(1, steps + 1)
     ]
+
+
+def test_a_run_too_short_for_one_of_its_two_rules_goes_on_with_the_other(latte):
+    settings = PARTS | {"warmup": 17, "attention_warmup": 3}  # `warmup` is that of the branches
+    with c4d.accelerate(latte.denoiser, "fastercache", **settings) as handle, handle.run(timesteps=timesteps_of(8)):
+        latte.batched(8)
+    assert handle.stats["strip"] == "FFFcFcFc"

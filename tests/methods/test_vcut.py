@@ -116,3 +116,18 @@ def test_two_image_embeddings_are_refused():
     inputs["encoder_hidden_states"] = torch.cat([inputs["encoder_hidden_states"]] * 2, 1)
     with c4d.accelerate(denoiser, "vcut"), torch.no_grad(), pytest.raises(AnatomyError, match="attends to 2 tokens"):
         denoiser(**inputs)
+
+
+def test_two_image_embeddings_are_refused_after_runs_with_one():
+    denoiser, inputs = made(SVD)
+    twice = inputs | {"encoder_hidden_states": torch.cat([inputs["encoder_hidden_states"]] * 2, 1)}
+    with c4d.accelerate(denoiser, "vcut") as handle, torch.no_grad():
+        with handle.run(num_steps=2):
+            denoiser(**inputs)
+            denoiser(**inputs | {"timestep": inputs["timestep"] - 100})
+        with pytest.raises(AnatomyError, match="attends to 2 tokens"), handle.run(num_steps=2):
+            denoiser(**twice)
+        with handle.run(num_steps=2):  # and goes on with one
+            denoiser(**inputs)
+            denoiser(**inputs | {"timestep": inputs["timestep"] - 100})
+        assert handle.trace.strip() == "Fc"
