@@ -159,6 +159,15 @@ def of_class(kind):
     return anatomy.observe(*zoo.of_class(kind)())
 
 
+def test_a_text_of_one_row_for_all_is_a_stream_like_any_other():
+    """The first block makes as many rows of it as there are images."""
+    denoiser, args, kwargs = zoo.flux(3)
+    whole = anatomy.observe(denoiser, args, kwargs)
+    found = anatomy.observe(denoiser, args, kwargs | {"encoder_hidden_states": kwargs["encoder_hidden_states"][:1]})
+    assert found.main == whole.main
+    assert found.seams == whole.seams
+
+
 def test_text_that_the_denoiser_widens_between_blocks_is_still_text():
     """BriaFibo puts another layer of the text encoder into half of the text's channels in front of every block."""
     found = of_class("BriaFiboTransformer2DModel")

@@ -31,6 +31,7 @@ GATE = {name: name for name in GATES} | {
     "quadratic": "quadratic(interval=2, center=2.0)",
     "widening": "widening(warmup=1, window=2.0)",
     "scaled": "scaled(full_steps=(0, 3), made_for=6)",
+    "frozen-cross": "frozen-cross(gate_step=3)",
     "code-table": "code-table(codes=(0, 2, 2, 0, 2, 0))",
     "accumulated": "accumulated(threshold=0.2)",
     "adaptive": "adaptive(thresholds=(), rates=(3,))",
@@ -51,7 +52,14 @@ SITE = {name: name for name in SITES} | {
 }
 PREDICTOR = {name: name for name in PREDICTORS} | {"newton": "newton(order=2)"}
 TOKENS = {None: None} | {name: name for name in TOKEN_RULES} | {"top": "top(recompute_ratio=0.5)"}
-CFG = {None: None} | {name: name for name in BRANCH_RULES} | {"fastercache": "fastercache(interval=2, warmup=1)"}
+CFG = (
+    {None: None}
+    | {name: name for name in BRANCH_RULES}
+    | {
+        "fastercache": "fastercache(interval=2, warmup=1)",
+        "drop": "drop(gate_step=3)",
+    }
+)
 DECIDE = ("batch", "any", "row")
 
 
@@ -70,7 +78,17 @@ ENTRANCES = ("entrance", "significance")  # gates by which each block decides fo
 LOOKS_INSIDE = ("accumulated", "probe", "learned", *ENTRANCES)  # gates that decide while the blocks run
 NEEDS_STACK = ("accumulated", "probe", "adaptive", "triggered", *ENTRANCES)
 WATCHES = (*NEEDS_STACK, "drift", "learned")
-PARTS = ("parts", "linears", "mixed_score", "scaled_parts", "gated_parts", "parts_and_stream")
+PARTS = (
+    "parts",
+    "single_context",
+    "prompt_modules",
+    "attentions",
+    "linears",
+    "mixed_score",
+    "scaled_parts",
+    "gated_parts",
+    "parts_and_stream",
+)
 CORRECTORS = ("increment", "linear-map")  # predictors that see what enters a site
 REDUCTIONS = [name for name, rule in TOKEN_RULES.items() if isinstance(rule(), Reduction)]
 SPLITS_ROWS = ("span", "switching_span", "blocks", "gated_parts")
@@ -84,7 +102,7 @@ def refusal(site, gate, tokens, decide, predictor="reuse", cfg=None):
         return "the step alone says when tokens are left out"
     if gate == "speculative" and (site not in PARTS or site == "parts_and_stream"):
         return "that block has no input on a cached step"
-    if gate in NEEDS_STACK and site == "unet_level":
+    if gate in NEEDS_STACK and site in ("unet_level", "unet_encoder"):
         return "a U-Net has levels instead"
     if (site == "blocks") != (gate in ENTRANCES) and gate in WATCHES:
         return "each block decides by what enters it"
@@ -94,7 +112,7 @@ def refusal(site, gate, tokens, decide, predictor="reuse", cfg=None):
         return "caches them late in the run"
     if predictor == "aligned" and (site, gate) != ("span", "probe"):
         return "reads what the first blocks add"
-    if predictor in CORRECTORS and site in ("trajectory", "unet_level"):
+    if predictor in CORRECTORS and site in ("trajectory", "unet_level", "unet_encoder"):
         return "no module has both"
     if predictor in CORRECTORS and site == "gated_parts":
         return "are shown that only to decide"
@@ -114,6 +132,8 @@ def refusal(site, gate, tokens, decide, predictor="reuse", cfg=None):
         return "one needs the other"
     if decide == "row" and gate in LOOKS_INSIDE and site not in SPLITS_ROWS:
         return "can no longer be split by rows"
+    if site == "attentions" and (gate in (*WATCHES, "speculative") or decide != "batch" or tokens):
+        return "takes several decisions before the call"
     if tokens and site == "gated_parts":
         return "where each part decides for itself"
     if tokens and (decide == "row" or gate == "speculative"):
@@ -209,6 +229,7 @@ FAMILY = {
     "switching_span": "span",
     "blocks": "span",
     "linears": "parts",
+    "attentions": "parts",
     "gated_parts": "parts",
     "mixed_score": "parts",
     "scaled_parts": "parts",
@@ -218,9 +239,8 @@ FAMILY = {
 
 def runs(site, gate):
     """Whether the pair is worth a run."""
-    return site not in ("unet_level", "trajectory", "reduced") and (
-        site not in FAMILY or gate in ("interval", *ENTRANCES, "adaptive", "learned")
-    )
+    elsewhere = ("unet_level", "unet_encoder", "trajectory", "single_context", "prompt_modules", "reduced")
+    return site not in elsewhere and (site not in FAMILY or gate in ("interval", *ENTRANCES, "adaptive", "learned"))
 
 
 def check(outputs, trace, plain, cfg):

@@ -14,7 +14,7 @@ import toys
 from cache4diffusion import reference
 from cache4diffusion.errors import CompositionError
 from cache4diffusion.gates import LookAhead, Mask, Schedule
-from cache4diffusion.sites import Denoiser, GatedParts, Parts, Reduced, Span, Trajectory, UNetLevel
+from cache4diffusion.sites import Denoiser, GatedParts, Parts, Span, Trajectory
 from small_denoisers import remember_anatomy
 
 # Enough full steps for every history, at equal distances at the end, and cached steps at distances 1 and 2.
@@ -33,7 +33,7 @@ ROUNDING = 1e-5
 PLACES = {"denoiser": Denoiser(), "span": Span(front=1), "parts": Parts(), "trajectory": Trajectory()}
 FITTED = ("icc", "fastcache")  # their weights are those of one denoiser; tests of their own say what they are not
 METHODS = sorted(  # these are for FLUX
-    name for name in c4d.METHODS if not isinstance(toys.made(name).site, (UNetLevel, Reduced)) and name not in FITTED
+    name for name in set(c4d.METHODS) - toys.ELSEWHERE if name not in FITTED
 )
 
 

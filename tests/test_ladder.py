@@ -29,7 +29,8 @@ def test_the_rungs_rise_and_compute_a_sixth_of_the_steps_or_more(name):
     strips = [strip_of(c4d.method(name, **rung), 50) for rung in info.ladder]
     full = [sum(letter in "Fr" for letter in strip) for strip in strips if strip is not None]
     assert full == sorted(full, reverse=True)
-    assert all(count >= 50 / 6 for count in full)
+    lowest = 0 if info.is_exact else 50 / 6  # what changes nothing may do so as often as it likes
+    assert all(lowest <= count for count in full)
     assert not any(set(strip) == {"F"} for strip in strips if strip is not None)
 
 

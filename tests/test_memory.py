@@ -11,7 +11,7 @@ from cache4diffusion.shapes import SHAPES, shape
 from cache4diffusion.zoo import tiny
 from toys import (
     ACTIVE,
-    REDUCTIONS,
+    ELSEWHERE,
     TRANSFORMER_METHODS,
     distinct_methods,
     dit,
@@ -36,7 +36,7 @@ SMALL = {
     "pooled_projection_dim": 20,
     "axes_dims_rope": (4, 6, 6),
 }
-TRAJECTORY = sorted(set(c4d.METHODS) - set(TRANSFORMER_METHODS) - {"deepcache", *REDUCTIONS})
+TRAJECTORY = sorted(set(c4d.METHODS) - set(TRANSFORMER_METHODS) - ELSEWHERE)
 
 
 def inputs_of_one_call(batch=2):

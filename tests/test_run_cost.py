@@ -46,7 +46,7 @@ def test_flops_from_the_strip_are_those_counted_while_running(name, settings):
 
 def test_a_batched_cfg_branch_that_is_skipped_costs_nothing():
     denoiser = dit()
-    with c4d.accelerate(denoiser, "fastercache", interval=3, warmup=2) as handle:
+    with c4d.accelerate(denoiser, "fastercache", attention_interval=1, interval=3, warmup=2) as handle:
         with handle.run(num_steps=10):
             dit_loop(denoiser)
         with handle.run(num_steps=10):
@@ -184,7 +184,7 @@ def test_sequential_branches_share_one_strip():
     denoiser = flux()
     branches = [flux_inputs(seed=1), flux_inputs(seed=2)]
     branches[1]["hidden_states"] = branches[0]["hidden_states"]
-    with c4d.accelerate(denoiser, "fastercache", interval=3, warmup=2) as handle:
+    with c4d.accelerate(denoiser, "fastercache", attention_interval=1, interval=3, warmup=2) as handle:
         with handle.run(num_steps=10):
             branch_loop(denoiser, branches)
         stats = handle.stats

@@ -141,7 +141,7 @@ ACTIVE = {name: dict(CALIBRATED.get(name, {})) for name in c4d.METHODS} | {
     "dbprune": {"threshold": 0.5, "front": 1, "warmup": 2},
     "delta-dit": {"interval": 3},
     "easycache": {"threshold": 0.5, "warmup": 1},
-    "fastercache": {"interval": 3, "warmup": 2},
+    "fastercache": {"interval": 3, "warmup": 2, "attention_interval": 1},  # its CFG part; methods/ has both together
     "fastcache": {**CALIBRATED["fastcache"], "threshold": 0.9},
     "fbcache": {"threshold": 0.5},
     "feb-cache": {"table": (0, 2, 2, 0, 2, 2, 0)},
@@ -149,6 +149,7 @@ ACTIVE = {name: dict(CALIBRATED.get(name, {})) for name in c4d.METHODS} | {
     "goc": {"start_full": 1.0},
     "lazydit": CALIBRATED["lazydit"] | {"threshold": 2.0},
     "magcache": {"ratios": (1.0, 0.99), "max_run": 2},
+    "pab": {"window": (0.0, 1000.0)},
     "scm": {"mask": "ultra"},
     "skip-dit": {"interval": 3, "start": 0.0, "stop": 1.0},
     "speca": {"threshold": 0.5},
@@ -162,7 +163,7 @@ FITTING = CALIBRATED | {
     "dbcache": {"front": 1, "warmup": 2},
     "dbprune": {"front": 1, "warmup": 2},
     "easycache": {"warmup": 1},
-    "fastercache": {"warmup": 2},
+    "fastercache": {"warmup": 2, "attention_interval": 1},
 }
 # Methods that act on the trajectory need a scheduler: test_trajectory.py has their general tests.
 _TRAJECTORY = {
@@ -172,7 +173,12 @@ _TRAJECTORY = {
 REDUCTIONS = sorted(
     name for name in c4d.METHODS if isinstance(c4d.method(name, **CALIBRATED.get(name, {})).compose().site, Reduced)
 )
-TRANSFORMER_METHODS = sorted(set(c4d.METHODS) - {"deepcache", *REDUCTIONS} - _TRAJECTORY)
+# Methods for what the denoisers here have not, or hardly: U-Net levels, cross-attention, modules that work on the
+# prompt alone. They have tests of their own.
+ELSEWHERE = {"deepcache", "faster-diffusion", "t-gate-v1", "t-gate-v2", "text-kv-cache", "vcut", *REDUCTIONS}
+TRANSFORMER_METHODS = sorted(set(c4d.METHODS) - ELSEWHERE - _TRAJECTORY)
+# Methods that cache nothing where there is no attention, or no guidance.
+FOR_ATTENTION = {"fastercache", "pab"}
 
 
 def _kind(name):

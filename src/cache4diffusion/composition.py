@@ -10,7 +10,7 @@ from cache4diffusion.gates import Entrance, Front, Gate, Guard, LookAhead, PartI
 from cache4diffusion.gates.guards import ForceLast, Warmup
 from cache4diffusion.gates.timetable import positions_of
 from cache4diffusion.guidance import BranchRule
-from cache4diffusion.predictors import Predictor, Reuse, TwoSided
+from cache4diffusion.predictors import LinearPredictor, Predictor, Reuse, TwoSided
 from cache4diffusion.sites import (
     Blocks,
     Denoiser,
@@ -23,6 +23,7 @@ from cache4diffusion.sites import (
     Span,
     SwitchingSpan,
     Trajectory,
+    UNetEncoder,
     UNetLevel,
 )
 from cache4diffusion.tokens import Reduction, TokenRule
@@ -108,7 +109,7 @@ class Composition:
                 f"{type(self.gate).__name__} verifies a prediction by computing the last block from its own input; at "
                 f"{site.words} that block has no input on a cached step. Use site='parts'."
             )
-        if watch is not None and watch.needs_stack and isinstance(site, UNetLevel):
+        if watch is not None and watch.needs_stack and isinstance(site, (UNetLevel, UNetEncoder)):
             raise CompositionError(
                 f"{type(self.gate).__name__} watches the blocks of a stack, and a U-Net has levels instead. "
                 "Use a gate that watches nothing, such as gate='interval'."
@@ -134,7 +135,7 @@ class Composition:
                 f"{words} reads what the first blocks add in the step itself. Use site='span' "
                 "with a gate that watches them, such as gate='probe'."
             )
-        if sees == "input" and isinstance(site, (Trajectory, UNetLevel)):
+        if sees == "input" and isinstance(site, (Trajectory, UNetLevel, UNetEncoder)):
             raise CompositionError(
                 f"{words} maps what enters a site to what leaves it, and at {site.words} no module has both: what is "
                 "cached there is made by the whole denoiser. Use a site such as 'parts' or 'blocks'."
@@ -169,6 +170,15 @@ class Composition:
                 f"A jump of {site.words} is one for all rows, and told by how far full steps are: with decide='row' "
                 "each row has its own, and a gate that watches does not know the next one. Use decide='batch' or "
                 "'any', and counted='since'."
+            )
+        if (
+            isinstance(site, UNetEncoder)
+            and site.parallel
+            and (watch is not None or self.guards or self.cfg is not None)
+        ):
+            raise CompositionError(
+                "UNetEncoder(parallel=True) decodes steps before their time, so it must be known which are cached. Use "
+                "a gate that watches nothing, no guards and no cfg; or parallel=False."
             )
         if isinstance(site, Trajectory) and (self.decide != "batch" or self.branches != "tied"):
             raise CompositionError(
@@ -205,8 +215,20 @@ class Composition:
             and (watch is not None or self.decide != "batch" or self.tokens is not None)
         ):
             raise CompositionError(
-                f"Parts(decisions={site.decisions!r}) takes several decisions before the call, for the whole batch: "
-                "use a gate that watches nothing, decide='batch' and no token rule, or decisions='one'."
+                f"{type(site).__name__}(decisions={site.decisions!r}) takes several decisions before the call, for the "
+                "whole batch. Use a gate that watches nothing, decide='batch' and no token rule, or site='parts' with "
+                "decisions='one'."
+            )
+        is_plain = watch is None and self.decide == "batch" and self.tokens is None
+        if (
+            self.cfg is not None
+            and self.cfg.shares_history
+            and not (is_plain and isinstance(site, Parts) and isinstance(self.predictor, LinearPredictor))
+        ):
+            raise CompositionError(
+                f"{type(self.cfg).__name__}(shares_history=True) lets one branch go on with the parts that were cached "
+                "for both. Use site='parts', a gate that watches nothing, a linear predictor such as 'reuse', "
+                "decide='batch' and no token rule; or shares_history=False."
             )
         if self.tokens is not None and isinstance(site, GatedParts):
             raise CompositionError(
@@ -247,6 +269,11 @@ class Composition:
         if isinstance(self.tokens, TokenRule):
             return f"{type(self.tokens).__name__} picks tokens by their place in it"
         return None
+
+    @property
+    def splits_rows(self) -> bool:
+        """Whether rows of a batch may be computed at different steps."""
+        return self.decide == "row" or (self.cfg is not None and self.cfg.shares_history)
 
     @property
     def needs_num_steps(self) -> bool:
@@ -304,14 +331,13 @@ class Composition:
         """
         if self.made_for is not None:
             positions_of(Place(num_steps, levels), *self.made_for, resample=False, has_option=False)
-        rules = [rule for rule in (self.gate, self.cfg) if getattr(rule, "interval", 0) != 1]  # 1 never caches
+        rules = [rule for rule in (self.gate, self.cfg) if rule is not None]
+        rules = [rule for rule in rules if getattr(rule, "interval", 0) != 1]  # 1 never caches
         rules = [rule for rule in rules if not getattr(rule, "never_caches", False)]
-        warmup = max(
-            [guard.steps for guard in self.guards if isinstance(guard, ForceLast)]
-            + [guard.steps for guard in self.guards if isinstance(guard, Warmup) and guard.interval == 1]
-            + [getattr(rule, "warmup", 0) for rule in rules],
-            default=0,
-        )
+        guarded = [guard.steps for guard in self.guards if isinstance(guard, ForceLast)]
+        guarded += [guard.steps for guard in self.guards if isinstance(guard, Warmup) and guard.interval == 1]
+        # One of two rules may have something to cache before the other.
+        warmup = max([*guarded, min((getattr(rule, "warmup", 0) for rule in rules), default=0)])
         if warmup >= num_steps and num_steps > 1:
             raise SettingError(
                 f"warmup={warmup} leaves nothing to cache in a run of {num_steps} steps: use less than {num_steps}."

@@ -75,6 +75,7 @@ class MethodInfo:
             FLOPs); they are for runs of about 50 steps, and what ``c4d bench --methods all`` measures.
         needs_calibration: whether a calibration file is needed.
         shares_branches: whether one CFG branch's prediction reads another's feature.
+        is_exact: whether what is predicted is what would be computed, but for rounding.
         published: settings of the paper or its released code, by what they are for. A set names what differs from our
             defaults or is worth saying; it is shown as *not re-measured* unless ``remeasured`` names it.
         remeasured: the published sets whose effect was measured again here, on real weights.
@@ -99,6 +100,7 @@ class MethodInfo:
     ladder: tuple[dict[str, Any], ...] = ({},)
     needs_calibration: bool = False
     shares_branches: bool = False
+    is_exact: bool = False
     published: dict[str, dict[str, Any]] = field(default_factory=dict)
     remeasured: tuple[str, ...] = ()
 

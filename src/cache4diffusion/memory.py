@@ -39,7 +39,7 @@ from cache4diffusion.errors import AnatomyError, SettingError
 from cache4diffusion.gates import Step
 from cache4diffusion.method import Method
 from cache4diffusion.run.taps import schedulers_of
-from cache4diffusion.sites import SwitchingSpan, Trajectory
+from cache4diffusion.sites import SwitchingSpan, Trajectory, UNetEncoder
 from cache4diffusion.storage import Storage, Store
 from cache4diffusion.strip import planned_strip
 from cache4diffusion.trace import FULL, Places
@@ -277,8 +277,17 @@ class Rehearsal:
         letters = planned_strip(composition, steps) or (FULL + "c") * steps
         letters = FULL + letters[1:steps]
         store = Store(storage, CopyEngine, pretends=pretends)
+        site, ahead = composition.site, 0
+        if isinstance(site, UNetEncoder) and site.parallel:  # the outputs of a run of cached steps lie together
+            ahead = max(map(len, letters.split(FULL)))
+            composition = dataclasses.replace(composition, site=UNetEncoder())
         with _Answers():
             places = self._run(composition, letters, _steps_that_fill(composition, letters), store)
+        if ahead > 1:
+            with torch.no_grad():
+                output = self._call(self.calls[0])
+            place = store.place_of(output)
+            places[place] = places.get(place, 0) + ahead * output.numel() * output.itemsize
         return Footprint(places, str(storage.device) if store.is_away(self.device) else None)
 
     def _run(self, composition: Composition, letters: str, count: int, store: Store) -> Places:

@@ -24,7 +24,7 @@ from cache4diffusion.errors import SettingError
 from cache4diffusion.method import FAMILIES, MethodInfo
 from cache4diffusion.reference.checker import family_of
 from cache4diffusion.reference.scenes import held_out_scenes
-from cache4diffusion.sites import Trajectory, UNetLevel
+from cache4diffusion.sites import SingleContext, Trajectory, UNetEncoder, UNetLevel
 from cache4diffusion.strip import planned_strip
 
 COMMANDS = get_command(app).commands
@@ -61,7 +61,8 @@ def test_inspect_says_how_a_denoiser_is_built_and_what_can_serve_it():
     assert found["sites"] | {"levels": True} == dict.fromkeys(["whole", "span", "parts", "levels"], True)
     assert found["methods"].keys() == c4d.METHODS.keys()
     not_served = {name: why for name, why in found["methods"].items() if why is not True}
-    assert not_served.keys() == {"deepcache", *toys.REDUCTIONS}
+    assert not_served.keys() == toys.ELSEWHERE - {"text-kv-cache"}
+    assert "cross_attn" in not_served["t-gate-v1"]
     assert "where text and image meet in one attention" in not_served["tome"]
     assert "no U-Net levels" in not_served["deepcache"]
     assert found["hints"] == []
@@ -72,7 +73,7 @@ def test_inspect_of_a_pipeline_looks_at_its_denoisers(scenes):
     assert (found["name"], found["class"]) == ("transformer", "FluxTransformer2DModel")
     text = run("inspect", scenes).stdout
     assert "methods can serve it: " in text
-    assert re.search(r"^not deepcache: .*no U-Net levels", text, re.MULTILINE)
+    assert re.search(r"^not deepcache, faster-diffusion: .*no U-Net levels", text, re.MULTILINE)
 
 
 def test_inspect_of_a_unet_gives_its_levels_and_declared_facts_are_named():
@@ -162,8 +163,8 @@ def test_the_family_of_a_method_is_that_of_its_parts(name):
     family, made = c4d.METHODS[name].info.family, c4d.method(name, **toys.CALIBRATED.get(name, {})).compose()
     assert (family == "trajectory") == isinstance(made.site, Trajectory)
     assert (family == "tokens") == (made.tokens is not None)
-    assert (family == "guidance") == (made.site is None)
-    if isinstance(made.site, UNetLevel):
+    assert (family == "guidance") == (made.cfg is not None)
+    if isinstance(made.site, (UNetEncoder, UNetLevel, SingleContext)):
         assert family == "U-Net"
     if family == "adaptive gates":
         assert made.gate.watch is not None
@@ -218,7 +219,8 @@ def test_the_card_says_what_a_method_needs():
     assert facts("show", "taylorseer-lite")["needs"] == []
     for name, words in {
         "dpcache": ["a calibration made", "the number of steps", "blocks that carry"],
-        "fastercache": ["the number of steps", "classifier-free guidance"],
+        "fastercache": ["the number of steps", "classifier-free guidance", "blocks with residual parts"],
+        "t-gate-v2": ["classifier-free guidance", "blocks with cross-attention"],
         "fora": ["blocks with residual parts"],
         "deepcache": ["the levels of a U-Net"],
         "z-cache": ["the number of steps", "a solver without a history: FlowMatchEulerDiscreteScheduler"],

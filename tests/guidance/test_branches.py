@@ -11,7 +11,9 @@ import cache4diffusion as c4d
 from cache4diffusion.errors import CompositionError, RunError
 
 KINDS = ("sd", "dit", "flux")
-EXACT = {"low_gain": 1.0, "high_gain": 1.0}
+ALONE = {"attention_interval": 1}  # the CFG part by itself
+GAINS = {"low_gain": 1.0, "high_gain": 1.0}
+EXACT = GAINS | ALONE
 
 
 def strip_of(handle, branch=None):
@@ -23,7 +25,7 @@ def test_off_is_off(kind):
     guided = Guided(kind)
     for batch in (1, 2):
         plain = guided.sample(batch, steps=4)
-        with c4d.accelerate(guided.pipe, "fastercache", interval=1) as handle:
+        with c4d.accelerate(guided.pipe, "fastercache", **ALONE, interval=1) as handle:
             assert torch.equal(guided.sample(batch, steps=4), plain)
             assert not any("skipped" in note for note in handle.trace.notes)
 
@@ -32,7 +34,10 @@ def test_off_is_off(kind):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_batched_guidance_runs_half_the_rows_on_skipped_steps(kind, batch):
     guided = Guided(kind)
-    with c4d.accelerate(guided.pipe, "fastercache", interval=5, warmup=2) as handle, rows(guided.denoiser) as seen:
+    with (
+        c4d.accelerate(guided.pipe, "fastercache", **ALONE, interval=5, warmup=2) as handle,
+        rows(guided.denoiser) as seen,
+    ):
         out = guided.sample(batch)
         assert seen == [2 * batch if n <= 2 or n % 5 == 0 else batch for n in range(1, 11)]
         assert strip_of(handle) == "FFhhFhhhhF"
@@ -46,7 +51,10 @@ def test_batched_guidance_runs_half_the_rows_on_skipped_steps(kind, batch):
 def test_sequential_guidance_answers_the_second_call():
     guided = Guided("flux")
     for batch in (1, 2):
-        with c4d.accelerate(guided.pipe, "fastercache", interval=5, warmup=2) as handle, rows(guided.denoiser) as seen:
+        with (
+            c4d.accelerate(guided.pipe, "fastercache", **ALONE, interval=5, warmup=2) as handle,
+            rows(guided.denoiser) as seen,
+        ):
             guided.sample(batch)
             assert len(seen) == 10 + 4
             assert strip_of(handle, "cond") == "F" * 10
@@ -115,7 +123,11 @@ def test_sequential_prediction_in_a_loop_of_ones_own(calls):
 
 def test_gains_need_the_number_of_steps():
     denoiser = unet()
-    with c4d.accelerate(denoiser, "fastercache"), torch.no_grad(), pytest.raises(RunError, match="number of steps"):
+    with (
+        c4d.accelerate(denoiser, "fastercache", **ALONE),
+        torch.no_grad(),
+        pytest.raises(RunError, match="number of steps"),
+    ):
         denoiser(torch.randn(2, 4, 10, 10), torch.tensor(1), torch.randn(2, 5, 12))
 
 
@@ -126,7 +138,7 @@ def test_gains_need_the_number_of_steps():
 def test_without_guidance_nothing_is_skipped_and_that_is_said(kind):
     guided = Guided(kind)
     plain = guided.sample(2, guidance=1.0)
-    with c4d.accelerate(guided.pipe, "fastercache", interval=5, warmup=2) as handle:
+    with c4d.accelerate(guided.pipe, "fastercache", **ALONE, interval=5, warmup=2) as handle:
         with pytest.warns(UserWarning, match=r"0 of 10 steps.*no guidance was seen"):
             assert torch.equal(guided.sample(2, guidance=1.0), plain)
         assert strip_of(handle) == "F" * 10
@@ -135,7 +147,7 @@ def test_without_guidance_nothing_is_skipped_and_that_is_said(kind):
 
 def test_a_run_whose_guided_steps_all_run_both_says_so():
     guided = Guided("flux")
-    with c4d.accelerate(guided.pipe, "fastercache", interval=5, warmup=9) as handle:
+    with c4d.accelerate(guided.pipe, "fastercache", **ALONE, interval=5, warmup=9) as handle:
         with pytest.warns(UserWarning, match="0 of 10 steps"):
             guided.sample()
         assert any("every guided step" in note for note in handle.trace.notes)
@@ -186,7 +198,10 @@ def test_guidance_switched_off_midway():
         return kwargs
 
     guided = Guided("sd")
-    with c4d.accelerate(guided.pipe, "fastercache", interval=5, warmup=2) as handle, rows(guided.denoiser) as seen:
+    with (
+        c4d.accelerate(guided.pipe, "fastercache", **ALONE, interval=5, warmup=2) as handle,
+        rows(guided.denoiser) as seen,
+    ):
         original = guided.pipe._callback_tensor_inputs
         guided.pipe._callback_tensor_inputs = ["latents", "prompt_embeds"]
         out = guided.pipe(
@@ -226,7 +241,7 @@ def test_uncond_first_is_refused_where_it_is_named_or_said():
             refused = pytest.raises(CompositionError, match="unconditional branch first")
             with c4d.accelerate(denoiser, "fastercache", warmup=0, **EXACT, **settings), refused:
                 loop(named)
-            with c4d.accelerate(denoiser, "fastercache", interval=1, **settings):
+            with c4d.accelerate(denoiser, "fastercache", **ALONE, interval=1, **settings):
                 loop(named)
 
 
@@ -234,7 +249,7 @@ def test_uncond_first_is_refused_where_it_is_named_or_said():
 def test_equal_prompts_are_exact(kind):
     guided = Guided(kind)
     plain = guided.sample(prompts="equal")
-    with c4d.accelerate(guided.pipe, "fastercache", interval=5, warmup=2):
+    with c4d.accelerate(guided.pipe, "fastercache", **ALONE, interval=5, warmup=2):
         torch.testing.assert_close(guided.sample(prompts="equal"), plain, rtol=1e-4, atol=1e-5)
 
 
@@ -308,7 +323,7 @@ def test_a_branch_computed_after_all_does_not_take_the_other_branch_for_its_own(
     xs = [torch.randn(1, 4, 10, 10).repeat(2, 1, 1, 1) for _ in range(3)]
     calls = [(x, torch.full((2,), 900 - i), torch.tensor([3, 1000])) for i, x in enumerate(xs)]
     plain = denoiser(*calls[2]).sample
-    settings = {"interval": 9, "warmup": 1, "layout": "batched", **EXACT}
+    settings = {"interval": 9, "warmup": 1, "layout": "batched", **GAINS}
     rule = ", ".join(f"{name}={value!r}" for name, value in settings.items())
     with c4d.accelerate(denoiser, "fbcache", threshold=1e9, cfg=f"fastercache({rule})") as handle:
         for call in calls[:2]:

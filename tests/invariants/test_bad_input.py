@@ -230,7 +230,7 @@ def test_a_profile_works(denoiser, tmp_path):
 
 @pytest.mark.parametrize("name", ["taylorseer", "taylorseer-lite", "dbcache", "toca", "fastercache", "fora"])
 def test_a_warm_up_as_long_as_the_run_fails_at_the_first_call(name, denoiser):
-    settings = {"front": 1} if name == "dbcache" else {}
+    settings = {"dbcache": {"front": 1}, "fastercache": {"attention_warmup": 8}}.get(name, {})
     with c4d.accelerate(denoiser, name, warmup=8, **settings) as handle:
         with (
             pytest.raises(SettingError, match="warmup=8 leaves nothing to cache in a run of 8 steps"),
@@ -304,7 +304,7 @@ NEVER = {
     "dbcache": {"threshold": 1e-9, "front": 1, "warmup": 1},
     "fbcache": {"threshold": 1e-9},
     "teacache": {"threshold": 1e-9},
-    "fastercache": {"warmup": 0},  # there is no guidance
+    "fastercache": {"warmup": 0, "attention_interval": 1},  # there is no guidance
 }
 
 

@@ -108,7 +108,7 @@ def test_cached_steps_of_batched_guidance_on_dit_equal_the_full_one(case):
 def test_fastercache_without_gain_equals_the_full_step(batch):
     denoiser = toys.dit()
     plain = toys.dit_loop(denoiser, batch, 1, frozen=True)[0]
-    settings = {"interval": 3, "warmup": 2, "low_gain": 1.0, "high_gain": 1.0}
+    settings = {**toys.ACTIVE["fastercache"], "low_gain": 1.0, "high_gain": 1.0}
     with toys.accelerated(denoiser, "fastercache", settings, num_steps=8) as handle:
         found = toys.dit_loop(denoiser, batch, 8, frozen=True)
         assert handle.stats["strip"] == "FFFhhFhh"
@@ -125,7 +125,7 @@ def test_fastercache_of_sequential_branches_equals_the_full_step_and_skips_the_s
         return denoiser(**inputs, timestep=torch.tensor([0.5])).sample
 
     plain = [call(inputs) for inputs in branches]
-    settings = {"interval": 3, "warmup": 2, "low_gain": 1.0, "high_gain": 1.0}
+    settings = {**toys.ACTIVE["fastercache"], "low_gain": 1.0, "high_gain": 1.0}
     with toys.accelerated(denoiser, "fastercache", settings, num_steps=6):
         for step in range(6):
             for which, inputs in enumerate(branches):

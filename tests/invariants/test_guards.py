@@ -142,7 +142,7 @@ def test_branches_that_follow_a_recomputed_one_are_full_as_well():
 
 def test_a_batched_branch_that_was_recomputed_is_a_full_step():
     denoiser = toys.dit()
-    settings = {"interval": 4, "warmup": 1}
+    settings = {"interval": 4, "warmup": 1, "attention_interval": 1}
 
     def run(at):
         x, labels = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 10])

@@ -9,7 +9,7 @@ import toys
 from cache4diffusion.errors import CompositionError, RunError
 
 STEPS = 12
-NAMES = sorted(set(c4d.METHODS) - set(toys.TRANSFORMER_METHODS) - {"deepcache", *toys.REDUCTIONS})
+NAMES = sorted(set(c4d.METHODS) - set(toys.TRANSFORMER_METHODS) - toys.ELSEWHERE)
 ACTIVE = {name: {} for name in NAMES} | {"z-cache": {"interval": 2, "ahead": 2, "warmup": 1}}
 trajectory = pytest.mark.parametrize("name", NAMES)
 GUIDED = toys.prompt(1, negative=2)

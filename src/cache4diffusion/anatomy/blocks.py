@@ -48,7 +48,7 @@ class BlockView:
     axes: list[int] = field(default_factory=list)  # number of axes of every stream
 
     def look(self, recording: Recording) -> None:
-        """Find the streams: outputs that are an argument plus something, of the same shape."""
+        """Find the streams: outputs that are an argument plus something, of the same shape or one row for all."""
         arguments: dict[int, LeafPath] = {}
         for path, serial in self.call.arguments.items():
             arguments.setdefault(serial, path)
@@ -60,7 +60,7 @@ class BlockView:
             shape = recording.shape(serial)
             if len(shape) < axes or not recording.facts[serial].dtype.is_floating_point:
                 continue
-            reached = [t for t in trunk.reach(serial) if recording.shape(t) == shape and t not in taken]
+            reached = [t for t in trunk.reach(serial) if _leads_to(recording.shape(t), shape) and t not in taken]
             if reached:
                 taken.add(reached[0])
                 self.threads.append(Thread(arguments[reached[0]], reached[0], reached[0], path, serial))
@@ -161,3 +161,8 @@ def written(recording: Recording, serials: set[int], first: int, last: int) -> b
 def tensor_leaves(call: Call) -> list[LeafPath]:
     """Where tensors are in a call's output."""
     return [path for path, leaf in leaves(call.template) if isinstance(leaf, TensorSerial)]
+
+
+def _leads_to(enters: tuple[int, ...], leaves: tuple[int, ...]) -> bool:
+    """Whether what leaves is of the shape that enters, or has many rows where one entered for all."""
+    return enters == leaves or (enters[:1] == (1,) and enters[1:] == leaves[1:])

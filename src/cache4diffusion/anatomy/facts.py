@@ -18,6 +18,7 @@ BESIDE = ("text", "other")
 """Kinds of streams that run beside the image: tokens that lie in no picture."""
 
 PartKind = Literal["attn", "cross_attn", "ffn", "fused", "other"]
+Over = Literal["all", "space", "time"]
 InnerRole = Literal["nan_token", "zero_width", "one_token"]
 
 
@@ -81,6 +82,9 @@ class Part:
         calls: how often the module runs per denoiser call. Where that is more than once, each call is a part.
         turn: which of these calls this is; 0 is the first.
         linears: paths of the linear layers that run once in it, or in a module that runs only to feed it.
+        over: what a token's self-attention reaches: ``space``, the tokens of its own frame; ``time``, those at its own
+            place in all frames; ``all``.
+        context: how many tokens a cross-attention attends to, those of all its contexts together; 0 if it is none.
     """
 
     path: str
@@ -94,6 +98,8 @@ class Part:
     calls: int = 1
     linears: tuple[str, ...] = ()
     turn: int = 0
+    over: Over = "all"
+    context: int = 0
 
     @property
     def name(self) -> str:
@@ -257,6 +263,14 @@ class UNet:
 
 
 @dataclass(frozen=True)
+class Invariant:
+    """A module whose output depends on the prompt alone. ``is_mutated``: somebody writes into it afterwards."""
+
+    path: str
+    is_mutated: bool
+
+
+@dataclass(frozen=True)
 class Signal:
     """The first part of the first main block and the argument that brings it the modulated, normalised stream."""
 
@@ -294,6 +308,7 @@ class Anatomy:
         batch_axes: by module path (``""`` is the denoiser): which axis carries the batch.
         signal: what a gate like TeaCache's watches.
         tokens: length of the image stream in front of the first main block; None if other tokens are joined to it.
+        invariant: the outermost modules that run once, on nothing that changes from step to step.
         notes: what was assumed, and what could not be established.
     """
 
@@ -310,4 +325,5 @@ class Anatomy:
     batch_axes: Mapping[str, Axes] = field(default_factory=dict)
     signal: Signal | None = None
     tokens: int | None = None
+    invariant: tuple[Invariant, ...] = ()
     notes: tuple[str, ...] = ()

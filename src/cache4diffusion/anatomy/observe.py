@@ -13,8 +13,10 @@ from cache4diffusion.anatomy.batch import batch_axes
 from cache4diffusion.anatomy.blocks import BlockView
 from cache4diffusion.anatomy.facts import Anatomy, Signal, Stack
 from cache4diffusion.anatomy.flow import ancestors
+from cache4diffusion.anatomy.invariant import invariant_modules
 from cache4diffusion.anatomy.observing import Stage
 from cache4diffusion.anatomy.parts import BlockReader
+from cache4diffusion.anatomy.reach import with_reach
 from cache4diffusion.anatomy.rehearse import rehearse
 from cache4diffusion.anatomy.stacks import StackFinder, StackView, not_so, parameter_of
 from cache4diffusion.anatomy.tape import Recording
@@ -53,6 +55,9 @@ def observe(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     seams = tuple(finder.is_kept(a, b) for a, b in itertools.pairwise(main))
     rehearsed, failures = rehearse(stage, recording, [finder.fact(view) for view in views])
     notes += failures
+    if roles.latent is not None:
+        rehearsed, failures = with_reach(stage, recording, roles.latent, rehearsed)
+        notes += failures
     stacks = {stack.path: stack for stack in rehearsed}
     axes: Any = {}
     if roles.latent is not None:
@@ -77,6 +82,7 @@ def observe(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         batch_axes=axes,
         signal=_signal(main, recording),
         tokens=_tokens(main, recording),
+        invariant=invariant_modules(recording, conditioning),
         notes=tuple(dict.fromkeys([*notes, *roles.notes, *finder.notes, *levels.notes])),
     )
 

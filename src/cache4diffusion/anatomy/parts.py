@@ -145,6 +145,19 @@ class BlockReader:
             return "cross_attn"
         return "ffn" if linears >= 2 else "other"
 
+    def context(self, call: Call) -> int:
+        """How many tokens from outside the streams the attentions inside attend to."""
+        lengths: dict[int, int] = {}
+        for op in self.recording.ops[call.first : call.last]:
+            is_whole = is_attention(op.name)
+            if not is_whole and op.name not in MATRIX:
+                continue
+            left, right = self._query_and_key(op.name, op.inputs, op.detail)
+            if left in self.depends and right not in self.depends and self._is_input(right):
+                shape = self.recording.shape(right if is_whole else op.outputs[0])
+                lengths.setdefault(op.inputs[0], shape[-2] if is_whole else shape[-1])
+        return sum(lengths.values())
+
     def _query_and_key(self, name: str, inputs: tuple[int, ...], detail: object) -> tuple[int, int]:
         if isinstance(detail, tuple) and len(detail) == 2 and is_attention(name):
             return detail
@@ -206,6 +219,7 @@ class BlockReader:
             is_mutated=written(self.recording, set(call.outputs.values()), call.last, self.call.last),
             calls=self.recording.times[call.path],
             turn=call.turn,
+            context=self.context(call) if self.kind(call) == "cross_attn" else 0,
         )
 
 

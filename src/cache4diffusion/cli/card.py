@@ -13,7 +13,7 @@ from cache4diffusion.cli.show import NOT_REMEASURED, published_of, quotes_publis
 from cache4diffusion.composition import Composition
 from cache4diffusion.gates import FixedInterval
 from cache4diffusion.method import Method
-from cache4diffusion.sites import Parts, Site, Trajectory, UNetLevel
+from cache4diffusion.sites import Parts, PromptModules, SingleContext, Site, Trajectory, UNetEncoder, UNetLevel
 from cache4diffusion.units import size_text
 
 WIDTH = 120
@@ -81,9 +81,15 @@ def needs_of(chosen: Method) -> list[str]:
 
 
 def _needs_of_site(site: Site | None) -> list[str]:
+    if isinstance(site, PromptModules):
+        return ["modules that work on the prompt alone"]
+    if isinstance(site, SingleContext):
+        return ["cross-attention to a single token"]
+    if isinstance(site, Parts) and ("cross_attn" in site.required or site.kinds == ("cross_attn",)):
+        return ["blocks with cross-attention"]
     if isinstance(site, Parts):
         return ["blocks with residual parts (attention, MLP)"]
-    if isinstance(site, UNetLevel):
+    if isinstance(site, (UNetLevel, UNetEncoder)):
         return ["the levels of a U-Net"]
     if isinstance(site, Trajectory):
         return [f"a solver without a history: {', '.join(site.solvers)}"]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cache4diffusion.engine.driver import Inner
 from cache4diffusion.engine.finite import FiniteGuard
+from cache4diffusion.engine.half import Half
 from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.leaves import flatten, get_argument, unflatten
 from cache4diffusion.engine.maps import Grid, grid_of
@@ -37,11 +38,13 @@ class GuidanceState:
     source_step: int = -1
     source: list[Tensor] = field(default_factory=list)  # the source branch's output maps of this step (sequential)
     source_branch: str | None = None
+    target_branch: str | None = None  # the one whose calls are answered from it
     template: Any = None  # how an output is made of tensors
     grid: Grid | None = None  # how its tokens lie in the image
     shape: Any = None  # of the latents the rule's state belongs to
     pairs: int = 0  # steps at which both branches were seen, run or not
     skipped: int = 0  # steps at which one of them was not run
+    last_step: int = 0  # that was called
     unread_finite: Tensor | None = None  # finite check of the last prediction, not read yet
 
 
@@ -86,7 +89,7 @@ class BranchDriver:
     @property
     def is_off(self) -> bool:
         """Whether the rule never skips."""
-        return getattr(self.rule, "interval", 0) == 1
+        return getattr(self.rule, "interval", 0) == 1 or getattr(self.rule, "never_caches", False)
 
     def forget(self, run: int | None) -> None:
         """Drop what is remembered of a run (of all for None)."""
@@ -99,11 +102,12 @@ class BranchDriver:
         self.shortfall, state = "", self._states.get(run)
         if state is None or state.skipped or self.is_off:
             return
-        why = (
-            "every guided step was one that runs both branches"
-            if state.pairs
-            else "no guidance was seen: no call with both branches as halves, no second call in a step"
-        )
+        if state.last_step < self.rule.begins:
+            why = f"the run ended before step {self.rule.begins}, the first at which that may be"
+        elif state.pairs:
+            why = "every guided step was one that runs both branches"
+        else:
+            why = "no guidance was seen: no call with both branches as halves, no second call in a step"
         self.shortfall = f"{self.host.name}: no CFG branch was skipped, because {why}."
         self.host.trace.note(self.shortfall)
 
@@ -121,6 +125,7 @@ class BranchDriver:
         if call.is_edited:  # what is known of how the branches differ was seen under another conditioning
             state.rule = self.rule.init(self.host.store)
         now = GuidedCall(state, Step(call.step, call.run.num_steps), call, latent, inner, args, kwargs)
+        state.last_step = now.step.index
         return self._batched(now) if self._may_be_batched(now) else self._sequential(now)
 
     def _may_be_batched(self, now: GuidedCall) -> bool:
@@ -153,9 +158,9 @@ class BranchDriver:
         if now.state.shape != now.latent.shape:
             now.state.rule, now.state.shape = self.rule.init(self.host.store), now.latent.shape
 
-    def _run(self, now: GuidedCall) -> Any:
-        """The call as it is."""
-        return self.run_branch(now.call, now.latent, now.inner, now.args, now.kwargs)
+    def _run(self, now: GuidedCall, twin: str | None = None) -> Any:
+        """The call as it is; its features are merged with those of another branch."""
+        return self.run_branch(now.call, now.latent, now.inner, now.args, now.kwargs, twin=twin)
 
     # -- both branches in one call ---------------------------------------------------------------------------------
 
@@ -164,7 +169,8 @@ class BranchDriver:
         batch, half = latent.shape[0], latent.shape[0] // 2
         self._fit(now)
         halves = (list(range(half)), list(range(half, batch)))
-        predicted_rows, source_rows = halves if self.batch_order == "uncond-cond" else halves[::-1]
+        is_source_last = (self.rule.source == "cond") == (self.batch_order == "uncond-cond")
+        predicted_rows, source_rows = halves if is_source_last else halves[::-1]
         is_cached = self.rule.is_cached(state.rule, step)
         if is_cached and not self._is_batched(now):
             state.rule = self.rule.init(self.host.store)
@@ -182,7 +188,10 @@ class BranchDriver:
         self.rule.prefetch(state.rule)  # while the source branch is computed
         sub_args, sub_kwargs = self.host.rows(now.args, now.kwargs, source_rows, batch)
         sub_latent = latent[source_rows[0] : source_rows[-1] + 1]
-        output = self.run_branch(now.call, sub_latent, now.inner, sub_args, sub_kwargs, is_half=True)
+        shared = None
+        if self.rule.shares_history:
+            shared = Half(now.args, now.kwargs, source_rows, predicted_rows if self.rule.merges else None)
+        output = self.run_branch(now.call, sub_latent, now.inner, sub_args, sub_kwargs, is_half=True, shared=shared)
         maps = self._maps(now, output)
         self.rule.commit(state.rule, step)
         others = self.rule.predict(state.rule, step, maps)
@@ -196,7 +205,7 @@ class BranchDriver:
             record = self.host.trace.records[-1]
             record.symbol = FULL if record.symbol == HALF else MIXED
             record.reason = "not finite, recomputed"
-        pairs = [(u, c) if self.batch_order == "uncond-cond" else (c, u) for u, c in zip(others, maps, strict=True)]
+        pairs = [(p, s) if is_source_last else (s, p) for p, s in zip(others, maps, strict=True)]
         return self._output(state, [torch.cat(pair) for pair in pairs])
 
     # -- one call per branch ---------------------------------------------------------------------------------------
@@ -210,18 +219,22 @@ class BranchDriver:
     def _sequential(self, now: GuidedCall) -> Any:
         state, step, latent, kind = now.state, now.step, now.latent, _kind(now.call.branch)
         if now.call.ordinal == 0:
-            if kind == "uncond" and not self.is_off:
+            if kind == "uncond" and not self.is_off and not self.rule.takes_either:
                 raise self._wrong_order()
+            twin = None
             if self.rule.is_cached(state.rule, step):
                 self.rule.prefetch(state.rule)
-            output = self._run(now)
+                twin = state.target_branch if self.rule.merges else None
+            output = self._run(now, twin)
             self._keep_source(now, self._maps(now, output))
             return output
-        is_target = kind == "uncond" or (now.call.ordinal == 1 and kind is None)
+        is_second = now.call.ordinal == 1 and (kind is None or self.rule.takes_either)
+        is_target = is_second or (kind == "uncond" and not self.rule.takes_either)
         has_source = state.source_step == step.index and bool(state.source)
         if not is_target or not has_source or state.source[0].shape[0] != latent.shape[0]:
             return self._run(now)
-        if self.rule.batch_order == "uncond-cond" and kind is None and not self.is_off:
+        is_wrong = self.rule.batch_order == "uncond-cond" and kind is None and not self.rule.takes_either
+        if is_wrong and not self.is_off:
             raise self._wrong_order()
         if latent.shape[0] % 2 == 0 and state.layouts.get(latent.shape) is None:
             state.layouts[latent.shape], state.rule = False, self.rule.init(self.host.store)
@@ -235,7 +248,7 @@ class BranchDriver:
                 return self._skip(now, maps, start)
         output = self._run(now)
         self.rule.update(state.rule, step, state.source, self._maps(now, output))
-        state.source = []
+        state.source, state.target_branch = [], now.call.branch
         return output
 
     def _skip(self, now: GuidedCall, maps: list[Tensor], start: float) -> Any:
@@ -243,7 +256,7 @@ class BranchDriver:
         state, call = now.state, now.call
         output = self._output(state, maps)
         state.skipped, state.source = state.skipped + 1, []
-        if _kind(call.branch) is None and self.rule.batch_order == "auto":
+        if _kind(call.branch) is None and self.rule.batch_order == "auto" and not self.rule.takes_either:
             self.host.note(
                 f"the first of a step's calls was taken for the conditional branch ({state.source_branch}); say "
                 "batch_order='cond-uncond' to confirm."
@@ -289,7 +302,7 @@ class BranchDriver:
         leaves, spec = flatten(output)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         state.template = ([None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves], spec)
-        if tensors[0].ndim != 3:
+        if tensors[0].ndim != 3 or not self.rule.needs_maps:
             state.grid = None
         elif state.grid is None or state.grid.height * state.grid.width != tensors[0].shape[1]:
             denoiser = self.host.plain

@@ -30,6 +30,7 @@ from cache4diffusion.engine.branches import BranchDriver
 from cache4diffusion.engine.driver import Driver, Inner
 from cache4diffusion.engine.finite import FiniteGuard, NanGuard
 from cache4diffusion.engine.group import ALONE, Alone, group_of
+from cache4diffusion.engine.half import Half
 from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.leaves import specs_of
 from cache4diffusion.engine.listener import Listener
@@ -388,6 +389,8 @@ class Engine:
         kwargs: dict[str, Any],
         *,
         is_half: bool = False,
+        shared: Half | None = None,
+        twin: str | None = None,
     ) -> Any:
         """Run one call of one branch through the site.
 
@@ -398,7 +401,9 @@ class Engine:
             args: its positional arguments.
             kwargs: its keyword arguments.
             is_half: whether these are the rows of one CFG branch only, of a call that had both. What is cached for
-                them is kept apart from what is cached for both.
+                them is kept apart from what is cached for both, unless it is shared.
+            shared: the whole call, where rows of one branch go on with what was cached for both.
+            twin: a branch that is not run any more; predictions are means of its features and those of this one.
         """
         step = Step(call.step, call.run.num_steps)
         start, event = time.perf_counter(), self.timer.events(latent.device)
@@ -406,18 +411,27 @@ class Engine:
             output = inner(*args, **kwargs)
             record = Record(self.name, call.run.id, step.index, call.branch, FULL, "no site", None)
         else:
-            branch = _source_of(call.branch) if is_half else call.branch
+            branch = _source_of(call.branch) if is_half and shared is None else call.branch
             timestep, _, conditioning = self.host.inputs.split(args, kwargs)
-            state = self._state(call.run.id, branch, latent, conditioning)
-            context = Context(call, step, state, latent.shape[0], kwargs=kwargs, latent=latent, timestep=timestep)
+            if shared is None:
+                state = self._state(call.run.id, branch, latent, conditioning)
+                context = Context(call, step, state, latent.shape[0], kwargs=kwargs, latent=latent, timestep=timestep)
+                other = None if twin is None else self._states.get((call.run.id, twin))
+                context.twin = None if other is None else (other, None)
+            else:
+                _, whole, conditioning = self.host.inputs.split(shared.args, shared.kwargs)
+                state = self._state(call.run.id, branch, whole, conditioning)
+                context = Context(call, step, state, whole.shape[0], kwargs=kwargs, latent=latent, timestep=timestep)
+                context.rows = shared.rows
+                context.twin = None if shared.twins is None else (state, shared.twins)
             output = self.runner.run(context, inner, args, kwargs)
             record = self.runner.record(context)
         if is_half:
             record.reason += ", one branch only"
             record.symbol = HALF if record.symbol == FULL else record.symbol
         self._note_call(record, start, event, latent)
-        if record.symbol != CACHED:  # a cached step takes nothing in
-            self.account()
+        if record.symbol != CACHED or (self.driver is not None and self.driver.keeps_when_cached):
+            self.account()  # most cached steps take nothing in
         return output
 
 

@@ -79,7 +79,7 @@ class Decisions:
         """Whether a schedule's full step fell where this branch was not called: its CFG rule skipped it, or guidance
         paused. Gates that watch something see by themselves how far things have moved.
         """
-        last, gate = context.state.last_step, self.composition.gate
+        last, gate = context.last_step, self.composition.gate
         if last is None or gate is None or gate.watch is not None:
             return False
         missed = [Step(index, context.step.num_steps) for index in range(last + 1, context.step.index)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from cache4diffusion.anatomy import Anatomy
 from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.state import BranchState, Context
-from cache4diffusion.predictors import Corrector, Predictor, Sited
+from cache4diffusion.predictors import Corrector, History, Predictor, Sited
 from cache4diffusion.storage import PLAIN, Store
 from cache4diffusion.trace import CACHED, PARTIAL, Reductions
 from cache4diffusion.wrap import CallWrapper, ForwardWrapper
@@ -75,6 +75,7 @@ class Driver(ABC):
     needs_anatomy = True
     splits_rows = False  # whether it treats rows apart itself; else the engine calls it once per group of rows
     is_late = False  # whether what a call computed is recorded only after it, at the scheduler
+    keeps_when_cached = False  # whether cached steps change what is held
     needs_blocks = False  # whether the engine must wrap the main blocks' calls for `on_block`
 
     def __init__(self, host: Host, site: Any) -> None:
@@ -146,7 +147,10 @@ class Driver(ABC):
     ) -> None:
         """Take in what a full step computed at a site, for the rows of the call (or only the given ones of them)."""
         predictor = self.host.predictor
-        take_in(predictor, context, name, leaves, seen, rows, self.host.store)
+        kept = leaves
+        if self.host.composition.splits_rows and not isinstance(predictor, Corrector):
+            kept = self._by_sample(context, name, leaves, rows)
+        take_in(predictor, context, name, kept, seen, rows, self.host.store)
         if isinstance(predictor, Corrector):
             flops = predictor.flops(context.state.sites[name], leaves)
             self.corrections[self.path_of(name)] = flops * context.batch // max(leaves[0].shape[0], 1)
@@ -160,7 +164,36 @@ class Driver(ABC):
         leaves, rows = self.predicted(context, name, seen, rows), context.rows if rows is None else rows
         self.host.predictor.commit(context.state.sites[name], leaves, context.time, rows)
         self.bring_after(context, name)
-        return leaves
+        if context.twin is not None:
+            leaves = self._with_twin(context, context.twin, name, leaves)
+        return [leaf.flatten(0, 1) for leaf in leaves] if name in context.state.folded else leaves
+
+    @staticmethod
+    def _by_sample(
+        context: Context, name: str, leaves: Sequence[Tensor], rows: Sequence[int] | None
+    ) -> Sequence[Tensor]:
+        """The leaves with an axis for the samples in front, where frames or places are folded into the rows."""
+        rows = context.rows if rows is None else rows
+        count = context.batch if rows is None else len(rows)
+        is_folded = all(leaf.shape[0] > count and leaf.shape[0] % count == 0 for leaf in leaves)
+        (context.state.folded.add if is_folded else context.state.folded.discard)(name)
+        return [leaf.unflatten(0, (count, -1)) for leaf in leaves] if is_folded else leaves
+
+    def _with_twin(
+        self, context: Context, twin: tuple[BranchState, list[int] | None], name: str, leaves: list[Tensor]
+    ) -> list[Tensor]:
+        """The mean of both branches' features, if both were computed last at the same step."""
+        state, rows = twin
+        own, other = context.state.sites[name], state.sites.get(name)
+        if not isinstance(own, History) or not isinstance(other, History) or other.is_empty:
+            return leaves
+        newest = [
+            track.times[0] for history, its in ((own, context.rows), (other, rows)) for track in history.of(its or (0,))
+        ]
+        if len(set(newest)) != 1:
+            return leaves
+        theirs = self.host.predictor.predict(other, context.time, rows)
+        return [(mine + theirs) / 2 for mine, theirs in zip(leaves, theirs, strict=True)]
 
     def predicted(
         self, context: Context, name: str, seen: Sequence[Tensor] = (), rows: Sequence[int] | None = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from cache4diffusion.engine.attentions import AttentionsDriver
 from cache4diffusion.engine.denoiser import DenoiserDriver
 from cache4diffusion.engine.driver import Driver
+from cache4diffusion.engine.encoder import EncoderDriver
 from cache4diffusion.engine.gated import GatedPartsDriver
 from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.last_stream import LastStreamDriver
@@ -11,12 +13,15 @@ from cache4diffusion.engine.level import LevelDriver
 from cache4diffusion.engine.linears import LinearsDriver
 from cache4diffusion.engine.mixed import MixedScoreDriver
 from cache4diffusion.engine.parts import PartsDriver
+from cache4diffusion.engine.prompt_modules import PromptModulesDriver
 from cache4diffusion.engine.reducing import ReductionDriver
 from cache4diffusion.engine.scaled import ScaledPartsDriver
+from cache4diffusion.engine.single_context import SingleContextDriver
 from cache4diffusion.engine.span import BlocksDriver, SpanDriver, SwitchingSpanDriver
 from cache4diffusion.engine.trajectory import TrajectoryDriver
 from cache4diffusion.errors import CompositionError
 from cache4diffusion.sites import (
+    Attentions,
     Blocks,
     Denoiser,
     GatedParts,
@@ -24,12 +29,15 @@ from cache4diffusion.sites import (
     MixedScore,
     Parts,
     PartsAndStream,
+    PromptModules,
     Reduced,
     ScaledParts,
+    SingleContext,
     Site,
     Span,
     SwitchingSpan,
     Trajectory,
+    UNetEncoder,
     UNetLevel,
 )
 
@@ -39,13 +47,17 @@ DRIVERS: dict[type[Site], type[Driver]] = {
     SwitchingSpan: SwitchingSpanDriver,
     Blocks: BlocksDriver,
     Parts: PartsDriver,
+    Attentions: AttentionsDriver,
     Linears: LinearsDriver,
     GatedParts: GatedPartsDriver,
     MixedScore: MixedScoreDriver,
     ScaledParts: ScaledPartsDriver,
+    SingleContext: SingleContextDriver,
+    PromptModules: PromptModulesDriver,
     PartsAndStream: LastStreamDriver,
     Reduced: ReductionDriver,
     UNetLevel: LevelDriver,
+    UNetEncoder: EncoderDriver,
     Trajectory: TrajectoryDriver,
 }
 

@@ -186,8 +186,8 @@ class Host:
                 if axis == -1 and batch in leaf.shape:
                     raise AnatomyError(
                         f"Whether argument {_words(_by_name(names, path))} of {found.denoiser} carries the batch could "
-                        "not be established, so rows cannot be treated apart. Use a method without cfg='fastercache' "
-                        "and decide='row'."
+                        "not be established, so rows cannot be treated apart. Use a method that runs both CFG "
+                        "branches and decide='batch'."
                     )
                 if axis is not None and axis >= 0:
                     axes[path] = axis

@@ -91,6 +91,7 @@ class _Seen:
     is_tensor: list[bool]
     spec: Any
     predicted: list[int]  # leaves that are predicted; nobody needs the others
+    same: dict[int, int]  # leaves that are the same tensor as one that is predicted
     written: set[int] = field(default_factory=set)  # leaves the host wrote into afterwards
 
 
@@ -138,7 +139,7 @@ class LevelDriver(Driver):
                 f"{anatomy.denoiser} has no U-Net levels (down blocks whose outputs up blocks read again). Methods for "
                 "transformers may work: 'taylorseer', 'dbcache', 'fora'."
             )
-        self.cut = cut(anatomy.unet, self.site)
+        self.cut = self.find_cut(anatomy.unet)
         for path in self.bypassed():
             module = self.host.denoiser.get_submodule(path)
 
@@ -146,6 +147,10 @@ class LevelDriver(Driver):
                 return self._on_module(path, inner, args, kwargs)
 
             self._wrappers.append(CallWrapper(module, handler))
+
+    def find_cut(self, unet: UNet) -> Cut:
+        """Where the U-Net is cut."""
+        return cut(unet, self.site)
 
     def uninstall(self) -> None:
         """Unwrap."""
@@ -191,8 +196,11 @@ class LevelDriver(Driver):
         leaves, spec = flatten(output)
         is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
         facts = [(leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        seen = known[path] = _Seen(facts, is_tensor, spec, self._predicted(path, output, leaves))
-        others = [place for place, flag in enumerate(is_tensor) if flag and place not in seen.predicted]
+        predicted = self._predicted(path, output, leaves)
+        rest = [place for place, flag in enumerate(is_tensor) if flag and place not in predicted]
+        same = {place: other for place in rest for other in predicted if leaves[place] is leaves[other]}
+        seen = known[path] = _Seen(facts, is_tensor, spec, predicted, same)
+        others = [place for place in rest if place not in same]
         self._watched += [_Watched(leaves[place], seen, place) for place in others]
         features = [leaves[place] for place in seen.predicted]
         if features:
@@ -208,9 +216,14 @@ class LevelDriver(Driver):
 
     def _stand_in(self, context: Context, path: str, seen: _Seen) -> Any:
         features: dict[int, Tensor] = {}
+        copies: int = context.scratch.get("copies", 1)
         if seen.predicted:
             predicted = own(self.forecast(context, path), context.state.sites[path])
+            predicted = (
+                predicted if copies == 1 else [leaf.repeat(copies, *[1] * (leaf.ndim - 1)) for leaf in predicted]
+            )
             features = dict(zip(seen.predicted, predicted, strict=True))
+            features |= {place: features[other] for place, other in seen.same.items()}
         blanks: dict[Any, Tensor] = context.scratch.setdefault("blanks", {})
         filled: list[Any] = []
         for place, (leaf, flag) in enumerate(zip(seen.leaves, seen.is_tensor, strict=True)):
@@ -222,6 +235,7 @@ class LevelDriver(Driver):
                 shape, dtype, device = leaf
                 if context.rows is not None:
                     shape = (shape[0] // context.batch * len(context.rows), *shape[1:])
+                shape = (shape[0] * copies, *shape[1:])
                 is_written = place in seen.written
                 key = (shape if is_written else None, dtype, device)
                 if key not in blanks:

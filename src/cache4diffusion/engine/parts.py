@@ -7,7 +7,7 @@ switch that the wrappers read, and keeps and predicts what they ask for.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, get_args
 
@@ -69,19 +69,18 @@ class PartsDriver(Driver):
         unserved: list[str] = []
         shared: list[str] = []
         tells_turns = self._tells_turns()
-        for position, block in blocks_of(self.host):
-            for name, part in self.sites_of(block):
-                if not self.serves(name):
-                    unserved.append(name)
-                    continue
-                if part.calls > 1 and not tells_turns:
-                    shared.append(part.path)
-                    continue
-                decision = {"one": "", "kind": part.kind, "part": name}[self.site.decisions]
-                if decision not in self._names:
-                    self._names.append(decision)
-                key = self._names.index(decision)
-                self.sites.append(self.part_site(name, part, position, modules[part.path], self, key))
+        for position, name, part in self.all_sites():
+            if not self.serves(name):
+                unserved.append(name)
+                continue
+            if part.calls > 1 and not tells_turns:
+                shared.append(part.path)
+                continue
+            decision = self.decision_for(name, part)
+            if decision not in self._names:
+                self._names.append(decision)
+            key = self._names.index(decision)
+            self.sites.append(self.part_site(name, part, position, modules[part.path], self, key))
         self._leave_out(shared, anatomy)
         self._wrap_turns()
         wrapped = self._served_wholly()
@@ -103,12 +102,15 @@ class PartsDriver(Driver):
             )
         if unserved:
             self.host.note(f"{words} has no numbers for {len(unserved)} sites ({unserved[0]} ...): they always run.")
-        if not self.sites:
+        missing = set(self.site.required) - {site.part.kind for site in self.sites}
+        if missing and self.sites:
             raise AnatomyError(
-                f"{anatomy.denoiser} has no parts of the kinds {', '.join(self.site.kinds)} that can be told apart. "
-                "Methods for spans ('fbcache', 'teacache') or the whole denoiser ('taylorseer-lite') may work. If its "
-                "blocks have parts, say which: c4d.declare(denoiser, parts={'mix': 'attn', 'map': 'ffn'})."
+                f"{anatomy.denoiser} has no parts of the kind {' or '.join(sorted(missing))}, and "
+                f"{type(self.host.gate).__name__} is for those. Where text runs along with the image (joint attention) "
+                "there is no cross-attention: methods for all parts ('fora', 'taylorseer') may work."
             )
+        if not self.sites:
+            raise self.nothing_found(anatomy)
         if self.tokens is not None:
             self.tokens.install(anatomy, {r.inner.path: r for r in self.resting})
 
@@ -149,9 +151,27 @@ class PartsDriver(Driver):
         """Why blocks must not be compiled while this is installed; None if they may be."""
         return TURNS if self.turns else None
 
+    def nothing_found(self, anatomy: Anatomy) -> AnatomyError:
+        """What is said where the denoiser has none of them."""
+        return AnatomyError(
+            f"{anatomy.denoiser} has no parts of the kinds {', '.join(self.site.kinds)} that can be told apart. "
+            "Methods for spans ('fbcache', 'teacache') or the whole denoiser ('taylorseer-lite') may work. If its "
+            "blocks have parts, say which: c4d.declare(denoiser, parts={'mix': 'attn', 'map': 'ffn'})."
+        )
+
+    def all_sites(self) -> Iterator[tuple[int, str, Part]]:
+        """What is cached, with the position of its block and the name of its site."""
+        for position, block in blocks_of(self.host):
+            for name, part in self.sites_of(block):
+                yield position, name, part
+
     def sites_of(self, block: Block) -> list[tuple[str, Part]]:
         """What is cached of a block, each with the name of its site."""
         return [(part.name, part) for part in parts_of(block, self.site)]
+
+    def decision_for(self, name: str, part: Part) -> str:
+        """What the decision is called that a part follows."""
+        return {"one": "", "kind": part.kind, "part": name}[self.site.decisions]
 
     def _find_entrances(self) -> None:
         """Where modules in front of a part rest with it, what enters the first of them is what enters the part."""

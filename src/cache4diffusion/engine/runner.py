@@ -80,7 +80,7 @@ class SiteRunner:
             self._active = None
         if self.host.listener is not None and not self.driver.is_late:
             self.host.listener.hear_call(context, take_apart(output)[0])
-        state.last_step = context.step.index
+        context.end()
         if not self.driver.is_late:
             self.driver.bring_first(state, context.time + 1)
         return output
@@ -116,7 +116,7 @@ class SiteRunner:
     ) -> Any:
         self._forget(context, flaw)
         self.decisions.revoke(context, f"{flaw}, recomputed")
-        context.rows, context.is_checked, context.scratch, context.is_recomputed = None, False, {}, True
+        context.is_checked, context.scratch, context.is_recomputed = False, {}, True
         context.passing, context.passed = frozenset(), 0
         self._active = context
         return self.driver.run(context, inner, args, kwargs)

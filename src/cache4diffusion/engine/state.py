@@ -70,8 +70,10 @@ class BranchState:
     broadcast: dict[str, tuple[bool, ...]] = field(default_factory=dict)  # streams that enter with one row for all
     tokens: dict[str, Any] = field(default_factory=dict)  # token-rule states, by site name
     extra: dict[str, Any] = field(default_factory=dict)  # a driver's own
+    folded: set[str] = field(default_factory=set)  # sites whose rows are several to a sample
     routes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # blocks that ran at a span, where not all did
-    last_step: int | None = None  # at which the branch was called
+    last_step: int | None = None  # at which the branch was called, with all rows
+    last_of_rows: dict[tuple[int, ...], int] = field(default_factory=dict)  # likewise, with these rows alone
     unread_finite: Tensor | None = None  # finite check of the last cached output, not read yet
 
     def tensors(self) -> Iterator[Tensor]:
@@ -110,6 +112,7 @@ class Context:
     latent: Tensor | None = None  # what is denoised (the rows that this part concerns)
     timestep: Any = None  # what the denoiser was told of the time
     rows: list[int] | None = None  # which of them this part concerns; None for all
+    twin: tuple[BranchState, list[int] | None] | None = None  # where the features lie that go half into each prediction
     verdicts: dict[int, Verdict] = field(default_factory=dict)
     is_checked: bool = False  # whether a verification is due
     is_recomputed: bool = False  # whether this is the second attempt, in full, at a prediction that was not finite
@@ -121,6 +124,22 @@ class Context:
     def time(self) -> float:
         """Coordinate of this step for predictors: its index."""
         return float(self.step.index)
+
+    @property
+    def last_step(self) -> int | None:
+        """At which these rows were computed or predicted last."""
+        last = self.state.last_step
+        if self.rows is None:
+            return last
+        alone = self.state.last_of_rows.get(tuple(self.rows))
+        return max((step for step in (last, alone) if step is not None), default=None)
+
+    def end(self) -> None:
+        """The call is over."""
+        if self.rows is None:
+            self.state.last_step = self.step.index
+        else:
+            self.state.last_of_rows[tuple(self.rows)] = self.step.index
 
     @property
     def verdict(self) -> Verdict | None:

@@ -21,8 +21,10 @@ from cache4diffusion.gates.base import (
     Verification,
     Watch,
 )
+from cache4diffusion.gates.broadcast import Broadcast
 from cache4diffusion.gates.code_table import CodeTable
 from cache4diffusion.gates.entrance import EntranceThreshold
+from cache4diffusion.gates.frozen import FrozenCross
 from cache4diffusion.gates.guards import (
     ForceLast,
     Guard,
@@ -61,7 +63,9 @@ GATES = {
     "quadratic": Quadratic,
     "widening": WideningInterval,
     "timetable": Timetable,
+    "broadcast": Broadcast,
     "code-table": CodeTable,
+    "frozen-cross": FrozenCross,
     "mask": StepMask,
     "magnitude": MagnitudeError,
     "accumulated": AccumulatedChange,
@@ -80,6 +84,7 @@ __all__ = [
     "WATCHES",
     "AccumulatedChange",
     "AdaptiveInterval",
+    "Broadcast",
     "CodeTable",
     "Drift",
     "Entrance",
@@ -87,6 +92,7 @@ __all__ = [
     "FixedInterval",
     "ForceLast",
     "Front",
+    "FrozenCross",
     "Gate",
     "Guard",
     "LearnedScore",

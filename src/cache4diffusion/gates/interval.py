@@ -26,6 +26,7 @@ class FixedInterval(StaticGate):
         anchor: see above.
         warmup: first steps that are always full, 0 or more. With ``"first"`` and ``"last"`` they do not shift the
             schedule.
+        offset: with ``"first"``, the step the count begins at: full where ``(step - offset) % interval == 0``.
 
     Raises:
         SettingError: a value is out of range.
@@ -34,12 +35,15 @@ class FixedInterval(StaticGate):
     interval: int = 5
     anchor: Literal["first", "last", "warmup"] = "first"
     warmup: int = 0
+    offset: int = 0
 
     def __post_init__(self) -> None:
         if self.interval < 1:
             raise SettingError(f"FixedInterval(interval={self.interval}): interval must be 1 (never cached) or more.")
         if self.warmup < 0:
             raise SettingError(f"FixedInterval(warmup={self.warmup}): warmup must be 0 or more.")
+        if self.offset < 0 or (self.offset and self.anchor != "first"):
+            raise SettingError(f"FixedInterval(offset={self.offset}): offset must be 0 or more, with anchor='first'.")
         if self.anchor not in ("first", "last", "warmup"):
             raise SettingError(f"FixedInterval(anchor={self.anchor!r}): anchor must be 'first', 'last' or 'warmup'.")
 
@@ -58,4 +62,4 @@ class FixedInterval(StaticGate):
             return (step.num_steps - 1 - i) % self.interval != 0
         if self.anchor == "warmup":
             return (i - max(self.warmup, 1) + 1) % self.interval != 0
-        return i % self.interval != 0
+        return (i - self.offset) % self.interval != 0

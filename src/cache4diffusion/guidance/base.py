@@ -7,7 +7,7 @@ predicted branch is not run, and how its output is made from the source branch's
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -17,7 +17,16 @@ from cache4diffusion.storage import PLAIN, Store
 
 @runtime_checkable
 class BranchRule(Protocol):
-    """Frozen settings; the state belongs to the engine."""
+    """Frozen settings; the state belongs to the engine.
+
+    A class says which branch always runs (``source``; the other one is predicted from it), whether the first of two
+    calls is the source, whichever it is (``takes_either``), and whether outputs are handed over as maps, also where
+    they come as tokens in a row (``needs_maps``).
+    """
+
+    source: ClassVar[Literal["cond", "uncond"]]
+    takes_either: ClassVar[bool]
+    needs_maps: ClassVar[bool]
 
     @property
     def needs_num_steps(self) -> bool:
@@ -32,6 +41,22 @@ class BranchRule(Protocol):
     @property
     def batch_order(self) -> Literal["auto", "uncond-cond", "cond-uncond"]:
         """Which half of a batched call is which."""
+        ...
+
+    @property
+    def begins(self) -> int:
+        """The first step at which a branch may be skipped."""
+        ...
+
+    @property
+    def shares_history(self) -> bool:
+        """Whether the site's features that were computed for both branches serve the source when it runs alone."""
+        ...
+
+    @property
+    def merges(self) -> bool:
+        """Whether it then goes on with the mean of both branches' features, where both were computed last at one
+        step."""
         ...
 
     def init(self, store: Store = PLAIN) -> Any:

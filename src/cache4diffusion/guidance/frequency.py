@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -61,6 +61,8 @@ class FrequencyResidual:
             rows is one), or one call each (``"sequential"``). ``"auto"`` sees it from the calls: both halves denoise
             the same latents under different conditioning.
         batch_order: which half of a batched call is which; in sequential guidance which call comes first.
+        shares_history: whether parts' features that were computed for both branches of a batched call serve the
+            conditional one on steps where it runs alone.
 
     Raises:
         SettingError: a value is out of range.
@@ -76,6 +78,11 @@ class FrequencyResidual:
     high_from: float = 0.6
     layout: Literal["auto", "batched", "sequential"] = "auto"
     batch_order: Literal["auto", "uncond-cond", "cond-uncond"] = "auto"
+    shares_history: bool = False
+
+    source: ClassVar[Literal["cond", "uncond"]] = "cond"
+    takes_either: ClassVar[bool] = False
+    needs_maps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.interval < 1 or self.warmup < 0:
@@ -103,6 +110,16 @@ class FrequencyResidual:
     def needs_num_steps(self) -> bool:
         """The windows are fractions of the run; without gains they do not matter."""
         return self.interval > 1 and (self.low_gain != 1 or self.high_gain != 1)
+
+    @property
+    def merges(self) -> bool:
+        """The branches' features stay apart."""
+        return False
+
+    @property
+    def begins(self) -> int:
+        """Behind the warm-up, and behind a step with both branches."""
+        return max(self.warmup, 1)
 
     def init(self, store: Store = PLAIN) -> FrequencyState:
         """Nothing is known."""

@@ -17,6 +17,7 @@ from cache4diffusion.methods.dpcache import DPCache
 from cache4diffusion.methods.duca import DuCa
 from cache4diffusion.methods.easycache import EasyCache
 from cache4diffusion.methods.fastcache import FastCache
+from cache4diffusion.methods.faster_diffusion import FasterDiffusion
 from cache4diffusion.methods.fastercache import FasterCache
 from cache4diffusion.methods.fbcache import FBCache
 from cache4diffusion.methods.feb_cache import FEBCache
@@ -38,20 +39,25 @@ from cache4diffusion.methods.magcache import MagCache
 from cache4diffusion.methods.md_dit import MDDiT
 from cache4diffusion.methods.meancache import MeanCache
 from cache4diffusion.methods.newton import Newton
+from cache4diffusion.methods.pab import PAB
 from cache4diffusion.methods.scm import SCM
 from cache4diffusion.methods.seacache import SeaCache
 from cache4diffusion.methods.skip_dit import SkipDiT
 from cache4diffusion.methods.smoothcache import SmoothCache
 from cache4diffusion.methods.speca import SpeCa
 from cache4diffusion.methods.spectrum import Spectrum
+from cache4diffusion.methods.t_gate_v1 import TGateV1
+from cache4diffusion.methods.t_gate_v2 import TGateV2
 from cache4diffusion.methods.taocache import TaoCache
 from cache4diffusion.methods.taylorseer import TaylorSeer
 from cache4diffusion.methods.taylorseer_lite import TaylorSeerLite
 from cache4diffusion.methods.teacache import TeaCache
+from cache4diffusion.methods.text_kv_cache import TextKVCache
 from cache4diffusion.methods.toca import ToCa
 from cache4diffusion.methods.todo import ToDo
 from cache4diffusion.methods.tofu import ToFu
 from cache4diffusion.methods.tome import ToMe
+from cache4diffusion.methods.vcut import VCUT
 from cache4diffusion.methods.waveex import WaveEx
 from cache4diffusion.methods.z_cache import ZCache
 
@@ -61,7 +67,9 @@ __all__ = [
     "ICC",
     "L2C",
     "L2P",
+    "PAB",
     "SCM",
+    "VCUT",
     "ABCache",
     "AdaCache",
     "BACache",
@@ -82,6 +90,7 @@ __all__ = [
     "FRDiff",
     "FastCache",
     "FasterCache",
+    "FasterDiffusion",
     "FeMO",
     "FoCa",
     "Fora",
@@ -100,10 +109,13 @@ __all__ = [
     "SmoothCache",
     "SpeCa",
     "Spectrum",
+    "TGateV1",
+    "TGateV2",
     "TaoCache",
     "TaylorSeer",
     "TaylorSeerLite",
     "TeaCache",
+    "TextKVCache",
     "ToCa",
     "ToDo",
     "ToFu",

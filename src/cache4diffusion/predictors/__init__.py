@@ -23,6 +23,7 @@ from cache4diffusion.predictors.tao import ScaledDelta
 from cache4diffusion.predictors.taylor import Taylor
 from cache4diffusion.predictors.two_sided import TwoSided
 from cache4diffusion.predictors.wavelet import WaveletExtrapolation
+from cache4diffusion.predictors.weighted_change import WeightedChange
 
 # Names under which a predictor can be given in a composition, as in predictor="newton(order=2)".
 PREDICTORS = {
@@ -44,6 +45,7 @@ PREDICTORS = {
     "two-sided": TwoSided,
     "mean-velocity": MeanVelocity,
     "wavelet": WaveletExtrapolation,
+    "weighted-change": WeightedChange,
     "increment": Increment,
     "linear-map": LinearMap,
     "learned": LearnedCombination,
@@ -79,6 +81,7 @@ __all__ = [
     "Taylor",
     "TwoSided",
     "WaveletExtrapolation",
+    "WeightedChange",
     "Weights",
     "scaled_and_shifted",
     "weighted_sum",

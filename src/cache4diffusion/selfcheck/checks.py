@@ -24,7 +24,7 @@ from cache4diffusion.predictors import Reuse
 from cache4diffusion.selfcheck.inside import Probe, always_resting, counted, newcomers, poison
 from cache4diffusion.selfcheck.stage import Case, Failed, NotApplicable, Stage, Subject
 from cache4diffusion.selfcheck.values import all_equal, difference, distance, kind, tensors
-from cache4diffusion.sites import Denoiser, Parts, UNetLevel
+from cache4diffusion.sites import Denoiser, Parts, SingleContext, UNetLevel
 from cache4diffusion.wrap import owner_of
 
 # --- on whole runs ----------------------------------------------------------------------------------------------------
@@ -294,13 +294,15 @@ def _is_exact(composition: Composition) -> bool:
     """Whether what is reused is the feature itself and nothing is added to it."""
     is_whole = isinstance(composition.site, (Denoiser, Parts, UNetLevel))
     is_whole = is_whole and getattr(composition.site, "form", "output") == "output"
-    is_reuse = isinstance(composition.predictor, Reuse)
+    is_reuse = isinstance(composition.predictor, Reuse) and not isinstance(composition.site, SingleContext)
     return is_whole and is_reuse and composition.tokens is None and composition.cfg is None
 
 
 def _keeps_constants(composition: Composition) -> bool:
-    """Whether a feature that never changes is predicted as it is; some fits and regressions do not."""
-    return getattr(composition.predictor, "keeps_constants", True)
+    """Whether an output that never changes is predicted as it is; some fits and regressions do not, nor what ends
+    guidance."""
+    is_guided = getattr(composition.cfg, "keeps_guidance", True)
+    return is_guided and getattr(composition.predictor, "keeps_constants", True)
 
 
 OF_DENOISERS: dict[str, Callable[[Subject, Case], str]] = {

@@ -57,6 +57,8 @@ class Case:
             "cooldown": 0,
             "threshold": 1e9,
             "min_run": steps,
+            "attention_warmup": 2,
+            "gate_step": min(self.chosen.settings.get("gate_step", 2), 2),
             "low_gain": 1.0,
             "high_gain": 1.0,
         }

@@ -164,6 +164,7 @@ class Parts(Site):
             FLUX's single-stream blocks), ``other``.
         decisions: how many are taken in a step: ``"one"`` for all parts; ``"kind"``, one per kind, called by the
             kind's name; ``"part"``, one per part, called by its path. Several need a gate that watches nothing.
+        required: kinds without which a denoiser is refused.
 
     Raises:
         SettingError: an unknown kind, or none; another word for decisions.
@@ -174,6 +175,7 @@ class Parts(Site):
 
     kinds: tuple[PartKind, ...] = PART_KINDS
     decisions: Literal["one", "kind", "part"] = "one"
+    required: tuple[PartKind, ...] = ()
 
     def __post_init__(self) -> None:
         if self.decisions not in ("one", "kind", "part"):
@@ -181,6 +183,8 @@ class Parts(Site):
         unknown = [kind for kind in self.kinds if kind not in PART_KINDS]
         if unknown or not self.kinds:
             raise SettingError(f"Parts(kinds={self.kinds}): use one or more of {', '.join(PART_KINDS)}.")
+        if not set(self.required) <= set(self.kinds):
+            raise SettingError(f"Parts(required={self.required}): only kinds that are cached, {self.kinds}.")
 
 
 @dataclass(frozen=True)
@@ -220,6 +224,80 @@ class GatedParts(Parts):
         super().__post_init__()
         if self.decisions != "part":
             raise SettingError(f"GatedParts(decisions={self.decisions!r}): each part decides; use 'part'.")
+
+
+@dataclass(frozen=True)
+class Attentions(Parts):
+    """The attentions, each kind of which has a decision of its own, and the MLPs of some blocks.
+
+    The decisions are called ``"spatial"`` (self-attention within a frame, or over all tokens), ``"temporal"`` (over the
+    frames), ``"cross"`` and ``"mlp"``. A fused part holds an attention over all tokens, so it is spatial.
+
+    Args:
+        kinds: which parts, as in `Parts`; of the ``ffn`` parts only those in ``mlp_blocks``.
+        decisions: always ``"kind"``.
+        mlp_blocks: numbers of blocks, counted in every list of blocks by itself.
+
+    Raises:
+        SettingError: another word for decisions, a kind without attention, or a number is negative.
+    """
+
+    name: ClassVar[str] = "attentions"
+    words: ClassVar[str] = "the attentions"
+
+    kinds: tuple[PartKind, ...] = ("attn", "cross_attn", "fused", "ffn")
+    decisions: Literal["one", "kind", "part"] = "kind"
+    mlp_blocks: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decisions != "kind":
+            raise SettingError(f"Attentions(decisions={self.decisions!r}): each kind of attention decides; use 'kind'.")
+        if "other" in self.kinds or min(self.mlp_blocks, default=0) < 0:
+            raise SettingError(
+                f"Attentions(kinds={self.kinds}, mlp_blocks={self.mlp_blocks}): use kinds of attn, cross_attn, fused "
+                "and ffn, and numbers from 0."
+            )
+
+
+@dataclass(frozen=True)
+class PromptModules(Parts):
+    """The outermost modules whose output is a function of the prompt alone, wherever they are in the denoiser.
+
+    In a denoiser with cross-attention those are the keys' and values' projections of every block, and what prepares the
+    text for them. Where text runs along with the image and is modulated by the timestep, it is only what prepares it.
+
+    Args:
+        kinds, decisions: as they are; these are no parts of blocks.
+    """
+
+    name: ClassVar[str] = "prompt_modules"
+    words: ClassVar[str] = "the modules that see the prompt alone"
+
+
+@dataclass(frozen=True)
+class SingleContext(Parts):
+    """The cross-attentions that attend to one token: softmax over one key is 1, so all queries get the same output.
+
+    Of that output one token is kept. A denoiser with longer contexts is refused.
+
+    Args:
+        kinds: always cross-attentions.
+        decisions: how many are taken in a step, as in `Parts`.
+
+    Raises:
+        SettingError: other kinds.
+    """
+
+    name: ClassVar[str] = "single_context"
+    words: ClassVar[str] = "cross-attentions to a single token"
+
+    kinds: tuple[PartKind, ...] = ("cross_attn",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kinds != ("cross_attn",):
+            raise SettingError(f"SingleContext(kinds={self.kinds}): only cross-attentions have a context.")
 
 
 @dataclass(frozen=True)
@@ -276,6 +354,23 @@ class UNetLevel(Site):
     def __post_init__(self) -> None:
         if self.block < 0 or self.layer < 0:
             raise SettingError(f"UNetLevel(block={self.block}, layer={self.layer}): both must be 0 or more.")
+
+
+@dataclass(frozen=True)
+class UNetEncoder(Site):
+    """What the encoder of a U-Net hands to its decoder: every skip tensor, and what leaves the middle.
+
+    On a cached step the decoder alone runs, at the current timestep; the latent is not read.
+
+    Args:
+        parallel: cached steps up to the next full one are decoded together, each at its own timestep, in a batch so
+            many times as large. Needs the timesteps of the run, and a gate that watches nothing.
+    """
+
+    name: ClassVar[str] = "unet_encoder"
+    words: ClassVar[str] = "the encoder of a U-Net"
+
+    parallel: bool = False
 
 
 @dataclass(frozen=True)
