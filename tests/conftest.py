@@ -33,6 +33,7 @@ def anatomies_are_observed_once(request, monkeypatch):
 
 # Tests of many cases that are alike: about two in three are left to the slow tests, so that the others stay quick.
 THINNED = (
+    "tests/test_composition.py::test_a_pair_is_made_or_refused_as_the_table_says",
     "tests/test_composition.py::test_rows_decide_wherever_that_can_be_made",
     "tests/test_composition.py::test_what_can_be_made_runs_on_a_transformer",
     "tests/test_composition.py::test_what_can_be_made_runs_on_a_unet",
@@ -55,24 +56,31 @@ THINNED = (
     "tests/invariants/test_frozen_input.py::test_bypassed_modules_run_0_times",
     "tests/invariants/test_frozen_input.py::test_cached_steps_of_batched_guidance_on_dit_equal_the_full_one",
     "tests/invariants/test_guards.py::test_autocast_and_inference_mode",
+    "tests/invariants/test_guards.py::test_nan_is_recomputed_at_once",
+    "tests/invariants/test_guards.py::test_nan_read_at_the_next_step_makes_that_one_full",
     "tests/invariants/test_guards.py::test_the_ledger_equals_what_is_held",
     "tests/invariants/test_guards.py::test_type_shape_and_container_are_kept_on_cached_steps",
+    "tests/invariants/test_removal.py::test_nothing_keeps_cached_tensors_alive_after_an_error",
+    "tests/invariants/test_removal.py::test_nothing_keeps_cached_tensors_alive_after_a_run",
     "tests/invariants/test_removal.py::test_the_context_manager_removes_after_an_error",
     "tests/invariants/test_removal.py::test_paused_it_is_as_if_it_had_been_removed_and_then_it_goes_on",
     "tests/invariants/test_state.py::test_a_run_aborted_at_step_7",
+    "tests/invariants/test_state.py::test_a_second_pipeline_on_the_accelerated_denoiser",
+    "tests/invariants/test_state.py::test_two_pipelines_of_one_class_enable_both_remove_one",
     "tests/invariants/test_state.py::test_runs_in_a_row",
     "tests/invariants/test_state.py::test_branches_of_different_prompt_lengths",
     "tests/invariants/test_state.py::test_branches_of_which_one_has_an_ip_adapter_and_a_controlnet",
     "tests/invariants/test_state.py::test_two_threads_on_one_denoiser",
     "tests/invariants/test_state.py::test_two_threads_with_two_pipelines",
     "tests/invariants/test_state.py::test_a_prompt_replaced_midway_leaves_nothing_of_the_old_one",
+    "tests/unets/test_deepcache.py::test_off_is_off_and_only_what_is_shallow_runs_on_a_frozen_input",
     "tests/unets/test_deepcache.py::test_half_precision_is_off_when_off_and_exact_on_a_frozen_input",
 )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark two in three of the quick cases of the tests in `THINNED` as slow: by their names, so that kinds are mixed."""
+    """Mark two in three of the quick cases of `THINNED` tests as slow: by their names, so that kinds are mixed."""
     for item in items:
         if item.nodeid.split("[")[0] in THINNED and zlib.crc32(item.nodeid.encode()) % 3:
             item.add_marker(pytest.mark.slow)

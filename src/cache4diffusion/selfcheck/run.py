@@ -44,8 +44,8 @@ def selfcheck(
     raised, so that few steps show cached ones. Of a pipeline with several denoisers (two experts that share the steps)
     each is checked, and what is found names it.
 
-    Cost: about 17 runs for each method, at the size that the pipeline has by itself: seconds on tiny components, minutes
-    where a step takes a second. ``call`` makes images smaller; what is proven holds for all sizes.
+    Cost: about 17 runs for each method, at the size that the pipeline has by itself: seconds on tiny components,
+    minutes where a step takes a second. ``call`` makes images smaller; what is proven holds for all sizes.
 
     Args:
         target: a diffusers pipeline, or a denoiser (then ``inputs`` are needed).
