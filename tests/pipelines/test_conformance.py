@@ -16,6 +16,8 @@ from pipelines.conformance import check, check_refused
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is distilled to few steps"),  # tests/test_few_steps.py looks
     pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning"),  # at building some autoencoders
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),  # KDPM2's schedule
+    pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),  # Mochi's own
 ]
 ROWS = [
     pytest.param(name, site, id=f"{name}-{site}", marks=() if site == case.core else pytest.mark.slow)
