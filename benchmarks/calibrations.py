@@ -1,12 +1,14 @@
 """Calibrations of every method that takes one, on a reference model; small ones can be shipped with the library.
 
     python benchmarks/calibrations.py                               # all, into out/calibrations
+    python benchmarks/calibrations.py --model scenes-sd             # of another one, into out/calibrations-scenes-sd
     python benchmarks/calibrations.py --methods l2c,lazydit
     python benchmarks/calibrations.py --again                       # the fits that are there, with a new trial
     python benchmarks/calibrations.py --ship 2000000                # and ship what fits into so many bytes
 
 Prompts are captions of the reference model that no benchmark is judged by. Beside the files comes
-``calibrations.json``: how each was made, its verdict, R², seconds and size. Run it anew after the weights have changed.
+``calibrations.json``: how each was made, its verdict, R², seconds and size; or why a method cannot be calibrated on
+this model. Run it anew after the weights have changed.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ from typing import Any
 import torch
 
 import cache4diffusion as c4d
-from cache4diffusion import data, reference
+from cache4diffusion import data
 from cache4diffusion.calibration import Calibration, load_calibration
 from cache4diffusion.calibration.run import try_out
+from cache4diffusion.cli.models import Model, captions_for, load_model
+from cache4diffusion.errors import AnatomyError, CompositionError
 from cache4diffusion.files import check_writable, write_whole
 
 SEED = 1000  # of the first caption and its noise; benchmarks begin at 0
@@ -57,36 +61,33 @@ WANTED = (
 )
 
 
-def made_for(pipe: Any, name: str) -> tuple[Calibration, dict[str, Any]]:
-    """A calibration, and how it was made."""
+def made_for(model: Model, name: str) -> tuple[Calibration, dict[str, Any]]:
+    """A calibration, and how it was made.
+
+    Raises:
+        AnatomyError, CompositionError: the method cannot serve this model.
+    """
     options = OPTIONS.get(name, {})
     count = TRAINED if "runs" in options else CAPTIONS
-    begun, (steps, call) = time.perf_counter(), sampling()
-    captions = reference.held_out_captions(count, SEED)
-    made = c4d.calibrate(pipe, name, captions, seeds=SEED, steps=steps, call=call, trial=0, **options)
+    begun, captions = time.perf_counter(), captions_for(model, count, None, SEED)[0]
+    made = c4d.calibrate(model.pipe, name, captions, seeds=SEED, steps=model.steps, call=model.call, trial=0, **options)
     facts = {
         "method": name,
         "options": options,
         "captions": count,
         "seeds": f"{SEED}..{SEED + count - 1}",
-        "steps": steps,
+        "steps": model.steps,
         "seconds": round(time.perf_counter() - begun, 1),
         "quality": {key: asdict(entry.quality) for key, entry in made.entries.items()},
     }
     return made, facts
 
 
-def sampling() -> tuple[int, dict[str, Any]]:
-    """Steps, and the other arguments of the pipeline's call."""
-    call = dict(reference.SAMPLING)
-    return call.pop("num_inference_steps"), call
-
-
-def tried(pipe: Any, made: Calibration) -> Calibration:
+def tried(model: Model, made: Calibration) -> Calibration:
     """The calibration with a trial, on as many captions for every method."""
-    steps, call = sampling()
     method = c4d.method(made.method, **SETTINGS.get(made.method, {}), calibration=made)
-    trial = try_out(pipe, method, reference.held_out_captions(TRIED, SEED), seeds=SEED, steps=steps, call=call)
+    captions = captions_for(model, TRIED, None, SEED)[0]
+    trial = try_out(model.pipe, method, captions, seeds=SEED, steps=model.steps, call=model.call)
     return replace(made, trial=trial)
 
 
@@ -123,10 +124,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="scenes-flux", help="a reference model")
     parser.add_argument("--methods", help="comma-separated; all that take a calibration by default")
-    parser.add_argument("--out", type=Path, default=Path("out/calibrations"), help="a folder")
+    parser.add_argument("--out", type=Path, help="a folder; out/calibrations[-MODEL]")
     parser.add_argument("--again", action="store_true", help="fit nothing: try those of the folder anew")
     parser.add_argument("--ship", type=int, metavar="BYTES", help="also ship those of the folder that fit")
     options = parser.parse_args(arguments)
+    suffix = "" if options.model == parser.get_default("model") else f"-{options.model}"
+    options.out = options.out or Path(f"out/calibrations{suffix}")
     takes = sorted(name for name, cls in c4d.METHODS.items() if cls.calibrator is not None)
     names = options.methods.split(",") if options.methods is not None else takes
     unknown = [name for name in names if name and name not in takes]
@@ -135,11 +138,17 @@ def main(arguments: list[str] | None = None) -> int:
     record = options.out / "calibrations.json"
     check_writable(record)
     known = json.loads(record.read_text()) if record.exists() else {}
-    pipe = reference.load(options.model)
+    model = load_model(options.model)
     for name in filter(None, names):
         file = options.out / f"{name}.safetensors"
-        made, facts = (load_calibration(file), known[name]) if options.again else made_for(pipe, name)
-        made = tried(pipe, made)
+        try:
+            made, facts = (load_calibration(file), known[name]) if options.again else made_for(model, name)
+        except (AnatomyError, CompositionError) as error:
+            known[name] = {"method": name, "refused": str(error)}
+            write_whole(record, json.dumps(known, indent=1) + "\n")
+            print(f"{name}: refused: {error}", file=sys.stderr)
+            continue
+        made = tried(model, made)
         made.save(file)
         known[name] = {**facts, "bytes": file.stat().st_size, "trial": asdict(made.trial) if made.trial else None}
         write_whole(record, json.dumps(known, indent=1) + "\n")

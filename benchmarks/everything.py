@@ -5,11 +5,12 @@
     python benchmarks/everything.py --front                # then the front on more captions: all-methods-front.*
     python benchmarks/everything.py --front --share 1/2    # half of it, beside another process that does 2/2
     python benchmarks/everything.py --page                 # write the pages anew from what is measured
+    python benchmarks/everything.py --model scenes-sd      # another model: docs/benchmarks/all-methods-scenes-sd.*
 
 It is ``c4d bench --methods all``, cut into families so that what is measured is not lost, put together into one file.
-Calibrations are those in --calibrations (see `calibrations.py`). Every part runs its own uncached rows and fewer-steps
-rows beside its methods; they are the same images, which is checked. A *front* has the rows that no other row beats in
-FLOPs and PSNR at once.
+Calibrations are those in --calibrations (see `calibrations.py`), which also say what cannot be calibrated. Every part
+runs its own uncached rows and fewer-steps rows beside its methods; they are the same images, which is checked. A
+*front* has the rows that no other row beats in FLOPs and PSNR at once.
 """
 
 # ruff: noqa: RUF001 -- the dash is meant
@@ -17,8 +18,9 @@ FLOPs and PSNR at once.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import cache4diffusion as c4d
@@ -40,8 +42,8 @@ def front_of(rows: Iterable[Row]) -> list[Row]:
     return found[::-1]
 
 
-def merged(parts: Sequence[Results]) -> Results:
-    """One file of several that were measured under the same conditions.
+def merged(parts: Sequence[Results], refused: Mapping[str, str] | None = None) -> Results:
+    """One file of several that were measured under the same conditions; ``refused`` are methods left out, and why.
 
     Raises:
         MeasureError: conditions, or the uncached images' accuracies, differ.
@@ -55,6 +57,7 @@ def merged(parts: Sequence[Results]) -> Results:
             raise MeasureError("These results do not go together: their uncached images differ. Measure them anew.")
     fewer = {row.name: row for part in parts for row in part.fewer_steps}
     left_out = {name: reason for part in parts for name, reason in part.conditions.left_out.items()}
+    left_out |= refused or {}
     return Results(
         conditions=first.conditions.model_copy(update={"left_out": left_out}),
         rows=[
@@ -74,15 +77,24 @@ def part_file(folder: Path, family: str) -> Path:
 
 def measure_families(options: argparse.Namespace) -> None:
     """Each family into a file of its own."""
-    everything = ladder(options.calibrations)
+    everything, refused = ladder(options.calibrations), refusals(options.calibrations)
     for family in options.families:
         members = [method for method in everything.methods if method.info.family == family]
         missing = {n: why for n, why in everything.left_out.items() if c4d.METHODS[n].info.family == family}
         print(f"{family}: {len(members)} rows", file=sys.stderr)
-        if missing:
-            raise SystemExit(f"{', '.join(missing)}: make their calibrations first, with benchmarks/calibrations.py")
-        file = part_file(options.parts, family)
-        side_by_side(load_model(options.model), members, options.captions, results=file, keep_going=True)
+        if missing.keys() - refused.keys():
+            names = ", ".join(sorted(missing.keys() - refused.keys()))
+            raise SystemExit(f"{names}: make their calibrations first, with benchmarks/calibrations.py")
+        if members:
+            file = part_file(options.parts, family)
+            side_by_side(load_model(options.model), members, options.captions, results=file, keep_going=True)
+
+
+def refusals(folder: Path) -> dict[str, str]:
+    """Methods that could not be calibrated on this model, and why."""
+    record = folder / "calibrations.json"
+    known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    return {name: facts["refused"] for name, facts in known.items() if "refused" in facts}
 
 
 def measure_front(results: Results, options: argparse.Namespace) -> None:
@@ -222,13 +234,13 @@ def page(results: Results, picture: str) -> str:
     return "\n".join(lines)
 
 
-def front_page(results: Results) -> str:
-    """The front, measured again."""
+def front_page(results: Results, whole: str) -> str:
+    """The front, measured again; ``whole`` is the name of the `page`."""
     return "\n".join(
         [
             f"# The front on {results.conditions.captions} captions",
             "",
-            "The rows of [all methods](all-methods.md) that no other one beats in FLOPs and PSNR at once, measured on "
+            f"The rows of [all methods]({whole}) that no other one beats in FLOPs and PSNR at once, measured on "
             "more captions, beside fewer steps of at least their FLOPs. Differences are paired, in points of accuracy "
             "with 95 % intervals. Written by `benchmarks/everything.py --front`.",
             "",
@@ -249,14 +261,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", default="scenes-flux", help="a reference model")
     parser.add_argument("--captions", type=int, default=64, help="of all methods")
     parser.add_argument("--families", help="comma-separated; all by default")
-    parser.add_argument("--calibrations", default="out/calibrations", help="a folder made by calibrations.py")
-    parser.add_argument("--parts", type=Path, default=Path("out/everything"), help="a folder for the families' results")
+    parser.add_argument("--calibrations", type=Path, help="a folder made by calibrations.py; out/calibrations[-MODEL]")
+    parser.add_argument("--parts", type=Path, help="a folder for the families' results; out/everything[-MODEL]")
     parser.add_argument("--front", type=int, nargs="?", const=480, metavar="CAPTIONS", help="measure the front again")
     parser.add_argument("--share", type=_share, default=(1, 1), metavar="K/N", help="of the front, in this process")
     parser.add_argument("--also", action="append", default=[], metavar="METHOD", help="beside the front")
     parser.add_argument("--page", action="store_true", help="measure nothing")
-    parser.add_argument("--write", default="docs/benchmarks/all-methods", metavar="STEM", help="STEM.json and STEM.md")
+    parser.add_argument("--write", metavar="STEM", help="STEM.json and STEM.md; docs/benchmarks/all-methods[-MODEL]")
     options = parser.parse_args(arguments)
+    suffix = "" if options.model == parser.get_default("model") else f"-{options.model}"
+    options.calibrations = options.calibrations or Path(f"out/calibrations{suffix}")
+    options.parts = options.parts or Path(f"out/everything{suffix}")
+    options.write = options.write or f"docs/benchmarks/all-methods{suffix}"
     options.families = options.families.split(",") if options.families else list(FAMILIES)
     unknown = [family for family in options.families if family not in FAMILIES]
     if unknown:
@@ -265,7 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
         measure_families(options)
     parts = [part_file(options.parts, family) for family in FAMILIES]
     parts = [Results.load(file) for file in parts if file.exists()]
-    whole = merged(parts) if parts else Results.load(f"{options.write}.json")
+    whole = merged(parts, refusals(options.calibrations)) if parts else Results.load(f"{options.write}.json")
     whole.save(f"{options.write}.json")
     drawn = Path(f"{options.write}.svg")
     drawn.write_text(drawing(whole), encoding="utf-8")
@@ -276,7 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
     if fronts:
         merged(fronts).save(again)
     if again.exists():
-        again.with_suffix(".md").write_text(front_page(Results.load(again)), encoding="utf-8")
+        again.with_suffix(".md").write_text(front_page(Results.load(again), f"{drawn.stem}.md"), encoding="utf-8")
     return 0
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cache4diffusion import reference
-from cache4diffusion.cli.models import Model
+from cache4diffusion.cli.models import Model, captions_for
 from cache4diffusion.compare import compare
 from cache4diffusion.measure import Results
 
@@ -22,9 +21,10 @@ def side_by_side(model: Model, methods: Sequence[Any], captions: int, **options:
         captions: how many.
         **options: further ones of `compare`.
     """
+    prompts, model = captions_for(model, captions, None, 0)
     return compare(
         model.pipe,
-        reference.held_out_captions(captions, 0),
+        prompts,
         list(methods),
         steps=model.steps,
         batch=BATCH,
