@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: install demo test test-slow test-floor lint format bench bench-gpu matrix pipelines compatibility architectures \
-	adaptive calibrations everything reference clean
+	adaptive calibrations everything peers reference clean
 
 install: $(BIN)/.installed
 
@@ -72,6 +72,9 @@ calibrations: install  ## on the reference model, and beside what needs none: do
 everything: calibrations  ## every method from gentle to hard, then the front: docs/benchmarks/all-methods*
 	$(BIN)/python benchmarks/everything.py
 	$(BIN)/python benchmarks/everything.py --front
+
+peers: install  ## other packages' methods beside ours, on the reference model (MODEL=...): docs/benchmarks/peers-*
+	$(BIN)/python benchmarks/peers.py --model $(or $(MODEL),scenes-flux)
 
 reference: install  ## trains and builds the reference models that are missing (or MODELS="scenes-dit ..."): hours; goes on
 	$(BIN)/python -m cache4diffusion.reference.make $(MODELS) --runs $(RUNS)
