@@ -320,6 +320,32 @@ def test_making_trains_what_is_left_and_builds(monkeypatch, tmp_path):
     assert built == [["--model", "scenes-dit", *folders]] * 2
 
 
+def test_the_command_makes_what_is_missing(monkeypatch, tmp_path, capsys):
+    made = []
+
+    def making(model, runs, out, updates, options):
+        made.append((model.name, runs, out, updates, options))
+        return model.name != "scenes-video"
+
+    monkeypatch.setattr(make, "make", making)
+    monkeypatch.setattr(make, "WEIGHTS", tmp_path)
+    (tmp_path / "scenes-flux").mkdir()
+    make.main(["scenes-flux", "scenes-dit", "--runs", "there"])
+    assert made == [("scenes-dit", make.Path("there"), tmp_path / "scenes-dit", None, ["--workers", "2"])]
+    assert "scenes-flux is there" in capsys.readouterr().out
+    make.main(["scenes-flux", "--again", "--updates", "7", "--workers", "1"])
+    assert made[1] == ("scenes-flux", make.Path("runs"), tmp_path / "scenes-flux", 7, ["--workers", "1"])
+    with pytest.raises(SystemExit) as stopped:
+        make.main(["scenes-video", "scenes-sd"])
+    assert stopped.value.code == 1
+    assert "scenes-video was stopped; the same command goes on" in capsys.readouterr().err
+    assert len(made) == 3  # the next one waits
+    with pytest.raises(SystemExit) as wrong:
+        make.main(["scenes-dti"])
+    assert wrong.value.code == 2
+    assert "did you mean 'scenes-dit'" in capsys.readouterr().err
+
+
 def test_the_command_trains_as_the_description_says(monkeypatch, tmp_path):
     monkeypatch.setitem(MODELS, "scenes-dit", tiny("scenes-dit"))
     words = ["scenes-dit", "--folder", str(tmp_path), "--workers", "1", "--batch", "2", "--device", "cpu"]

@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
             out = WEIGHTS / model.name
             if out.exists() and not args.again:
                 print(f"{model.name} is there: {out}")
-            elif not make(model, args.runs, out, args.minutes, ["--workers", str(args.workers)]):
+            elif not make(model, args.runs, out, args.updates, ["--workers", str(args.workers)]):
                 parser.exit(1, f"make: {model.name} was stopped; the same command goes on from its last checkpoint.\n")
             sys.stdout.flush()
     except (Cache4DiffusionError, OSError) as error:
