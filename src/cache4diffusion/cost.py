@@ -120,7 +120,7 @@ class StepCost:
         if record.symbol == CACHED and record.reason.startswith("predicted from"):
             return 0.0
         if record.symbol in (FULL, HALF):
-            return share * self.full
+            return share * self.full + (record.reduced.planning if record.reduced is not None else 0)
         if record.reduced is not None:
             saved = sum(self.table.get(key[0], 0) - self.reduced[key] for key in record.reduced.parts)
             return share * (self.full - saved) + record.reduced.planning

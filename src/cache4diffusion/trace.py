@@ -21,7 +21,7 @@ class Reductions:
 
     Args:
         parts: path of each part, tokens that entered it, tokens there are.
-        planning: FLOPs of the plans that were made in this call.
+        planning: FLOPs of looking at it, of the plans that were made in this call, and of following them.
     """
 
     parts: tuple[tuple[str, int, int], ...]
