@@ -208,9 +208,11 @@ class ReductionDriver(Driver):
 
     def _made(self, context: Context, block: Block, entering: Tensor) -> Plan | None:
         place = self._place(context, block, entering)
-        if place is None:
-            return None
-        state = context.state.tokens.setdefault(block.path, self.rule.init())
+        return None if place is None else self.plan_at(context, place, block.path, entering)
+
+    def plan_at(self, context: Context, place: TokenPlace, name: str, entering: Tensor) -> Plan | None:
+        """The rule's plan, with the state that is kept under a name; what it took is noted."""
+        state = context.state.tokens.setdefault(name, self.rule.init())
         held = list(self.rule.tensors(state))
         plan = self.rule.plan(state, place, entering)
         if plan is not None and not all(any(tensor is kept for kept in held) for tensor in plan.tensors()):
@@ -231,6 +233,7 @@ class ReductionDriver(Driver):
         place = TokenPlace(
             block.path, "block", layer, layers, context.step, segments, batch, self._twins(context, batch)
         )
+        place = dataclasses.replace(place, levels=context.call.run.timesteps)
         signal = self._signal(context, grid)
         if signal is not None and signal.shape[0] == batch:
             place = dataclasses.replace(place, signal=signal)
@@ -266,6 +269,8 @@ class ReductionDriver(Driver):
         known = context.state.extra.setdefault("grids", {})
         if count not in known:
             args, kwargs = context.scratch["call"]
+            ids = get_argument(self.host.inputs.module, args, kwargs, ("img_ids",))
+            self.host.trace.syncs += isinstance(ids, Tensor)
             try:
                 known[count] = image_grid(self.host.inputs, args, kwargs, count, "they are all computed")
             except AnatomyError as error:
@@ -282,7 +287,7 @@ class ReductionDriver(Driver):
         parts, planning = context.scratch.get("reductions", ()), context.scratch.get("planning", 0)
         if context.verdict is None or (context.verdict.is_full and not planning):
             return None
-        return Reductions(tuple(parts), planning)
+        return Reductions(tuple(parts), planning, context.scratch.get("saved", 0))
 
     def bypassed(self) -> list[str]:
         """Nothing rests."""

@@ -2,6 +2,7 @@
 
 from cache4diffusion.methods.ab_cache import ABCache
 from cache4diffusion.methods.adacache import AdaCache
+from cache4diffusion.methods.asymrnr import AsymRnR
 from cache4diffusion.methods.at_edm import ATEDM
 from cache4diffusion.methods.bacache import BACache
 from cache4diffusion.methods.block_caching import BlockCaching
@@ -75,6 +76,7 @@ __all__ = [
     "VCUT",
     "ABCache",
     "AdaCache",
+    "AsymRnR",
     "BACache",
     "BWCache",
     "BlockCaching",

@@ -1,5 +1,6 @@
 """Which tokens anyway: rules that compute some tokens of a part on cached steps."""
 
+from cache4diffusion.tokens.asymmetric import AsymmetricTokens
 from cache4diffusion.tokens.base import Segment, Spreading, Surveying, TokenPlace, TokenRule
 from cache4diffusion.tokens.clusters import ClusterTokens
 from cache4diffusion.tokens.facility import FacilityTokens
@@ -11,6 +12,7 @@ from cache4diffusion.tokens.topk import TopScore
 
 # Names under which a token rule can be given in a composition, as in tokens="top(recompute_ratio=0.1)".
 TOKEN_RULES = {
+    "asymmetric": AsymmetricTokens,
     "clusters": ClusterTokens,
     "facility": FacilityTokens,
     "ranked": RankedTokens,
@@ -22,6 +24,7 @@ TOKEN_RULES = {
 
 __all__ = [
     "TOKEN_RULES",
+    "AsymmetricTokens",
     "ClusterTokens",
     "FacilityTokens",
     "KeyStride",

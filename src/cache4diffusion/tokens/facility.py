@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,7 +19,6 @@ TIE = 1e-4
 """What two choices may add that count as adding as much."""
 
 
-@lru_cache(maxsize=16)
 def tiles_of(grid: tuple[int, int, int], side: int) -> tuple[Tensor, Tensor, Tensor]:
     """A frame is cut into tiles of about ``side x side``, as even as can be; smaller ones are filled up with token 0.
 

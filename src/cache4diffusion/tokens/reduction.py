@@ -16,7 +16,7 @@ its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -74,6 +74,21 @@ class Plan:
     def give(self, y: Tensor) -> Tensor:
         """``[B, n, D]`` to ``[B, N, D]``."""
         return y if self.owner is None else y.gather(1, self.owner[..., None].expand(-1, -1, y.shape[-1]))
+
+    def where(self, is_own: Tensor, other: Plan) -> Plan:
+        """This plan for some rows, another of its kind and shapes for the rest.
+
+        Args:
+            is_own: ``[B]``.
+            other: the other one.
+        """
+        given = {entry.name: (getattr(self, entry.name), getattr(other, entry.name)) for entry in fields(self)}
+        pairs = {name: pair for name, pair in given.items() if isinstance(pair[0], Tensor)}
+        chosen = {
+            name: torch.where(is_own.view(-1, *[1] * (mine.ndim - 1)), mine, theirs)
+            for name, (mine, theirs) in pairs.items()
+        }
+        return replace(self, **chosen)
 
     def applying(self, dim: int) -> int:
         """FLOPs of reducing ``[B, N, dim]`` and restoring it."""
