@@ -90,7 +90,8 @@ def test_methods_on_fewer_tokens_are_checked_for_all_but_what_they_do_not_promis
     found = c4d.selfcheck(denoiser, [name], inputs=call, steps=STEPS)
     assert found.ok, str(found)
     silent = {finding.invariant for finding in found.findings if finding.status == "not applicable"}
-    assert silent == {"linear_feature", "frozen_input"}, str(found)
+    idle = {"nan_guard"} if name == "ca-tome" else set()  # a threshold raised as far as it goes merges nothing
+    assert silent == {"linear_feature", "frozen_input"} | idle, str(found)
 
 
 @pytest.mark.parametrize("name", ["fastcache", "harmonica", "icc", "l2p", "md-dit", "smoothcache"])

@@ -295,7 +295,7 @@ def test_every_architecture_is_met_where_its_image_is(name, monkeypatch):
     calls = noted(monkeypatch)
     _, trace, stats = accelerated(toys.randomise(denoiser), inputs, 2, "asymrnr", window=(2, 2, 2))
     assert trace.strip() == "rr"
-    assert not stats["notes"], stats["notes"]
+    assert not [note for note in stats["notes"] if "observed in a real forward" not in note]
     assert len(calls) == 2 * count
     for given, asked, seen, _, tokens_of_image, output in calls:
         assert tokens_of_image == length

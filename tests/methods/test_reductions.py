@@ -417,7 +417,7 @@ def test_half_precision_keeps_its_dtype(name):
     assert all(out.dtype == torch.bfloat16 and out.isfinite().all() for out in reached)
 
 
-@methods
+@pytest.mark.parametrize("name", sorted({*toys.REDUCTIONS} - {"asymrnr"}))  # of which there are several per block
 def test_both_halves_of_guidance_follow_one_plan(name, monkeypatch):
     plans, made = [], ReductionDriver._made
     monkeypatch.setattr(ReductionDriver, "_made", lambda *args: plans.append(made(*args)) or plans[-1])
