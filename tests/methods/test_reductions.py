@@ -1,6 +1,7 @@
 """Methods that compute fewer tokens within a part: plans, and runs against slow references written from the cards."""
 
 import dataclasses
+import itertools
 
 import diffusers
 import pytest
@@ -421,7 +422,7 @@ def test_half_precision_keeps_its_dtype(name):
 def test_both_halves_of_guidance_follow_one_plan(name, monkeypatch):
     plans, made = [], ReductionDriver._made
     monkeypatch.setattr(ReductionDriver, "_made", lambda *args: plans.append(made(*args)) or plans[-1])
-    accelerated(*twins_of("unet"), 2, name)
+    accelerated(*twins_of("unet"), 2, name, speed=0.0)
     assert any(plan is not None for plan in plans)
     for plan in plans:
         if plan is not None:
@@ -468,6 +469,21 @@ def test_flops_are_those_that_are_counted_while_it_runs(name):
             reduced = handle.trace.of()[1].reduced
     full = count_flops(lambda: denoiser(**call))
     assert counted[1] - reduced.planning < full
+
+
+@pytest.mark.slow
+def test_no_two_methods_are_the_same_by_accident():
+    """At the last of three steps: importance is not known at the first."""
+    denoiser, inputs = twins_of("unet")
+    more = {"at-edm": {"early": 0.0}, "ca-tome": {"threshold": 0.3}}
+    reached = {
+        name: accelerated(denoiser, inputs, 3, name, speed=0.0, **more.get(name, {}))[0] for name in toys.REDUCTIONS
+    }
+    apart = {
+        (one, other): differences(reached[one], reached[other])[-1]
+        for one, other in itertools.combinations(toys.REDUCTIONS, 2)
+    }
+    assert not {pair: value for pair, value in apart.items() if not value > 1e-4}
 
 
 def test_coarser_levels_are_left_alone():
