@@ -2,6 +2,7 @@
 
 import torch
 
+import anatomy_zoo
 from cache4diffusion.gates import Step
 from cache4diffusion.tokens import Segment, TokenPlace
 from small_denoisers import dit, dit_inputs, unet, unet_inputs
@@ -23,6 +24,16 @@ def tokens(height=4, width=6, batch=2, dim=5, seed=0):
 def case(kind, batch=2):
     if kind == "unet":
         return unet(), unet_inputs(batch)
+    if kind == "pixart":
+        mask = torch.ones(batch, 5)
+        mask[0, 3:] = 0
+        return anatomy_zoo.pixart()[0], {
+            "hidden_states": torch.randn(batch, 4, 8, 8, generator=rng(5)),
+            "encoder_hidden_states": torch.randn(batch, 5, 12, generator=rng(6)),
+            "encoder_attention_mask": mask,
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+            "return_dict": False,
+        }
     return dit(), dit_inputs(batch)
 
 

@@ -43,6 +43,7 @@ from small_denoisers import (
 STEPS = 4
 RULES = [name for name, rule in TOKEN_RULES.items() if isinstance(rule(), Reduction)]
 methods = pytest.mark.parametrize("name", toys.REDUCTIONS)
+kinds = pytest.mark.parametrize("kind", ["unet", "dit", pytest.param("pixart", marks=pytest.mark.slow)])
 
 
 # -- plans -----------------------------------------------------------------------------------------------------------
@@ -379,7 +380,7 @@ def _few_steps(recwarn):
 
 
 @methods
-@pytest.mark.parametrize("kind", ["unet", "dit"])
+@kinds
 def test_off_is_off_bit_for_bit(name, kind):
     denoiser, inputs = case(kind)
     settings = c4d.METHODS[name].info.off
@@ -390,7 +391,7 @@ def test_off_is_off_bit_for_bit(name, kind):
 
 
 @methods
-@pytest.mark.parametrize("kind", ["unet", "dit"])
+@kinds
 def test_runs_are_reduced_repeatable_and_leave_nothing(name, kind):
     denoiser, inputs = case(kind)
     plain = sample(denoiser, inputs, STEPS)
