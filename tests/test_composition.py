@@ -90,15 +90,18 @@ PARTS = (
     "parts_and_stream",
 )
 CORRECTORS = ("increment", "linear-map")  # predictors that see what enters a site
+REDUCED = ("reduced", "reduced_attention")
 REDUCTIONS = [name for name, rule in TOKEN_RULES.items() if isinstance(rule(), Reduction)]
 SPLITS_ROWS = ("span", "switching_span", "blocks", "gated_parts")
 
 
 def refusal(site, gate, tokens, decide, predictor="reuse", cfg=None):
     """Words of the reason why two axes cannot work together, None if they can. The table of what is not possible."""
-    if (site == "reduced") != (tokens in REDUCTIONS):
-        return "needs site='reduced', and that site such a rule"
-    if site == "reduced" and (gate in (*WATCHES, "speculative") or decide != "batch" or predictor != "reuse"):
+    if (site in REDUCED) != (tokens in REDUCTIONS):
+        return "needs site='reduced' or site='reduced_attention', and these sites such a rule"
+    if site == "reduced_attention" and tokens == "ranked":
+        return "ranks the tokens of a block for all of its parts"
+    if site in REDUCED and (gate in (*WATCHES, "speculative") or decide != "batch" or predictor != "reuse"):
         return "the step alone says when tokens are left out"
     if gate == "speculative" and (site not in PARTS or site == "parts_and_stream"):
         return "that block has no input on a cached step"
@@ -138,7 +141,7 @@ def refusal(site, gate, tokens, decide, predictor="reuse", cfg=None):
         return "where each part decides for itself"
     if tokens and (decide == "row" or gate == "speculative"):
         return "rows cannot decide for themselves"
-    if tokens and site != "reduced" and (site not in PARTS or site == "linears"):
+    if tokens and site not in REDUCED and (site not in PARTS or site == "linears"):
         return "has no parts"
     return None
 
@@ -239,7 +242,7 @@ FAMILY = {
 
 def runs(site, gate):
     """Whether the pair is worth a run."""
-    elsewhere = ("unet_level", "unet_encoder", "trajectory", "single_context", "prompt_modules", "reduced")
+    elsewhere = ("unet_level", "unet_encoder", "trajectory", "single_context", "prompt_modules", *REDUCED)
     return site not in elsewhere and (site not in FAMILY or gate in ("interval", *ENTRANCES, "adaptive", "learned"))
 
 

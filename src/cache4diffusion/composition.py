@@ -19,6 +19,7 @@ from cache4diffusion.sites import (
     Parts,
     PartsAndStream,
     Reduced,
+    ReducedAttention,
     Site,
     Span,
     SwitchingSpan,
@@ -26,7 +27,7 @@ from cache4diffusion.sites import (
     UNetEncoder,
     UNetLevel,
 )
-from cache4diffusion.tokens import Reduction, TokenRule
+from cache4diffusion.tokens import Ranking, Reduction, TokenRule
 
 Decide = Literal["batch", "any", "row"]
 
@@ -94,8 +95,13 @@ class Composition:
         if isinstance(site, Reduced) != isinstance(self.tokens, Reduction):
             raise CompositionError(
                 f"{type(self.tokens or self.predictor).__name__} and {site.words} do not fit: a rule that leaves "
-                "tokens out of a step's computation needs site='reduced', and that site such a rule. Use both, as in "
-                "site='reduced', tokens='merge', or neither."
+                "tokens out of a step's computation needs site='reduced' or site='reduced_attention', and these sites "
+                "such a rule. Use both, as in site='reduced', tokens='merge', or neither."
+            )
+        if isinstance(site, ReducedAttention) and isinstance(self.tokens, Ranking):
+            raise CompositionError(
+                f"{type(self.tokens).__name__} ranks the tokens of a block for all of its parts, and {site.words} has "
+                "queries and values instead. Use site='reduced', or another rule, such as tokens='asymmetric'."
             )
         if isinstance(site, Reduced) and (
             watch is not None or self.decide != "batch" or not isinstance(self.predictor, Reuse)

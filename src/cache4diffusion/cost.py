@@ -120,10 +120,10 @@ class StepCost:
         if record.symbol == CACHED and record.reason.startswith("predicted from"):
             return 0.0
         if record.symbol in (FULL, HALF):
-            return share * self.full
+            return share * self.full + (record.reduced.planning if record.reduced is not None else 0)
         if record.reduced is not None:
             saved = sum(self.table.get(key[0], 0) - self.reduced[key] for key in record.reduced.parts)
-            return share * (self.full - saved) + record.reduced.planning
+            return share * (self.full - saved - record.reduced.saved) + record.reduced.planning
         if record.rested is not None:
             paths = outermost([path for path, _ in record.rested])
             saved = sum(rows * self.table.get(path, 0) for path, rows in record.rested if path in paths)

@@ -61,7 +61,7 @@ def test_inspect_says_how_a_denoiser_is_built_and_what_can_serve_it():
     assert found["sites"] | {"levels": True} == dict.fromkeys(["whole", "span", "parts", "levels"], True)
     assert found["methods"].keys() == c4d.METHODS.keys()
     not_served = {name: why for name, why in found["methods"].items() if why is not True}
-    assert not_served.keys() == toys.ELSEWHERE - {"text-kv-cache"}
+    assert not_served.keys() == toys.ELSEWHERE - {"text-kv-cache", "asymrnr"}
     assert "cross_attn" in not_served["t-gate-v1"]
     assert "where text and image meet in one attention" in not_served["tome"]
     assert "no U-Net levels" in not_served["deepcache"]

@@ -1,6 +1,7 @@
 """Token reduction, slowly: transcriptions of the methods' pseudo-code that loop over rows, windows and tokens."""
 
 import copy
+import itertools
 import zlib
 
 import torch
@@ -101,3 +102,60 @@ class SlowMerging:
     def __call__(self, **kwargs):
         self.step += 1
         return self.denoiser(**kwargs)
+
+
+def tiles_slowly(height, width, side):
+    """Tokens of every tile: each axis is cut into ``round(length / side)`` pieces that differ by one at most."""
+
+    def pieces(length):
+        count = max(round(length / side), 1)
+        bounds = [0]
+        for i in range(count):
+            bounds.append(bounds[-1] + length // count + (i < length % count))
+        return [range(a, b) for a, b in itertools.pairwise(bounds)]
+
+    return [[y * width + x for y in rows for x in columns] for rows in pieces(height) for columns in pieces(width)]
+
+
+def coverage(x, members, chosen):
+    """``sum_i max_{j in D} (1 + cos(x_i, x_j))``; 0 for an empty D."""
+    return sum(max((1 + cosine(x[i], x[j]) for j in chosen), default=0.0) for i in members)
+
+
+def located(x, members, count):
+    """Greedy facility location, which evaluates the objective anew for every candidate."""
+    chosen = []
+    for _ in range(count):
+        values = {j: coverage(x, members, [*chosen, j]) for j in members if j not in chosen}
+        chosen.append(next(j for j, value in values.items() if value >= max(values.values()) - 1e-4))
+    return chosen
+
+
+class SlowToMA:
+    """ToMA of one row ``[N, D]``, token by token: ``W^T f(A x)``.
+
+    Args:
+        x: the tokens destinations and weights are made from.
+    """
+
+    def __init__(self, x, height, width, ratio, side, temperature):
+        self.tiles = tiles_slowly(height, width, side)
+        smallest = min(map(len, self.tiles))
+        count = max(smallest - int(ratio * smallest + 1e-9), 1)
+        self.chosen = [located(x, members, count) for members in self.tiles]
+        self.weights = []
+        for members, chosen in zip(self.tiles, self.chosen, strict=True):
+            columns = [torch.tensor([cosine(x[j], x[i]) / temperature for j in chosen]).softmax(0) for i in members]
+            self.weights.append(torch.stack(columns, 1))
+
+    def __call__(self, f, x):
+        merged = []
+        for members, w in zip(self.tiles, self.weights, strict=True):
+            merged += [sum(w[j, i] * x[m] for i, m in enumerate(members)) / w[j].sum() for j in range(len(w))]
+        out = f(torch.stack(merged)[None])[0]
+        restored, start = torch.empty(len(x), out.shape[-1]), 0
+        for members, w in zip(self.tiles, self.weights, strict=True):
+            for i, m in enumerate(members):
+                restored[m] = sum(w[j, i] * out[start + j] for j in range(len(w)))
+            start += len(w)
+        return restored

@@ -24,6 +24,7 @@ from cache4diffusion.engine.group import shares_tokens
 from cache4diffusion.engine.state import Context
 from cache4diffusion.errors import AlreadyAcceleratedError, CalibrationError, CompositionError
 from cache4diffusion.gates import StaticGate, Step, Watch
+from cache4diffusion.predictors import Predictor, Reuse
 from cache4diffusion.predictors.corrector import Corrector, Sight
 from cache4diffusion.sites import Trajectory
 from cache4diffusion.storage import PLAIN, Store
@@ -229,7 +230,8 @@ class Observer:
         composition = Composition(
             site=self.statistic.site,
             gate=Listening(self.statistic.watch),
-            predictor=Forgetting() if self.statistic.sees is None else ForgettingInputs(),
+            predictor=self._predictor(),
+            tokens=self.statistic.tokens,
             branches="tied" if isinstance(self.statistic.site, Trajectory) else "independent",
         )
         label = f"observer({type(self.statistic).__name__})"
@@ -238,6 +240,12 @@ class Observer:
             self.target, self.denoisers, compositions, label=label, nan_guard="off", listeners=self.collected
         )
         return self
+
+    def _predictor(self) -> Predictor:
+        """One that keeps nothing; where tokens are reduced, nothing is recorded."""
+        if self.statistic.tokens is not None:
+            return Reuse()
+        return Forgetting() if self.statistic.sees is None else ForgettingInputs()
 
     def __exit__(self, *error: object) -> None:
         for collected in self.collected.values():

@@ -28,6 +28,7 @@ from cache4diffusion.calibration.figure import Figure
 from cache4diffusion.calibration.quality import judged, mean_of, r2_of_means
 from cache4diffusion.errors import CalibrationError
 from cache4diffusion.gates import Watch
+from cache4diffusion.tokens import Reduction
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ class Statistic(Calibrator):
     @property
     def watch(self) -> Watch | None:
         """What its gate watches, if the scores are measured as well."""
+        return None
+
+    @property
+    def tokens(self) -> Reduction | None:
+        """The rule its site needs, if it needs one; nothing is reduced while observing."""
         return None
 
     def init(self) -> Sums:

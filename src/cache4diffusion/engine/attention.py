@@ -24,16 +24,21 @@ class AttentionCapture(TorchFunctionMode):
     - ``"attention"``: what each key token receives, ``mean over heads and queries of a``, ``[B, M]``;
     - ``"cross_attention"``: the entropy ``-sum_j a_ij log(a_ij + 1e-7)`` of each query's attention, heads averaged
       first, ``[B, N]``; where B is even, also that of the mean over rows b and b + B/2;
-    - ``"value_norm"``: ``sum over heads of 1 - ||v||``, ``[B, M]``; no attention map is made.
+    - ``"value_norm"``: ``sum over heads of 1 - ||v||``, ``[B, M]``; no attention map is made;
+    - ``"map"``: ``a`` itself, heads averaged, ``[B, N, M]``.
 
     Args:
         what: which of them.
         chunk: queries at a time.
+
+    Attributes:
+        seen: by name.
+        flops: that it took, in products.
     """
 
-    def __init__(self, what: Literal["attention", "value_norm", "cross_attention"], chunk: int = 512) -> None:
+    def __init__(self, what: Literal["attention", "value_norm", "cross_attention", "map"], chunk: int = 512) -> None:
         super().__init__()
-        self.what, self.chunk = what, chunk
+        self.what, self.chunk, self.flops = what, chunk, 0
         self.seen: dict[str, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -48,6 +53,8 @@ class AttentionCapture(TorchFunctionMode):
     def _look(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> None:
         if self.what == "value_norm":
             self.seen["value_norm"] = (1 - value.float().norm(dim=-1)).sum(1)
+        elif self.what == "map":
+            self.seen["map"] = torch.cat([maps.mean(1) for maps in self._maps(query, key, mask, scale)], 1)
         elif self.what == "attention":
             received = torch.zeros(key.shape[0], key.shape[2], device=key.device)
             for maps in self._maps(query, key, mask, scale):
@@ -69,6 +76,7 @@ class AttentionCapture(TorchFunctionMode):
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         if key.shape[1] != query.shape[1]:
             key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        self.flops += 2 * query.numel() * key.shape[2]
         for start in range(0, query.shape[2], self.chunk):
             logits = query[:, :, start : start + self.chunk].float() @ key.float().transpose(-1, -2) * factor
             if mask is not None:

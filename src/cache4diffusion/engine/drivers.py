@@ -15,6 +15,7 @@ from cache4diffusion.engine.mixed import MixedScoreDriver
 from cache4diffusion.engine.parts import PartsDriver
 from cache4diffusion.engine.prompt_modules import PromptModulesDriver
 from cache4diffusion.engine.reducing import ReductionDriver
+from cache4diffusion.engine.reducing_attention import AttentionReductionDriver
 from cache4diffusion.engine.scaled import ScaledPartsDriver
 from cache4diffusion.engine.single_context import SingleContextDriver
 from cache4diffusion.engine.span import BlocksDriver, SpanDriver, SwitchingSpanDriver
@@ -31,6 +32,7 @@ from cache4diffusion.sites import (
     PartsAndStream,
     PromptModules,
     Reduced,
+    ReducedAttention,
     ScaledParts,
     SingleContext,
     Site,
@@ -56,6 +58,7 @@ DRIVERS: dict[type[Site], type[Driver]] = {
     PromptModules: PromptModulesDriver,
     PartsAndStream: LastStreamDriver,
     Reduced: ReductionDriver,
+    ReducedAttention: AttentionReductionDriver,
     UNetLevel: LevelDriver,
     UNetEncoder: EncoderDriver,
     Trajectory: TrajectoryDriver,

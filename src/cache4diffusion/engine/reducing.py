@@ -1,7 +1,8 @@
 """The reduced-parts site: parts compute fewer tokens, and every token gets an output back.
 
 A plan is made per block, from the stream that enters it in front of its norm, when the first part of the block runs;
-all its parts follow it. Nothing is recorded and nothing predicted, so a run may begin with a reduced step.
+all its parts follow it. Nothing is recorded and nothing predicted, so a run may begin with a reduced step, unless the
+rule goes by the attention of full steps (`Ranking`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from cache4diffusion.anatomy import Anatomy, Block, Part
 from cache4diffusion.anatomy.facts import BESIDE
+from cache4diffusion.engine.attention import AttentionCapture
 from cache4diffusion.engine.driver import Driver, Inner
 from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.leaves import (
@@ -31,7 +33,7 @@ from cache4diffusion.engine.part_lookup import blocks_of
 from cache4diffusion.engine.state import Context
 from cache4diffusion.errors import AnatomyError
 from cache4diffusion.sites import Reduced
-from cache4diffusion.tokens import Plan, Reduction, Segment, TokenPlace
+from cache4diffusion.tokens import Plan, Ranking, Reduction, Segment, TokenPlace
 from cache4diffusion.trace import REDUCED, Reductions
 from cache4diffusion.wrap import ForwardWrapper
 
@@ -61,9 +63,17 @@ class ReductionDriver(Driver):
         """
         assert anatomy is not None
         modules = dict(self.host.plain.named_modules())
+        found = {block.path: self._parts_of(block) for _, block in blocks_of(self.host)}
+        kinds = {part.kind for parts in found.values() for part in parts}
+        if not kinds or ("attn" in self.site.kinds and "attn" not in kinds):
+            raise AnatomyError(
+                f"{anatomy.denoiser} has no parts of the kinds {', '.join(self.site.kinds)} that one stream of tokens "
+                "enters: where text and image meet in one attention, tokens cannot be left out of it here. Methods for "
+                "parts as a whole ('fora', 'toca') may work."
+            )
         for _, block in blocks_of(self.host):
-            parts = [part for part in block.parts if part.kind in self.site.kinds and _is_plain(part)]
-            if not parts or block.calls > 1:
+            parts = found[block.path]
+            if not parts:
                 continue
             self._layers[block.path] = len(self._layers)
             self._wrappers.append(ForwardWrapper(modules[block.path], self._seeing(block, modules[block.path])))
@@ -71,12 +81,12 @@ class ReductionDriver(Driver):
                 self._wrappers.append(
                     ForwardWrapper(modules[part.path], self._reducing(block, part, modules[part.path]))
                 )
-        if not self._wrappers:
-            raise AnatomyError(
-                f"{anatomy.denoiser} has no parts of the kinds {', '.join(self.site.kinds)} that one stream of tokens "
-                "enters: where text and image meet in one attention, tokens cannot be left out of it here. Methods for "
-                "parts as a whole ('fora', 'toca') may work."
-            )
+
+    def _parts_of(self, block: Block) -> list[Part]:
+        """The parts of a block that can be computed on fewer tokens of the image."""
+        if block.calls > 1:
+            return []
+        return [part for part in block.parts if part.kind in self.site.kinds and _is_plain(part)]
 
     def uninstall(self) -> None:
         """Unwrap everything."""
@@ -85,8 +95,8 @@ class ReductionDriver(Driver):
         self._wrappers, self._layers, self._context = [], {}, None
 
     def is_ready(self, context: Context, key: int) -> bool:
-        """Nothing has to be recorded before."""
-        return True
+        """Nothing has to be recorded before, unless the rule goes by full steps."""
+        return not isinstance(self.rule, Ranking) or bool(context.state.tokens)
 
     def was_reached(self, context: Context) -> bool:
         """A full step leaves nothing behind but that blocks were entered."""
@@ -127,13 +137,20 @@ class ReductionDriver(Driver):
         def make(found: Inner) -> Inner:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 context = self._context
-                if context is None or context.verdict is None or not context.verdict.is_cached:
+                if context is None or context.verdict is None:
                     return found(*args, **kwargs)
+                if not context.verdict.is_cached:
+                    is_looked_at = isinstance(self.rule, Ranking) and part.kind == "attn"
+                    if not is_looked_at or self.host.composition.is_off:
+                        return found(*args, **kwargs)
+                    x = get_argument(module, args, kwargs, part.inputs[0])
+                    return self._ranking(context, block, x, lambda: found(*args, **kwargs))
                 x = get_argument(module, args, kwargs, part.inputs[0])
                 plan = self._plan(context, block, x)
-                if plan is None or (plan.owner is None and part.kind != "attn"):
+                if plan is None or (not plan.restores and part.kind != "attn"):
                     return found(*args, **kwargs)
                 given, short = self._given(part, module, args, kwargs, plan, x)
+                context.scratch["planning"] = context.scratch.get("planning", 0) + plan.applying(x.shape[-1])
                 taken = context.scratch.setdefault("reductions", [])
                 taken.append((part.path, short, x.shape[1]))
                 self.specs.setdefault((part.path, short, x.shape[1]), specs_of(*given))
@@ -142,6 +159,21 @@ class ReductionDriver(Driver):
             return forward
 
         return make
+
+    def _ranking(self, context: Context, block: Block, x: Tensor, compute: Callable[[], Any]) -> Any:
+        """Run a self-attention and show it to the rule."""
+        with AttentionCapture("map") as capture:
+            output = compute()
+        entering = context.scratch.pop(("entering", block.path), x)
+        place, maps = self._place(context, block, entering), capture.seen.get("map")
+        if maps is None or maps.shape[1:] != (entering.shape[1],) * 2:
+            self.host.note(f"no attention was seen in {block.path}, so all its tokens are computed.")
+        elif place is not None:
+            assert isinstance(self.rule, Ranking)
+            state = context.state.tokens.setdefault(block.path, self.rule.init())
+            flops = capture.flops + self.rule.rank(state, place, entering, maps)
+            context.scratch["planning"] = context.scratch.get("planning", 0) + flops
+        return output
 
     def _given(
         self, part: Part, module: nn.Module, args: Any, kwargs: Any, plan: Plan, x: Tensor
@@ -155,7 +187,7 @@ class ReductionDriver(Driver):
                 "mask), and tokens of several places have none. Methods for parts as a whole ('fora', 'toca') may work."
             )
         changes = {part.inputs[0]: plan.take(x)}
-        if plan.owner is None:
+        if not plan.restores:
             names = parameter_names(type(module))
             if _KEYS[0] not in names or get_argument(module, args, kwargs, _KEYS) is not None:
                 raise AnatomyError(
@@ -175,6 +207,21 @@ class ReductionDriver(Driver):
         return plan if plan is None or plan.kept.shape[0] == x.shape[0] else None
 
     def _made(self, context: Context, block: Block, entering: Tensor) -> Plan | None:
+        place = self._place(context, block, entering)
+        return None if place is None else self.plan_at(context, place, block.path, entering)
+
+    def plan_at(self, context: Context, place: TokenPlace, name: str, entering: Tensor) -> Plan | None:
+        """The rule's plan, with the state that is kept under a name; what it took is noted."""
+        state = context.state.tokens.setdefault(name, self.rule.init())
+        held = list(self.rule.tensors(state))
+        plan = self.rule.plan(state, place, entering)
+        if plan is not None and not all(any(tensor is kept for kept in held) for tensor in plan.tensors()):
+            context.scratch["planning"] = context.scratch.get("planning", 0) + plan.flops
+            self.host.trace.syncs += plan.syncs
+        return plan
+
+    def _place(self, context: Context, block: Block, entering: Tensor) -> TokenPlace | None:
+        """Where a plan is made; None where all tokens are to be computed."""
         grid = self._grid(context, entering.shape[1])
         if grid is None:
             return None
@@ -186,16 +233,11 @@ class ReductionDriver(Driver):
         place = TokenPlace(
             block.path, "block", layer, layers, context.step, segments, batch, self._twins(context, batch)
         )
+        place = dataclasses.replace(place, levels=context.call.run.timesteps)
         signal = self._signal(context, grid)
         if signal is not None and signal.shape[0] == batch:
             place = dataclasses.replace(place, signal=signal)
-        state = context.state.tokens.setdefault(block.path, self.rule.init())
-        held = list(self.rule.tensors(state))
-        plan = self.rule.plan(state, place, entering)
-        if plan is not None and not any(plan.kept is tensor for tensor in held):
-            context.scratch["planning"] = context.scratch.get("planning", 0) + plan.flops
-            self.host.trace.syncs += plan.syncs
-        return plan
+        return place
 
     def _twins(self, context: Context, batch: int) -> Tensor | None:
         """Which rows are the halves of batched guidance: two that denoise the same latent. No sync."""
@@ -227,6 +269,8 @@ class ReductionDriver(Driver):
         known = context.state.extra.setdefault("grids", {})
         if count not in known:
             args, kwargs = context.scratch["call"]
+            ids = get_argument(self.host.inputs.module, args, kwargs, ("img_ids",))
+            self.host.trace.syncs += isinstance(ids, Tensor)
             try:
                 known[count] = image_grid(self.host.inputs, args, kwargs, count, "they are all computed")
             except AnatomyError as error:
@@ -239,10 +283,11 @@ class ReductionDriver(Driver):
         return REDUCED
 
     def reductions(self, context: Context) -> Reductions | None:
-        """What a reduced call computed."""
-        if context.verdict is None or context.verdict.is_full:
+        """What a reduced call computed, and what a full one looked at."""
+        parts, planning = context.scratch.get("reductions", ()), context.scratch.get("planning", 0)
+        if context.verdict is None or (context.verdict.is_full and not planning):
             return None
-        return Reductions(tuple(context.scratch.get("reductions", ())), context.scratch.get("planning", 0))
+        return Reductions(tuple(parts), planning, context.scratch.get("saved", 0))
 
     def bypassed(self) -> list[str]:
         """Nothing rests."""
@@ -250,5 +295,6 @@ class ReductionDriver(Driver):
 
 
 def _is_plain(part: Part) -> bool:
-    """Whether one stream enters and one leaves."""
-    return len(part.inputs) == 1 and len(part.outputs) == 1 and part.calls == 1 and part.kind != "fused"
+    """Whether one stream enters and one leaves, and it is not text."""
+    is_single = len(part.inputs) == 1 and len(part.outputs) == 1 and part.calls == 1 and part.kind != "fused"
+    return is_single and part.outputs[0][1] not in BESIDE

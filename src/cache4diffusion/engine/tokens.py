@@ -36,6 +36,11 @@ _IMAGE_FIRST = ("HunyuanVideo", "Mochi", "SD3")
 _SURVEY = ""  # under which name a rule's state of the whole branch is kept, beside those of the parts
 
 
+def is_text_first(anatomy: Anatomy) -> bool:
+    """Whether two-stream blocks attend to text and image in this order."""
+    return not anatomy.denoiser.startswith(_IMAGE_FIRST)
+
+
 class WatchedAttention:
     """An attention that is not cached itself; on full steps it is looked at to rank the tokens of other parts."""
 
@@ -67,7 +72,7 @@ class TokenDriver:
 
     def install(self, anatomy: Anatomy, resting: dict[str, RestingModule]) -> None:
         """Note where blocks and fused parts are."""
-        self._is_text_first = not anatomy.denoiser.startswith(_IMAGE_FIRST)
+        self._is_text_first = is_text_first(anatomy)
         position = 0
         for stack in anatomy.main:
             for index in range(len(stack.blocks)):

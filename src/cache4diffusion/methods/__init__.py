@@ -2,6 +2,8 @@
 
 from cache4diffusion.methods.ab_cache import ABCache
 from cache4diffusion.methods.adacache import AdaCache
+from cache4diffusion.methods.asymrnr import AsymRnR
+from cache4diffusion.methods.at_edm import ATEDM
 from cache4diffusion.methods.bacache import BACache
 from cache4diffusion.methods.block_caching import BlockCaching
 from cache4diffusion.methods.bwcache import BWCache
@@ -56,12 +58,14 @@ from cache4diffusion.methods.text_kv_cache import TextKVCache
 from cache4diffusion.methods.toca import ToCa
 from cache4diffusion.methods.todo import ToDo
 from cache4diffusion.methods.tofu import ToFu
+from cache4diffusion.methods.toma import ToMA
 from cache4diffusion.methods.tome import ToMe
 from cache4diffusion.methods.vcut import VCUT
 from cache4diffusion.methods.waveex import WaveEx
 from cache4diffusion.methods.z_cache import ZCache
 
 __all__ = [
+    "ATEDM",
     "DMD",
     "GOC",
     "ICC",
@@ -72,6 +76,7 @@ __all__ = [
     "VCUT",
     "ABCache",
     "AdaCache",
+    "AsymRnR",
     "BACache",
     "BWCache",
     "BlockCaching",
@@ -119,6 +124,7 @@ __all__ = [
     "ToCa",
     "ToDo",
     "ToFu",
+    "ToMA",
     "ToMe",
     "WaveEx",
     "ZCache",

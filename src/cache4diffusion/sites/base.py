@@ -496,6 +496,31 @@ class Reduced(Site):
 
 
 @dataclass(frozen=True)
+class ReducedAttention(Reduced):
+    """The self-attention of every block, computed for fewer queries, and with fewer keys and values.
+
+    Within the attention, where queries and keys have been normalised and carry their positions: projections run on all
+    tokens. Queries have one plan; values have another, and keys follow it. Of a joint attention, the tokens of the
+    image are reduced and those of the text stay.
+
+    Args:
+        kinds: always self-attentions, those inside fused parts among them.
+        max_downsample: as in `Reduced`.
+
+    Raises:
+        SettingError: other kinds; a number below 1.
+    """
+
+    name: ClassVar[str] = "reduced_attention"
+    words: ClassVar[str] = "attention on fewer tokens"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kinds != ("attn",):
+            raise SettingError(f"ReducedAttention(kinds={self.kinds}): only self-attentions, ('attn',).")
+
+
+@dataclass(frozen=True)
 class ScaledParts(Parts):
     """The parts, and on every step, full or cached, the denoiser's output divided by a number.
 

@@ -16,20 +16,29 @@ from cache4diffusion.tokens.base import TokenPlace
 from cache4diffusion.tokens.reduction import Form, Plan, Signal
 
 
-def destinations(grid: tuple[int, int, int], window: int, generator: torch.Generator | None) -> Tensor:
-    """One token of each ``window x window`` neighbourhood, sorted; the first of each without a generator.
+def destinations(
+    grid: tuple[int, int, int], window: int | tuple[int, int, int], generator: torch.Generator | None
+) -> Tensor:
+    """One token of each window, sorted; the first of each without a generator.
 
-    Rows and columns that fill no window hold none.
+    Frames, rows and columns that fill no window hold none.
+
+    Args:
+        grid: frames, rows and columns.
+        window: likewise; a number: so many rows and columns of a frame.
+        generator: draws them.
     """
-    frames, height, width = grid
-    rows, columns = height // window, width // window
+    deep, high, wide = (1, window, window) if isinstance(window, int) else window
+    _, height, width = grid
+    depth, rows, columns = (side // piece for side, piece in zip(grid, (deep, high, wide), strict=True))
     if generator is None:
-        drawn = torch.zeros(frames, rows, columns, dtype=torch.long)
+        drawn = torch.zeros(depth, rows, columns, dtype=torch.long)
     else:
-        drawn = torch.randint(window * window, (frames, rows, columns), generator=generator)
-    y = torch.arange(rows)[:, None] * window + drawn // window
-    x = torch.arange(columns) * window + drawn % window
-    return (torch.arange(frames)[:, None, None] * height * width + y * width + x).flatten().sort().values
+        drawn = torch.randint(deep * high * wide, (depth, rows, columns), generator=generator)
+    z = torch.arange(depth)[:, None, None] * deep + drawn // (high * wide)
+    y = torch.arange(rows)[:, None] * high + drawn // wide % high
+    x = torch.arange(columns) * wide + drawn % wide
+    return (z * height * width + y * width + x).flatten().sort().values
 
 
 def match(metric: Tensor, dst: Tensor, src: Tensor, twins: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -8,14 +8,15 @@ The contract, drawn once::
         for each part:  y = plan.give(part(plan.take(x)))
 
 A plan says which tokens are left (`Plan.kept`: slot j stands at the place of token ``kept[j]``), how their inputs are
-formed from those that are not, and from which slot each token gets its output (`Plan.owner`). What a part adds to the
-stream is what is restored, so the residual of every token stays its own.
+formed from those that are not, and from which slot each token gets its output (`Plan.owner`). A `LinearPlan` spreads
+every token over several slots. What a part adds to the stream is what is restored, so the residual of every token stays
+its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -52,6 +53,11 @@ class Plan:
         """Tokens that are left."""
         return self.kept.shape[1]
 
+    @property
+    def restores(self) -> bool:
+        """Whether queries are left out as well, so that their outputs have to be restored."""
+        return self.owner is not None
+
     def take(self, x: Tensor) -> Tensor:
         """``[B, N, D]`` to ``[B, n, D]``."""
         if self.form == "pick" or self.owner is None:
@@ -69,9 +75,69 @@ class Plan:
         """``[B, n, D]`` to ``[B, N, D]``."""
         return y if self.owner is None else y.gather(1, self.owner[..., None].expand(-1, -1, y.shape[-1]))
 
+    def where(self, is_own: Tensor, other: Plan) -> Plan:
+        """This plan for some rows, another of its kind and shapes for the rest.
+
+        Args:
+            is_own: ``[B]``.
+            other: the other one.
+        """
+        given = {entry.name: (getattr(self, entry.name), getattr(other, entry.name)) for entry in fields(self)}
+        pairs = {name: pair for name, pair in given.items() if isinstance(pair[0], Tensor)}
+        chosen = {
+            name: torch.where(is_own.view(-1, *[1] * (mine.ndim - 1)), mine, theirs)
+            for name, (mine, theirs) in pairs.items()
+        }
+        return replace(self, **chosen)
+
+    def applying(self, dim: int) -> int:
+        """FLOPs of reducing ``[B, N, dim]`` and restoring it."""
+        return 0
+
     def tensors(self) -> Sequence[Tensor]:
         """What is held by it."""
         return [self.kept] if self.owner is None else [self.kept, self.owner]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LinearPlan(Plan):
+    """Every token belongs to several slots of its tile, to each by a weight: to reduce and to restore are products.
+
+    Args:
+        weights: ``[B, tiles, d, n]``, of the n tokens of a tile in its d slots; those of a token add up to 1.
+        tiles: ``[B, tiles n]``: the tokens of all tiles, one tile after the other.
+        places: ``[B, N]``: where every token is among them.
+    """
+
+    owner: Tensor | None = None
+    weights: Tensor
+    tiles: Tensor
+    places: Tensor
+
+    @property
+    def restores(self) -> bool:
+        """Always."""
+        return True
+
+    def take(self, x: Tensor) -> Tensor:
+        """Means, weighted by rows."""
+        rows = self.weights / self.weights.sum(-1, keepdim=True)
+        tiled = x.gather(1, self.tiles[..., None].expand(-1, -1, x.shape[-1]))
+        return (rows.to(x.dtype) @ tiled.unflatten(1, (rows.shape[1], -1))).flatten(1, 2)
+
+    def give(self, y: Tensor) -> Tensor:
+        """Sums, weighted by columns."""
+        columns = self.weights.to(y.dtype).mT
+        tiled = (columns @ y.unflatten(1, (columns.shape[1], -1))).flatten(1, 2)
+        return tiled.gather(1, self.places[..., None].expand(-1, -1, y.shape[-1]))
+
+    def applying(self, dim: int) -> int:
+        """Two products."""
+        return 4 * self.weights.numel() * dim
+
+    def tensors(self) -> Sequence[Tensor]:
+        """What is held by it."""
+        return [self.kept, self.weights, self.tiles, self.places]
 
 
 @runtime_checkable
@@ -108,4 +174,21 @@ class Reduction(Protocol):
 
     def tensors(self, state: Any) -> Sequence[Tensor]:
         """What the state holds, for the ledger."""
+        ...
+
+
+@runtime_checkable
+class Ranking(Protocol):
+    """A `Reduction` that goes by the self-attention of the last full step; before one there are no plans."""
+
+    def rank(self, state: Any, place: TokenPlace, entering: Tensor, maps: Tensor) -> int:
+        """Take in the self-attention of a block at a full step.
+
+        Args:
+            state, place, entering: as of `Reduction.plan`.
+            maps: ``softmax(q k^T)``, the mean over heads, ``[B, N, N]`` in float32.
+
+        Returns:
+            How many FLOPs that took.
+        """
         ...
