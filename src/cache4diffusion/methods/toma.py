@@ -28,8 +28,8 @@ class ToMA(Method):
 
     Cost: at every ``renew``-th step a matrix of cosines per tile and the greedy choice in it; at every step, per part,
     two products of ``N x tile^2 (1 - ratio)`` numbers with the features. Nothing is sorted or scattered.
-    Differences from the paper: temperature, numbers of steps, and that W is normalised over destinations are as we
-    remember them; destinations and W are each block's own, where the paper shares them among blocks; halves of
+    Differences from the paper: temperature, numbers of steps and the normalisation of W over destinations are
+    reconstructed; destinations and W are each block's own, where the paper shares them among blocks; halves of
     guidance share theirs. In FLUX the paper merges in joint attention, which is refused here: all rows of a batch share
     one table of positions, and merge at places of their own.
     """
