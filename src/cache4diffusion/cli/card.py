@@ -69,6 +69,8 @@ def needs_of(chosen: Method) -> list[str]:
     else:
         assert chosen.calibrator is not None
         made = Composition(chosen.calibrator().site, FixedInterval())  # its schedule is what is not known
+    if chosen.info.needs is not None:
+        needs.append(chosen.info.needs)
     if chosen.info.needs_calibration:
         needs.append("a calibration made on your denoiser")
     if made.needs_num_steps or not is_calibrated:
