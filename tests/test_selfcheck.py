@@ -57,6 +57,7 @@ def test_every_invariant_holds_for_every_method_that_fits(denoiser, methods):
         unfit |= {
             "deepcache": "no U-Net levels",
             "faster-diffusion": "no U-Net levels",
+            "ca2-vdm": "causal in time",
             "dbcache": "watches the first 8 blocks",
         }  # the toy has five
         unfit |= dict.fromkeys(["meancache", "taocache", "waveex", "z-cache"], "acts in scheduler.step")

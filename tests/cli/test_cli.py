@@ -147,7 +147,7 @@ def test_methods_json_is_the_registry():
 
 
 def test_the_list_says_which_methods_need_a_model_trained_for_them():
-    wanted = {"md-dit", "skip-dit"}
+    wanted = {"ca2-vdm", "md-dit", "skip-dit"}
     needs = {row["name"]: row["needs"] for row in facts("methods") if row["needs"]}
     assert needs.keys() == wanted
     assert all(need.startswith("a model trained for it") for several in needs.values() for need in several)
@@ -232,6 +232,7 @@ def test_the_card_says_what_a_method_needs():
         "t-gate-v2": ["classifier-free guidance", "blocks with cross-attention"],
         "fora": ["blocks with residual parts"],
         "deepcache": ["the levels of a U-Net"],
+        "ca2-vdm": ["a model trained for it", "a declaration of where frames are"],
         "skip-dit": ["a model trained for it", "the number of steps", "blocks that carry"],
         "z-cache": ["the number of steps", "a solver without a history: FlowMatchEulerDiscreteScheduler"],
     }.items():

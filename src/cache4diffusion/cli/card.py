@@ -13,7 +13,16 @@ from cache4diffusion.cli.show import NOT_REMEASURED, published_of, quotes_publis
 from cache4diffusion.composition import Composition
 from cache4diffusion.gates import FixedInterval
 from cache4diffusion.method import Method
-from cache4diffusion.sites import Parts, PromptModules, SingleContext, Site, Trajectory, UNetEncoder, UNetLevel
+from cache4diffusion.sites import (
+    Parts,
+    PastFrames,
+    PromptModules,
+    SingleContext,
+    Site,
+    Trajectory,
+    UNetEncoder,
+    UNetLevel,
+)
 from cache4diffusion.units import size_text
 
 WIDTH = 120
@@ -85,6 +94,8 @@ def needs_of(chosen: Method) -> list[str]:
 def _needs_of_site(site: Site | None) -> list[str]:
     if isinstance(site, PromptModules):
         return ["modules that work on the prompt alone"]
+    if isinstance(site, PastFrames):
+        return ["a declaration of where frames are: c4d.declare(denoiser, frames={...}, first_frame='...')"]
     if isinstance(site, SingleContext):
         return ["cross-attention to a single token"]
     if isinstance(site, Parts) and ("cross_attn" in site.required or site.kinds == ("cross_attn",)):
