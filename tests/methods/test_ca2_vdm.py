@@ -259,6 +259,34 @@ def test_a_run_that_is_aborted_leaves_nothing():
     assert_close([found], [truth])
 
 
+def test_an_error_within_an_attention_leaves_nothing():
+    denoiser = cv.made()
+    truth, _ = cv.video(denoiser, TEXT)
+    attention = denoiser.blocks[1].attn_temp
+
+    def fail(call):
+        if call == 4:
+            attention.to_v.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("stopped")))
+
+    with c4d.accelerate(denoiser, "ca2-vdm") as handle:
+        with pytest.raises(RuntimeError, match="stopped"), handle.run():
+            cv.video(denoiser, TEXT, on_call=fail)
+        assert handle.memory["held"] == 0
+        attention.to_v._forward_pre_hooks.clear()
+        with handle.run():
+            found, _ = cv.video(denoiser, TEXT)
+    assert_close([found], [truth])
+
+
+@pytest.mark.parametrize(("option", "tolerance"), [({"cache_dtype": "bf16"}, 3e-2), ({"cache_device": "cpu"}, 1e-5)])
+def test_keys_and_values_may_be_kept_smaller_or_elsewhere(option, tolerance):
+    denoiser = cv.made()
+    truth, plain = cv.video(denoiser, TEXT)
+    (found, outputs), handle = accelerated(denoiser, lambda d: cv.video(d, TEXT), **option)
+    assert_close([found, *outputs], [truth, *plain], tolerance)
+    assert handle.stats["strip"] == "F" + "p" * 5
+
+
 def test_clean_frames_that_change_are_computed_anew():
     denoiser = cv.made()
     calls = [*calls_of((1,)), *calls_of((5,))]
