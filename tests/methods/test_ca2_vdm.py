@@ -11,7 +11,7 @@ import torch
 import cache4diffusion as c4d
 import causal_video as cv
 from cache4diffusion.cost import summarise
-from cache4diffusion.errors import AnatomyError, SettingError
+from cache4diffusion.errors import AnatomyError, CompositionError, SettingError
 from cache4diffusion.zoo import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::cache4diffusion.few_steps.FewStepsWarning")
@@ -381,6 +381,21 @@ def test_removed_and_copied_it_is_plain():
         assert torch.equal(cv.video(copy.deepcopy(denoiser), TEXT)[0], truth)
     assert {name: set(module.__dict__) for name, module in denoiser.named_modules()} == before
     assert torch.equal(cv.video(denoiser, TEXT)[0], truth)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_compiled_blocks_are_refused(before):
+    """Compiled before it is attached, and after."""
+    denoiser = cv.made()
+    refused = pytest.raises(CompositionError, match="put in while the blocks run, so the blocks must not be compiled")
+    if before:
+        denoiser.blocks[0].compile(backend="eager")
+    with c4d.accelerate(denoiser, "ca2-vdm") as handle:
+        given = cv.inputs(cv.noise(-1, frames=1), cv.noise(1), TEXT, 900.0, 0)
+        if not before:
+            handle.prepare(**given)
+        with refused:
+            handle.prepare(**given) if before else denoiser.blocks[0].compile(backend="eager")
 
 
 def test_another_attention_than_torchs_is_refused():

@@ -148,6 +148,7 @@ class PastFramesDriver(Driver):
 
     site: PastFrames
     keeps_when_cached = True
+    needs_blocks = True  # so that compiled ones are seen
 
     def __init__(self, host: Host, site: PastFrames) -> None:
         super().__init__(host, site)
