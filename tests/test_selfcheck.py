@@ -18,7 +18,7 @@ from cache4diffusion.errors import SettingError, UnknownNameError
 from cache4diffusion.predictors import History
 from cache4diffusion.selfcheck import INVARIANTS
 from cache4diffusion.wrap import owner_of
-from toys import CALIBRATED, FIRST_TEN, MLP, Experts, dit, flux, flux_inputs, flux_pipeline, prompt
+from toys import CALIBRATED, FIRST_TEN, MLP, REDUCTIONS, Experts, dit, flux, flux_inputs, flux_pipeline, prompt
 
 STEPS = 6
 SMALL = {"height": 16, "width": 16}
@@ -61,6 +61,7 @@ def test_every_invariant_holds_for_every_method_that_fits(denoiser, methods):
             "dbcache": "watches the first 8 blocks",
         }  # the toy has five
         unfit |= dict.fromkeys(["meancache", "taocache", "waveex", "z-cache"], "acts in scheduler.step")
+        unfit |= dict.fromkeys(REDUCTIONS, "one stream of tokens enters")
         unfit["dbprune"] = "keeps the first 8"
         unfit |= {other: "c4d calibrate" for other, cls in c4d.METHODS.items() if cls.info.needs_calibration}
         if name in unfit:
