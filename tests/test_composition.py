@@ -103,6 +103,10 @@ def refusal(site, gate, tokens, decide, predictor="reuse", cfg=None):
         return "ranks the tokens of a block for all of its parts"
     if site in REDUCED and (gate in (*WATCHES, "speculative") or decide != "batch" or predictor != "reuse"):
         return "the step alone says when tokens are left out"
+    if site == "past_frames" and (
+        gate in (*WATCHES, "speculative") or decide != "batch" or predictor != "reuse" or tokens
+    ):
+        return "what is kept is what would be computed"
     if gate == "speculative" and (site not in PARTS or site == "parts_and_stream"):
         return "that block has no input on a cached step"
     if gate in NEEDS_STACK and site in ("unet_level", "unet_encoder"):
@@ -242,7 +246,15 @@ FAMILY = {
 
 def runs(site, gate):
     """Whether the pair is worth a run."""
-    elsewhere = ("unet_level", "unet_encoder", "trajectory", "single_context", "prompt_modules", *REDUCED)
+    elsewhere = (
+        "unet_level",
+        "unet_encoder",
+        "trajectory",
+        "single_context",
+        "prompt_modules",
+        "past_frames",
+        *REDUCED,
+    )
     return site not in elsewhere and (site not in FAMILY or gate in ("interval", *ENTRANCES, "adaptive", "learned"))
 
 

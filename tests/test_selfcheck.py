@@ -57,9 +57,11 @@ def test_every_invariant_holds_for_every_method_that_fits(denoiser, methods):
         unfit |= {
             "deepcache": "no U-Net levels",
             "faster-diffusion": "no U-Net levels",
+            "ca2-vdm": "causal in time",
             "dbcache": "watches the first 8 blocks",
         }  # the toy has five
         unfit |= dict.fromkeys(["meancache", "taocache", "waveex", "z-cache"], "acts in scheduler.step")
+        unfit |= dict.fromkeys(REDUCTIONS, "one stream of tokens enters")
         unfit["dbprune"] = "keeps the first 8"
         unfit |= dict.fromkeys({*REDUCTIONS} - {"asymrnr"}, "one stream of tokens")
         unfit |= {other: "c4d calibrate" for other, cls in c4d.METHODS.items() if cls.info.needs_calibration}

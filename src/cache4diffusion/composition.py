@@ -18,6 +18,7 @@ from cache4diffusion.sites import (
     Linears,
     Parts,
     PartsAndStream,
+    PastFrames,
     Reduced,
     ReducedAttention,
     Site,
@@ -109,6 +110,16 @@ class Composition:
             raise CompositionError(
                 f"At {site.words} nothing is predicted, and the step alone says when tokens are left out. Use "
                 "predictor='reuse', decide='batch' and a gate that watches nothing, such as 'throughout'."
+            )
+        if isinstance(site, PastFrames) and (
+            watch is not None
+            or self.decide != "batch"
+            or self.tokens is not None
+            or not isinstance(self.predictor, Reuse)
+        ):
+            raise CompositionError(
+                f"At {site.words} nothing is predicted: what is kept is what would be computed. Use "
+                "predictor='reuse', decide='batch', no token rule and a gate that watches nothing: 'throughout'."
             )
         if isinstance(watch, Verification) and (not isinstance(site, Parts) or isinstance(site, PartsAndStream)):
             raise CompositionError(
@@ -291,7 +302,7 @@ class Composition:
     @property
     def lives_on_other_steps(self) -> bool:
         """Whether it goes on with what other steps computed, so that few steps leave it little to gain."""
-        return not isinstance(self.site, Reduced) or self.cfg is not None
+        return not isinstance(self.site, (Reduced, PastFrames)) or self.cfg is not None
 
     @property
     def is_off(self) -> bool:
@@ -319,6 +330,7 @@ class Composition:
             self.gate if watch is not None and watch.mixes_tokens else None,
             self.predictor if getattr(self.predictor, "mixes_tokens", False) and not is_outside else None,
             self.tokens,
+            self.site if isinstance(self.site, PastFrames) else None,
         ]
         names = [type(part).__name__ for part in guilty if part is not None]
         if is_sharded and names:

@@ -49,6 +49,8 @@ def declare(
     blocks: str | Iterable[str] = (),
     image: str | None = None,
     parts: Mapping[str, PartKind] | None = None,
+    frames: Mapping[str, int] | None = None,
+    first_frame: str | None = None,
     why: str = "",
 ) -> Declaration:
     """Say what cannot be seen of a denoiser (or of all of a class), before `accelerate`. What is left out is observed.
@@ -75,6 +77,10 @@ def declare(
         image: name of the blocks' argument that is the image, where several streams run through them.
         parts: kind (``attn``, ``cross_attn``, ``ffn``, ``fused`` or ``other``) of every residual sub-layer that may be
             cached, by its path in a block.
+        frames: of a denoiser that makes videos chunk by chunk: axis of the frames, by the name of each argument that
+            has one, the latent and the timestep among them. Outputs have the latent's.
+        first_frame: name of the argument that says which place in the video the first frame of a call has; frames of
+            another place are other frames.
         why: a reason, which `c4d inspect` shows.
 
     Returns:
@@ -96,6 +102,8 @@ def declare(
         blocks=_names("blocks", blocks),
         image=image,
         parts=dict(parts or {}),
+        frames=dict(frames or {}),
+        first_frame=first_frame,
     )
     _check(target, hint)
     if isinstance(denoiser, nn.Module) and isinstance(target, nn.Module):
@@ -122,7 +130,9 @@ def _check(target: Any, hint: Hint) -> None:
         raise SettingError(f"declare({name}): timestep={hint.timestep!r} contradicts has_clock=False.")
     names = parameter_names(target)
     arguments = [("latent", hint.latent), ("timestep", hint.timestep)]
-    for role, argument in [*arguments, *(("conditioning", given) for given in hint.conditioning or ())]:
+    arguments += [("conditioning", given) for given in hint.conditioning or ()]
+    arguments += [("first_frame", hint.first_frame), *(("frames", given) for given in hint.frames)]
+    for role, argument in arguments:
         if argument is not None and argument not in names:
             raise SettingError(
                 f"{role}={argument!r}: {name}.forward({', '.join(names)}) has no such argument"
@@ -132,6 +142,9 @@ def _check(target: Any, hint: Hint) -> None:
     twice = next((role for role in roles if roles.count(role) > 1), None)
     if twice is not None:
         raise SettingError(f"declare({name}): argument {twice!r} has two roles.")
+    for argument, axis in hint.frames.items():
+        if not isinstance(axis, int) or axis < 0:
+            raise SettingError(f"frames={{{argument!r}: {axis!r}}}: give the axis of the frames, counted from 0.")
     for part, kind in hint.parts.items():
         if kind not in get_args(PartKind):
             raise SettingError(f"parts={{{part!r}: {kind!r}}}: use {', '.join(map(repr, get_args(PartKind)))}.")

@@ -22,6 +22,9 @@ Family = Literal[
 FAMILIES: tuple[Family, ...] = get_args(Family)
 """What methods are listed under, in this order."""
 
+TRAINED = "a model trained for it"
+"""What a method needs that was published together with weights."""
+
 
 @dataclass(frozen=True)
 class Dial:
@@ -74,6 +77,7 @@ class MethodInfo:
         ladder: up to three settings, from gentle to hard, that show what the method can reach (up to a sixth of the
             FLOPs); they are for runs of about 50 steps, and what ``c4d bench --methods all`` measures.
         needs_calibration: whether a calibration file is needed.
+        needs: what else must be there that no call of a denoiser shows, such as `TRAINED`; None if nothing.
         shares_branches: whether one CFG branch's prediction reads another's feature.
         is_exact: whether what is predicted is what would be computed, but for rounding.
         published: settings of the paper or its released code, by what they are for. A set names what differs from our
@@ -99,6 +103,7 @@ class MethodInfo:
     dial: Dial | None = None
     ladder: tuple[dict[str, Any], ...] = ({},)
     needs_calibration: bool = False
+    needs: str | None = None
     shares_branches: bool = False
     is_exact: bool = False
     published: dict[str, dict[str, Any]] = field(default_factory=dict)

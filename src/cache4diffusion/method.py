@@ -11,7 +11,7 @@ from cache4diffusion.calibration import Calibration, Calibrator, Entry
 from cache4diffusion.calibration.store import command, misshapen, opened
 from cache4diffusion.composition import Composition, Decide
 from cache4diffusion.errors import CalibrationError, UnknownNameError, closest
-from cache4diffusion.info import FAMILIES, Dial, Family, Fidelity, MethodInfo
+from cache4diffusion.info import FAMILIES, TRAINED, Dial, Family, Fidelity, MethodInfo
 from cache4diffusion.settings import check, check_names, describe
 
 METHODS: dict[str, type[Method]] = {}
@@ -129,6 +129,7 @@ class Method(ABC):
             "predictor": info.predictor,
             "tokens": info.tokens,
             "needs_calibration": info.needs_calibration,
+            "needs": [info.needs] if info.needs is not None else [],
             "needs_num_steps": info.needs_calibration or cls().compose().needs_num_steps,
             "fidelity": info.fidelity,
             "off": dict(info.off),
@@ -168,6 +169,7 @@ def method_class(name: str) -> type[Method]:
 __all__ = [
     "FAMILIES",
     "METHODS",
+    "TRAINED",
     "Composition",
     "Decide",
     "Dial",

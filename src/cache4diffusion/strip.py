@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 from cache4diffusion.composition import Composition
 from cache4diffusion.gates import Step
-from cache4diffusion.sites import PartsAndStream, Reduced
+from cache4diffusion.sites import PartsAndStream, PastFrames, Reduced
 from cache4diffusion.trace import CACHED, FULL, HALF, PARTIAL, REDUCED
 
 
@@ -64,6 +64,8 @@ def _cached(composition: Composition, is_full: list[bool], index: int) -> str:
     """What a cached step is."""
     if isinstance(composition.site, Reduced):
         return REDUCED
+    if isinstance(composition.site, PastFrames):
+        return PARTIAL
     if composition.tokens is None:
         return CACHED
     site = composition.site

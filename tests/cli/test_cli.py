@@ -136,7 +136,7 @@ def test_methods_json_is_the_registry():
     assert [row["name"] for row in rows] == METHODS
     wanted = {
         "name", "title", "arxiv", "site", "gate", "predictor", "tokens", "needs_calibration", "needs_num_steps",
-        "fidelity", "off", "use", "family", "when",
+        "needs", "fidelity", "off", "use", "family", "when",
     }  # fmt: skip
     for row in rows:
         assert wanted <= set(row)
@@ -144,6 +144,15 @@ def test_methods_json_is_the_registry():
         assert isinstance(row["off"], dict)
         assert row["off"]
         assert isinstance(row["needs_num_steps"], bool)
+
+
+def test_the_list_says_which_methods_need_a_model_trained_for_them():
+    wanted = {"ca2-vdm", "md-dit", "skip-dit"}
+    needs = {row["name"]: row["needs"] for row in facts("methods") if row["needs"]}
+    assert needs.keys() == wanted
+    assert all(need.startswith("a model trained for it") for several in needs.values() for need in several)
+    lines = " ".join(run("methods").stdout.split())
+    assert lines.count(" needs a model trained for it") == len(wanted)
 
 
 def test_methods_are_listed_by_family_with_one_line_each():
@@ -223,6 +232,8 @@ def test_the_card_says_what_a_method_needs():
         "t-gate-v2": ["classifier-free guidance", "blocks with cross-attention"],
         "fora": ["blocks with residual parts"],
         "deepcache": ["the levels of a U-Net"],
+        "ca2-vdm": ["a model trained for it", "a declaration of where frames are"],
+        "skip-dit": ["a model trained for it", "the number of steps", "blocks that carry"],
         "z-cache": ["the number of steps", "a solver without a history: FlowMatchEulerDiscreteScheduler"],
     }.items():
         needs = facts("show", name)["needs"]

@@ -32,6 +32,8 @@ class Hint:
         blocks: paths of the lists of blocks, or of single blocks, in any order.
         image: name of the blocks' argument that is the image, where the text may reach the output as well.
         parts: kinds of the residual sub-layers, by their path in a block; no others are cached then.
+        frames: axis of a video's frames, by the name of each argument that has one.
+        first_frame: name of the argument that says which place in the video the first frame has.
     """
 
     why: str = ""
@@ -42,6 +44,8 @@ class Hint:
     blocks: tuple[str, ...] = ()
     image: str | None = None
     parts: Mapping[str, PartKind] = field(default_factory=dict)
+    frames: Mapping[str, int] = field(default_factory=dict)
+    first_frame: str | None = None
 
     @property
     def facts(self) -> dict[str, Any]:

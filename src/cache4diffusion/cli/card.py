@@ -13,7 +13,16 @@ from cache4diffusion.cli.show import NOT_REMEASURED, published_of, quotes_publis
 from cache4diffusion.composition import Composition
 from cache4diffusion.gates import FixedInterval
 from cache4diffusion.method import Method
-from cache4diffusion.sites import Parts, PromptModules, SingleContext, Site, Trajectory, UNetEncoder, UNetLevel
+from cache4diffusion.sites import (
+    Parts,
+    PastFrames,
+    PromptModules,
+    SingleContext,
+    Site,
+    Trajectory,
+    UNetEncoder,
+    UNetLevel,
+)
 from cache4diffusion.units import size_text
 
 WIDTH = 120
@@ -69,6 +78,8 @@ def needs_of(chosen: Method) -> list[str]:
     else:
         assert chosen.calibrator is not None
         made = Composition(chosen.calibrator().site, FixedInterval())  # its schedule is what is not known
+    if chosen.info.needs is not None:
+        needs.append(chosen.info.needs)
     if chosen.info.needs_calibration:
         needs.append("a calibration made on your denoiser")
     if made.needs_num_steps or not is_calibrated:
@@ -83,6 +94,8 @@ def needs_of(chosen: Method) -> list[str]:
 def _needs_of_site(site: Site | None) -> list[str]:
     if isinstance(site, PromptModules):
         return ["modules that work on the prompt alone"]
+    if isinstance(site, PastFrames):
+        return ["a declaration of where frames are: c4d.declare(denoiser, frames={...}, first_frame='...')"]
     if isinstance(site, SingleContext):
         return ["cross-attention to a single token"]
     if isinstance(site, Parts) and ("cross_attn" in site.required or site.kinds == ("cross_attn",)):

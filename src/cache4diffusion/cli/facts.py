@@ -57,6 +57,8 @@ def methods(
         table.add_row(f"\n{family}", style="bold")
         for row in members:
             table.add_row(f"  {row['name']}", row["when"], row["fidelity"])
+            for need in row["needs"]:
+                table.add_row("", f"  needs {need}", "")
     terminal().print(table)
 
 

@@ -6,6 +6,7 @@ import weakref
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 
 from cache4diffusion.anatomy import Anatomy
@@ -88,6 +89,8 @@ class Attachment:
                 self.host.examine(args, kwargs, anatomy)
             if self.runner is not None:
                 self.runner.install()
+                with torch.no_grad():
+                    self.runner.driver.try_out(self._root.inner, args, kwargs)
                 if self.runner.needs_blocks:
                     self._wrap_blocks(self.runner)
                 self.bypassed = self.runner.driver.bypassed()

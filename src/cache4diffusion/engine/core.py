@@ -227,7 +227,8 @@ class Engine:
 
     def _state(self, run: int, branch: str, latent: Tensor, conditioning: list[Tensor]) -> BranchState:
         """What is remembered of a branch; born empty, also when the shapes change in a run."""
-        signature = (latent.shape, latent.dtype, latent.device, [tensor.shape for tensor in conditioning])
+        shape = latent.shape if self.driver is None else self.driver.shape_of(latent)
+        signature = (shape, latent.dtype, latent.device, [tensor.shape for tensor in conditioning])
         state = self._states.get((run, branch))
         if state is None or state.signature != signature:
             if state is not None:

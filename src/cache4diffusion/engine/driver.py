@@ -90,6 +90,17 @@ class Driver(ABC):
             AnatomyError: the denoiser lacks what this site needs.
         """
 
+    def try_out(self, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: B027 - optional step
+        """After `install`: see on the values of a call what cannot be seen without them.
+
+        Raises:
+            AnatomyError: the denoiser lacks what this site needs.
+        """
+
+    def shape_of(self, latent: Tensor) -> tuple[int, ...]:
+        """What of the latent's shape must stay as it is in a run, for what is remembered to go on."""
+        return latent.shape
+
     @property
     def forbids_compiled_blocks(self) -> str | None:
         """Why blocks must not be compiled while this is installed; None if they may be."""

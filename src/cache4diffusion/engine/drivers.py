@@ -13,6 +13,7 @@ from cache4diffusion.engine.level import LevelDriver
 from cache4diffusion.engine.linears import LinearsDriver
 from cache4diffusion.engine.mixed import MixedScoreDriver
 from cache4diffusion.engine.parts import PartsDriver
+from cache4diffusion.engine.past_frames import PastFramesDriver
 from cache4diffusion.engine.prompt_modules import PromptModulesDriver
 from cache4diffusion.engine.reducing import ReductionDriver
 from cache4diffusion.engine.reducing_attention import AttentionReductionDriver
@@ -30,6 +31,7 @@ from cache4diffusion.sites import (
     MixedScore,
     Parts,
     PartsAndStream,
+    PastFrames,
     PromptModules,
     Reduced,
     ReducedAttention,
@@ -56,6 +58,7 @@ DRIVERS: dict[type[Site], type[Driver]] = {
     ScaledParts: ScaledPartsDriver,
     SingleContext: SingleContextDriver,
     PromptModules: PromptModulesDriver,
+    PastFrames: PastFramesDriver,
     PartsAndStream: LastStreamDriver,
     Reduced: ReductionDriver,
     ReducedAttention: AttentionReductionDriver,

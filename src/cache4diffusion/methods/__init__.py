@@ -7,6 +7,7 @@ from cache4diffusion.methods.at_edm import ATEDM
 from cache4diffusion.methods.bacache import BACache
 from cache4diffusion.methods.block_caching import BlockCaching
 from cache4diffusion.methods.bwcache import BWCache
+from cache4diffusion.methods.ca2_vdm import Ca2VDM
 from cache4diffusion.methods.ca_tome import CAToMe
 from cache4diffusion.methods.clusca import ClusCa
 from cache4diffusion.methods.dbcache import DBCache
@@ -81,6 +82,7 @@ __all__ = [
     "BWCache",
     "BlockCaching",
     "CAToMe",
+    "Ca2VDM",
     "ClusCa",
     "DBCache",
     "DBPrune",

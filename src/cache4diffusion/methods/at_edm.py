@@ -30,7 +30,7 @@ class ATEDM(Method):
     Differences from the paper: there each step ranks anew; the cross-attention of text tokens, which may enter the
     weights there, does not here; a token that is left out keeps its own residual, and copies only what parts add (the
     paper copies whole tokens, in front of the next convolution); which blocks stay whole early on, and for how long,
-    are as we remember them.
+    are reconstructed.
     """
 
     ratio: float = setting(0.4, "share of the tokens that is left out; 0 is off", ge=0, le=1)

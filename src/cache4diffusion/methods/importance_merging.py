@@ -25,8 +25,8 @@ class ImportanceMerging(Method):
     noted. The strip is ``rrrr``.
 
     Cost: ToMe's, and one number per position of the output.
-    Differences from the paper: the share of important tokens and that destinations are drawn from them at random are as
-    we remember them; there are as many destinations as ToMe's windows give, and the share never goes below that.
+    Differences from the paper: the share of important tokens and that destinations are drawn from them at random are
+    reconstructed; there are as many destinations as ToMe's windows give, and the share never goes below that.
     """
 
     ratio: float = setting(0.5, "share of the tokens that is merged; 0 is off", ge=0, le=1)

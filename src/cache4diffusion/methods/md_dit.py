@@ -13,7 +13,7 @@ from cache4diffusion.calibration import Given
 from cache4diffusion.calibration.token_routers import TokenRouters
 from cache4diffusion.errors import CalibrationError
 from cache4diffusion.gates import FixedInterval, PartInput
-from cache4diffusion.method import Composition, Method, MethodInfo
+from cache4diffusion.method import TRAINED, Composition, Method, MethodInfo
 from cache4diffusion.predictors import Reuse
 from cache4diffusion.settings import setting
 from cache4diffusion.sites import Parts
@@ -62,6 +62,7 @@ class MDDiT(Method):
         ladder=({"capacity": 0.5}, {}, {"capacity": 0.0}),
         citation="Step-aware Mixture-of-Depths for Efficient Diffusion Transformers, NeurIPS 2024 workshop",
         needs_calibration=True,
+        needs=f"{TRAINED} (as published; ours goes without)",
     )
 
     def compose(self) -> Composition:

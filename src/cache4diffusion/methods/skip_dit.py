@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from cache4diffusion.gates import FixedInterval, Window
-from cache4diffusion.method import Composition, Method, MethodInfo
+from cache4diffusion.method import TRAINED, Composition, Method, MethodInfo
 from cache4diffusion.predictors import Reuse
 from cache4diffusion.settings import setting
 from cache4diffusion.sites import Span
@@ -47,6 +47,7 @@ class SkipDiT(Method):
         family="reuse of blocks and parts",
         when="the denoiser has long skip connections (HunYuan-DiT, Skip-DiT weights); not otherwise",
         ladder=({}, {"interval": 3, "start": 0.1, "stop": 1.0}, {"interval": 6, "start": 0.1, "stop": 1.0}),
+        needs=TRAINED,
         citation="Chen et al., Accelerating Vision Diffusion Transformers with Skip Branches, ICCV 2025",
         published={
             "HunYuan-DiT": {"interval": 2, "keep": 1, "start": 0.3, "stop": 0.95},
