@@ -17,7 +17,7 @@ METHODS = (
     "bwcache", "seacache", "smoothcache", "dpcache", "bacache", "feb-cache", "icc", "fastcache",
     "l2p", "lemica", "l2c", "harmonica", "lazydit", "block-caching", "md-dit", "pab",
     "t-gate-v1", "t-gate-v2", "vcut", "text-kv-cache", "faster-diffusion",
-    "duca", "clusca", "tome", "ca-tome", "todo", "tofu", "importance-merging",
+    "cachequant", "quantcache", "duca", "clusca", "tome", "ca-tome", "todo", "tofu", "importance-merging",
 )  # fmt: skip
 ROWS = re.findall(r"^\| `([\w-]+)` \| (.+?) \| (`tests/.+`) \|$", TEXT, flags=re.MULTILINE)
 

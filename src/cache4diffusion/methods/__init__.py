@@ -6,6 +6,7 @@ from cache4diffusion.methods.bacache import BACache
 from cache4diffusion.methods.block_caching import BlockCaching
 from cache4diffusion.methods.bwcache import BWCache
 from cache4diffusion.methods.ca_tome import CAToMe
+from cache4diffusion.methods.cachequant import CacheQuant
 from cache4diffusion.methods.clusca import ClusCa
 from cache4diffusion.methods.dbcache import DBCache
 from cache4diffusion.methods.dbprune import DBPrune
@@ -40,6 +41,7 @@ from cache4diffusion.methods.md_dit import MDDiT
 from cache4diffusion.methods.meancache import MeanCache
 from cache4diffusion.methods.newton import Newton
 from cache4diffusion.methods.pab import PAB
+from cache4diffusion.methods.quantcache import QuantCache
 from cache4diffusion.methods.scm import SCM
 from cache4diffusion.methods.seacache import SeaCache
 from cache4diffusion.methods.skip_dit import SkipDiT
@@ -76,6 +78,7 @@ __all__ = [
     "BWCache",
     "BlockCaching",
     "CAToMe",
+    "CacheQuant",
     "ClusCa",
     "DBCache",
     "DBPrune",
@@ -104,6 +107,7 @@ __all__ = [
     "MagCache",
     "MeanCache",
     "Newton",
+    "QuantCache",
     "SeaCache",
     "SkipDiT",
     "SmoothCache",
