@@ -11,7 +11,7 @@ TRAINED = [name for name in CALIBRATED if issubclass(c4d.METHODS[name].calibrato
 MEASURED = [name for name in CALIBRATED if name not in TRAINED]
 BRIEF = {name: {"runs": 1} for name in TRAINED} | {"block-caching": {"runs": 1, "threshold": 0.8}}
 
-OPTIONS = {"cachequant": {"unit": "span", "reach": 4}}  # of measurements on a transformer
+OPTIONS = {"cachequant": {"unit": "span", "reach": 5}}  # of measurements on a transformer
 
 
 def prompts(count, first=0):

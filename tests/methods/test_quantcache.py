@@ -44,6 +44,8 @@ def strip(gate, divergence, steps=9, angle=None):
 )  # fmt: skip
 def test_the_larger_the_divergence_the_shorter_the_interval(divergence, letters):
     assert strip(LadderedEntrance(0.5), lambda step: divergence) == letters
+    if divergence == 0.35:
+        assert all(f"``{letters}``" in (cls.__doc__ or "") for cls in (LadderedEntrance, c4d.methods.QuantCache))
 
 
 def test_the_interval_follows_the_divergence_as_it_changes():
@@ -177,6 +179,15 @@ def test_a_threshold_of_0_is_bit_equal_also_with_everything_to_prune():
     assert all(torch.equal(a, b) for a, b in zip(outputs, plain, strict=True))
 
 
+def test_the_ledger_holds_what_was_predicted():
+    call = {**toys.flux_inputs(2), "timestep": torch.full((2,), 0.5)}
+    predicted = c4d.cache_bytes(toys.flux(), "quantcache", inputs=call, steps=STEPS, threshold=2.0)
+    denoiser = toys.flux()
+    with c4d.accelerate(denoiser, "quantcache", threshold=2.0) as handle, handle.run(num_steps=STEPS):
+        toys.flux_loop(denoiser, toys.flux_inputs(2), STEPS)
+        assert predicted == handle.memory["peak"] == sum(handle.memory_by_place.values())
+
+
 @torch.no_grad()
 def test_only_the_block_that_turns_nothing_is_left_out():
     torch.manual_seed(0)
@@ -185,11 +196,12 @@ def test_only_the_block_that_turns_nothing_is_left_out():
         parameter.mul_(1e-4)
     counter, ran = toys.Counter(denoiser), []
     g = torch.Generator().manual_seed(1)
+    context = torch.randn(1, 5, 8, generator=g)
     settings = {"threshold": 1e-6, "prune": 1e-6, "bits": 16.0}
     with c4d.accelerate(denoiser, "quantcache", **settings) as handle, handle.run(num_steps=8):
         for step in range(8):
-            x, context = torch.randn(1, 5, 4, generator=g), torch.randn(1, 5, 8, generator=g)
-            modules, _ = counter.during(lambda x=x, c=context, s=step: denoiser(x, torch.tensor([1 - s / 8]), c))
+            x = torch.randn(1, 5, 4, generator=g)
+            modules, _ = counter.during(lambda x=x, s=step: denoiser(x, torch.tensor([1 - s / 8]), context))
             ran.append([f"blocks.{i}.ff" in modules for i in range(3)])
     first, second, third = (list(column) for column in zip(*ran, strict=True))
     assert all(first) and all(third)

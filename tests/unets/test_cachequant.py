@@ -57,6 +57,7 @@ def test_an_even_drift_gives_even_groups(steps, interval):
     assert max(lengths) - min(lengths) <= 1
     if (steps, interval) == (9, 3):
         assert starts == (0, 3, 6)
+        assert "``FccFccFcc``" in (c4d.methods.CacheQuant.__doc__ or "")
 
 
 def test_full_steps_gather_where_features_drift_and_groups_keep_their_bounds():

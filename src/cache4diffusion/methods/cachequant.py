@@ -42,8 +42,9 @@ class CacheQuant(Method):
 
     Cost: one feature map, and two numbers per channel and step; a cached step runs what is shallower. No host sync.
     Differences from the code: a and b of the quantised network are fitted to its own features and cached numbers. The
-    released second correction, of the two convolutions that read the feature, towards those of the unquantised network,
-    is left out: weights are quantised by torchao, which leaves convolutions alone.
+    released second correction, of what the two quantised convolutions that read the feature make of it, is left out:
+    torchao leaves convolutions alone, and `quantised` the norm and projection behind a transformer's blocks, so that
+    nothing that reads a cached feature is quantised.
     """
 
     interval: int = setting(5, "steps to a full one, on average; 1 never caches. Code: 5 (SD), 10 to 20 (LDM)", ge=1)
@@ -60,7 +61,7 @@ class CacheQuant(Method):
         gate="calibrated schedule",
         predictor="scaled and shifted reuse",
         tokens=None,
-        fidelity="paper",
+        fidelity="code",
         off={"interval": 1},
         family="U-Net",
         when="the denoiser is quantised, or its cache: the schedule and a correction are measured on it as it is",

@@ -80,6 +80,11 @@ class Graded(LinearPredictor):
         """The newest one."""
         return 1
 
+    @property
+    def narrowest(self) -> torch.dtype | None:
+        """What some channels are kept in, whatever the storage says; None: none is."""
+        return None if self.bits == 16 else torch.int8
+
     def weights(self, times: Sequence[float], time: float) -> list[float]:
         """All on the newest."""
         return [1.0]
