@@ -85,3 +85,5 @@ def test_a_calibration_is_that_of_the_quantised_network(torchao):
     name = next(key for key in made.entry.fit if key.startswith("scale"))
     assert not torch.equal(made.entry.fit[name], plain.entry.fit[name])
     assert made.options["cache_dtype"] == "int8"
+    known, other = (entry.fingerprint.weights for entry in (made.entry, plain.entry))
+    assert None not in (known, other) and known != other, "weights that were quantised are other weights"
