@@ -23,6 +23,7 @@ from cache4diffusion.engine.state import BranchState, Context
 from cache4diffusion.errors import AnatomyError
 from cache4diffusion.gates import Step
 from cache4diffusion.predictors import Reuse
+from cache4diffusion.predictors.history import History
 from cache4diffusion.tokens import Segment, Spreading, Surveying, TokenPlace, TokenRule
 from cache4diffusion.wrap import ForwardWrapper
 
@@ -319,7 +320,7 @@ class TokenDriver:
         if isinstance(self.rule, Spreading):
             place = dataclasses.replace(self._place(context, site), survey=context.state.tokens.get(_SURVEY))
             kept = context.state.tokens.setdefault(site.name, self.rule.init())
-            written = self.rule.spread(kept, place, leaves, state.newest, index, values)
+            written = self.rule.spread(kept, place, leaves, lambda: _last(state), index, values)
         else:
             before = leaves if is_kept else [leaf.clone() for leaf in leaves]
             written = [put(leaf, index, value) for leaf, value in zip(before, values, strict=True)]
@@ -360,6 +361,11 @@ class TokenDriver:
         if x.shape[1] == index.shape[1]:
             return found(*args, **kwargs)
         return found(take(x, index))
+
+
+def _last(history: History) -> list[Tensor]:
+    """The feature of the last full step."""
+    return history.newest()
 
 
 def _inner(rest: RestingModule) -> str:
