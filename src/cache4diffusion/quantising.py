@@ -144,7 +144,12 @@ def _layers(denoiser: nn.Module) -> Iterator[_Layer]:
     for path, module in denoiser.named_modules():
         if type(module) is not nn.Linear or not path.startswith(tuple(lists)):
             continue
-        weight = module.weight
-        if type(weight.data) is torch.Tensor and weight.is_floating_point() and shared[id(weight)] == 1:
+        weight = module._parameters["weight"]
+        if (
+            weight is not None
+            and type(weight.data) is torch.Tensor
+            and weight.is_floating_point()
+            and shared[id(weight)] == 1
+        ):
             parent, _, name = path.rpartition(".")
             yield _Layer(denoiser.get_submodule(parent), name, module, weight, weight.device, dict(module.__dict__))

@@ -95,6 +95,7 @@ class LadderedEntrance:
                 state.interval, state.is_spared = 2 * state.interval, True
             return
         change = score[0] if self.prune > 0 and score is not None else score
-        is_known = change is not None and state.last is not None and step.index > state.last
-        state.interval = self.interval_for(change / (step.index - state.last)) if is_known else 1
+        state.interval = 1
+        if change is not None and state.last is not None and step.index > state.last:
+            state.interval = self.interval_for(change / (step.index - state.last))
         state.last, state.is_spared = step.index, False
