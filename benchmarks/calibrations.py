@@ -44,6 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "md-dit": {"runs": 12, "rate": 0.02},
     "l2p": {"interval": 6, "warmup": 10},
     "icc": {"rank": 32},
+    "cachequant": {"unit": "span"},
 }
 # What is tried, where that is not the default: settings at which something is cached here.
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -46,6 +46,7 @@ SETTINGS: dict[str, dict[str, Any]] = {"dbcache": {"front": 1}, "dbprune": {"fro
 OPTIONS: dict[str, dict[str, Any]] = {
     **{name: {"runs": 1} for name in ("harmonica", "l2c", "lazydit", "md-dit")},
     "block-caching": {"runs": 1, "threshold": 0.8},
+    "cachequant": {"unit": "span"},
 }
 
 

@@ -14,6 +14,7 @@ from cache4diffusion.measure.bench import _rename
 from cache4diffusion.measure.entry import Entry
 from cache4diffusion.run import Call
 from cache4diffusion.run.path import Run
+from cache4diffusion.storage import FP8
 from cache4diffusion.units import size_text
 from toys import Dicts, Experts, branch_loop, flux, flux_inputs, flux_loop, flux_pipeline, generate, prompt
 
@@ -261,7 +262,8 @@ def test_alternatives_come_in_the_order_of_the_documentation(monkeypatch):
     choice = choose(None, {}, "taylorseer", TAYLOR)
     words = [differs(other, choice) for other in alternatives(choice, torch.device("cuda:0"))]
     assert words[:2] == ["taylorseer(order=1)", "taylorseer(order=0)"]
-    assert words[2] == "taylorseer(cache_dtype='bfloat16')"
+    dtypes = ["bfloat16", "int8", "float8_e4m3fn"] if FP8 is not None else ["bfloat16", "int8"]
+    assert words[2 : 2 + len(dtypes)] == [f"taylorseer(cache_dtype={dtype!r})" for dtype in dtypes]
     assert "taylorseer(cache_device='cpu')" in words
     assert words[-1] == "easycache"
     on_cpu = [differs(other, choice) for other in alternatives(choice, torch.device("cpu"))]

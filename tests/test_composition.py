@@ -44,6 +44,7 @@ GATE = {name: name for name in GATES} | {
     "mask": "mask(mask='110100')",
     "speculative": "speculative(threshold=1e9, max_run=3, warmup=0)",
     "significance": "significance(threshold=0.5)",
+    "laddered": "laddered(threshold=2.0)",
 }
 SITE = {name: name for name in SITES} | {
     "span": "span(front=1)",
@@ -74,7 +75,7 @@ def _kinds():
 
 KINDS = [name for name in _kinds() if name not in ("mean-velocity", "two-sided")]  # which need the trajectory
 ANYWHERE = [name for name in PREDICTOR if name not in ("mean-velocity", "two-sided")]
-ENTRANCES = ("entrance", "significance")  # gates by which each block decides for itself
+ENTRANCES = ("entrance", "significance", "laddered")  # gates by which each block decides for itself
 LOOKS_INSIDE = ("accumulated", "probe", "learned", *ENTRANCES)  # gates that decide while the blocks run
 NEEDS_STACK = ("accumulated", "probe", "adaptive", "triggered", *ENTRANCES)
 WATCHES = (*NEEDS_STACK, "drift", "learned")

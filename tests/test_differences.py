@@ -71,11 +71,12 @@ SPECIALISATIONS = (
     *(
         Same(name, "fora", PLAIN)
         for name in (
-            "adacache", "bacache", "bwcache", "dbcache", "easycache", "fbcache", "feb-cache", "harmonica", "l2c",
-            "lemica", "magcache", "scm", "seacache", "skip-dit", "smoothcache", "teacache",
+            "adacache", "bacache", "bwcache", "cachequant", "dbcache", "easycache", "fbcache", "feb-cache",
+            "harmonica", "l2c", "lemica", "magcache", "scm", "seacache", "skip-dit", "smoothcache", "teacache",
         )
     ),
     Same("dbprune", "fbcache", "reuse, block by block: the sum is the span's", tolerance=ROUNDING),
+    Same("quantcache", "dbprune", "in 16 bits it is reuse, block by block", {"bits": 16.0}, {"front": 0}),
     Same("block-caching", "magcache", "reuse, block by block: the sum is the span's", tolerance=ROUNDING),
     Same("fbcache", "dbcache", "one front block, no limits", {"threshold": 0.2},
          {"threshold": 0.2, "front": 1, "warmup": 0}, as_is=True),

@@ -18,7 +18,7 @@ METHODS = (
     "l2p", "lemica", "l2c", "harmonica", "lazydit", "block-caching", "md-dit", "pab",
     "t-gate-v1", "t-gate-v2", "vcut", "text-kv-cache", "faster-diffusion",
     "duca", "clusca", "tome", "ca-tome", "todo", "tofu", "importance-merging",
-    "toma", "at-edm", "asymrnr", "ca2-vdm",
+    "toma", "at-edm", "asymrnr", "ca2-vdm", "cachequant", "quantcache",
 )  # fmt: skip
 ROWS = re.findall(r"^\| `([\w-]+)` \| (.+?) \| (`tests/.+`) \|$", TEXT, flags=re.MULTILINE)
 

@@ -196,10 +196,11 @@ def test_every_predictor_of_the_table_keeps_the_contract(name):
     first, second = predictor.predict(state, 6.0), predictor.predict(state, 6.0)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), "predict is pure"
     kept = zip(before, state.buffers, strict=True)
-    assert all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in kept), "predict writes nothing"
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in kept), "predict writes nothing"
     assert [leaf.shape for leaf in first] == [y.shape, y.shape]
     if name != "chebyshev":  # whose ridge shrinks constants too
-        torch.testing.assert_close(first[0], y)
+        rounding = y.abs().max() / 254 if name == "graded" else 0.0  # half a scale, at most
+        torch.testing.assert_close(first[0], y, rtol=1.3e-6, atol=float(rounding) + 1e-5)
     predictor.commit(state, first, 6.0)
     assert all(torch.equal(a, b) for a, b in zip(predictor.predict(state, 6.0), first, strict=True)), (
         "what a cached step went on with is what is found there again"

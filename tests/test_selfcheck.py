@@ -287,16 +287,17 @@ def test_bad_requests(denoiser):
         check(denoiser, "foro")
 
 
-def test_what_accelerates_a_pipeline_is_checked_and_goes_on():
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_what_accelerates_a_pipeline_is_checked_and_goes_on(dtype):
     pipe, call = flux_pipeline(), {**prompt(batch=2), **SMALL}
-    with c4d.accelerate(pipe, "fbcache", threshold=0.3, cache_dtype="bf16") as handle:
+    with c4d.accelerate(pipe, "fbcache", threshold=0.3, cache_dtype=dtype) as handle:
         before = pipe(**call, num_inference_steps=8, output_type="latent", generator=torch.Generator().manual_seed(0))
         strip, memory = handle.stats["strip"], handle.memory
         found = c4d.selfcheck(pipe, call=call)
         assert found.ok, str(found)
         assert {finding.method for finding in found.findings} == {"fbcache"}
         assert found.steps == 6
-        assert "bfloat16" in found.labels["fbcache"]
+        assert dtype in found.labels["fbcache"]
         assert owner_of(pipe.transformer) is handle
         assert (handle.stats["strip"], handle.memory) == (strip, memory)
         after = pipe(**call, num_inference_steps=8, output_type="latent", generator=torch.Generator().manual_seed(0))

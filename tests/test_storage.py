@@ -17,7 +17,7 @@ from toys import ACTIVE, distinct_methods, flux, flux_inputs, flux_loop
 
 STEPS = 14
 needs_fp8 = pytest.mark.skipif(FP8 is None, reason="this torch has no float8")
-NARROW = ["bf16", "fp16", pytest.param("fp8", marks=needs_fp8)]
+NARROW = ["bf16", "fp16", "int8", pytest.param("fp8", marks=needs_fp8)]
 # One for each kind of site and of predictor.
 some_methods = pytest.mark.parametrize(
     "name", ["taylorseer", "toca", "fbcache", "dicache", "freqca", "dmd", "taylorseer-lite", "delta-dit"]
@@ -33,9 +33,17 @@ def history(store, leaves_at, capacity=3, rows=None):
 
 
 def rounded(leaf, dtype):
-    """A slow reference of what is kept: every row of a snapshot by itself."""
-    if dtype != "fp8":
+    """A slow reference of what is kept: every row of a snapshot by itself, in int8 every channel of it."""
+    if dtype in ("bf16", "fp16"):
         return leaf.to({"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]).float()
+    if dtype == "int8":
+        back = leaf.float()
+        for row in range(leaf.shape[0]):
+            for channel in range(leaf.shape[-1]):
+                numbers = back[row, :, channel]
+                scale = numbers.abs().max() / 127
+                back[row, :, channel] = (numbers / scale).round() * scale
+        return back
     rows = []
     for row in leaf.float():
         scale = row.abs().max() / 448 if row.any() else torch.tensor(1.0)
@@ -75,6 +83,46 @@ def test_float8_keeps_zeros_and_shows_what_is_not_finite():
     back = history(Store(Storage.of("fp8")), [(0.0, leaf)], 1).rings[0].value(0)
     assert torch.equal(back[0], leaf[0]) and torch.equal(back[2], leaf[2])
     assert not torch.isfinite(back[1]).all()
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 5), (3, 5, 4, 4), (2, 5, 3, 4, 4), (4, 7), (3,)])
+@pytest.mark.parametrize("feature", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_number_in_int8_is_off_by_half_a_scale_at_most_and_scales_are_those_of_rows_and_channels(shape, feature):
+    g = torch.Generator().manual_seed(0)
+    leaf = (torch.randn(shape, generator=g) * 10.0 ** torch.randint(-3, 4, shape, generator=g)).to(feature)
+    ring = history(Store(Storage.of("int8")), [(0.0, leaf)], 1).rings[0]
+    channel = {2: None, 1: None, 3: 2}.get(leaf.ndim, 1)
+    dims = tuple(axis for axis in range(1, leaf.ndim) if axis != channel)
+    largest = leaf.float().abs().amax(dims, keepdim=True) if dims else leaf.float().abs()
+    assert torch.equal(ring.scales[0].flatten(), (largest / 127).flatten())
+    assert ((ring.read(0) - leaf.float()).abs() <= largest / 254 * (1 + 1e-5)).all()
+    assert (ring.data.dtype, ring.value(0).dtype) == (torch.int8, feature)
+    assert [tensor.nbytes for tensor in ring.tensors()] == [leaf.numel(), 4 * largest.numel()]
+
+
+def test_int8_keeps_zeros_and_what_is_almost_nothing_as_zeros_and_shows_what_is_not_finite():
+    leaf = torch.ones(5, 3, 2)
+    leaf[0, :, 0], leaf[1, :, 0] = 0.0, 1e-44  # smaller than any scale
+    leaf[2, 1, 0], leaf[3, 1, 0] = float("nan"), float("-inf")
+    back = history(Store(Storage.of("int8")), [(0.0, leaf)], 1).rings[0].value(0)
+    assert torch.equal(back[:2, :, 0], torch.zeros(2, 3))
+    assert back[2:4, :, 0].isnan().all(), "all that has one scale with it"
+    torch.testing.assert_close(back[..., 1], torch.ones(5, 3))
+    torch.testing.assert_close(back[4], torch.ones(3, 2))
+
+
+def test_a_nan_that_was_kept_in_int8_is_noticed_and_the_step_computed_anew():
+    denoiser = flux()
+    handle = c4d.accelerate(denoiser, "fora", interval=3, cache_dtype="int8", nan_guard="now")
+    with handle, handle.run(num_steps=4), torch.no_grad():
+        call = {**flux_inputs(), "timestep": torch.full((1,), 0.5)}
+        (plain,) = denoiser(**call, return_dict=False)
+        (state,) = handle._engines[0]._states.values()
+        next(iter(state.sites.values())).rings[0].scales.fill_(float("nan"))
+        assert torch.equal(denoiser(**call, return_dict=False)[0], plain)
+        assert denoiser(**call, return_dict=False)[0].isfinite().all()
+        assert handle.trace.strip() == "FFc"
+        assert any("not finite" in note for note in handle.trace.notes)
 
 
 @pytest.mark.parametrize("dtype", NARROW)
@@ -292,13 +340,14 @@ def test_only_what_one_site_needs_is_on_its_way_at_a_time():
 
 
 @some_methods
-def test_in_half_the_bytes_outputs_keep_their_dtype_and_full_steps_their_values(name):
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_in_half_the_bytes_outputs_keep_their_dtype_and_full_steps_their_values(name, dtype):
     inputs = flux_inputs(batch=2)
     denoiser = flux()
     plain = c4d.accelerate(denoiser, name, **ACTIVE[name])
     expected, _ = run(plain, denoiser, inputs)
     denoiser = flux()
-    handle = c4d.accelerate(denoiser, name, **ACTIVE[name], cache_dtype="bf16")
+    handle = c4d.accelerate(denoiser, name, **ACTIVE[name], cache_dtype=dtype)
     outputs, letters = run(handle, denoiser, inputs)
     first = next((i for i, letter in enumerate(letters) if letter != "F"), STEPS)
     assert equal(outputs[:first], expected[:first])
@@ -389,7 +438,7 @@ def test_copies_that_take_longer_than_computing_are_warned_of():
 def test_wrong_options_are_refused_in_words():
     for options, words in (
         ({"cache_dtype": "bf61"}, "did you mean 'bf16'"),
-        ({"cache_dtype": torch.int8}, "use one of fp32"),
+        ({"cache_dtype": torch.int16}, "use one of fp32"),
         ({"cache_device": "gpu7"}, "cannot be used"),
         ({"cache_device": "meta"}, "holds no data"),
         ({"memory_budget": "plenty"}, "give bytes"),

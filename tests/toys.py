@@ -106,6 +106,11 @@ CALIBRATED = {
         ),
         "resample": True,
     },
+    "cachequant": {  # distances that grow evenly; scales and shifts belong to one denoiser
+        "calibration": Calibration.by_hand("cachequant", 12, {"errors": torch.ones(12, 9).cumsum(1)}, unit="span"),
+        "resample": True,
+        "correction": False,
+    },
     "icc": {"calibration": Calibration.by_hand("icc", 12, _factors())},
     "fastcache": {"calibration": Calibration.by_hand("fastcache", 12, _maps())},
     "block-caching": {
@@ -150,6 +155,7 @@ ACTIVE = {name: dict(CALIBRATED.get(name, {})) for name in c4d.METHODS} | {
     "lazydit": CALIBRATED["lazydit"] | {"threshold": 2.0},
     "magcache": {"ratios": (1.0, 0.99), "max_run": 2},
     "pab": {"window": (0.0, 1000.0)},
+    "quantcache": {"threshold": 2.0},
     "scm": {"mask": "ultra"},
     "skip-dit": {"interval": 3, "start": 0.0, "stop": 1.0},
     "speca": {"threshold": 0.5},

@@ -11,6 +11,7 @@ from cache4diffusion.errors import Cache4DiffusionError
 from cache4diffusion.handle import Handle
 from cache4diffusion.memory import cache_bytes
 from cache4diffusion.method import METHODS, Method, method
+from cache4diffusion.quantising import quantised
 from cache4diffusion.selfcheck import selfcheck
 
 __version__ = "0.1.0.dev0"
@@ -30,5 +31,6 @@ __all__ = [
     "declare",
     "method",
     "methods",
+    "quantised",
     "selfcheck",
 ]

@@ -134,8 +134,8 @@ def accelerate(
             composition of your own, or a profile file (``"flux-fast.yaml"``). None picks a safe default and prints it.
         nan_guard: what to do about a predicted output with NaN or Inf: ``"now"`` (look at once and recompute; the
             default on the CPU), ``"next"`` (look at the next step, without a sync; the default elsewhere), ``"off"``.
-        cache_dtype: what snapshots are kept in: ``"bf16"``, ``"fp16"``, ``"fp32"``, ``"fp8"`` (with a scale per row) or
-            torch's own. None: each in its feature's dtype.
+        cache_dtype: what snapshots are kept in: ``"bf16"``, ``"fp16"``, ``"fp32"``, ``"fp8"`` (with a scale per row),
+            ``"int8"`` (with one per row and channel) or torch's own. None: each in its feature's dtype.
         cache_device: where they lie: ``"cpu"``, or a device. For cached steps they are brought back ahead of their use.
             None: on their feature's device.
         memory_budget: bytes that the cache may take on the denoisers' device, or a text such as ``"2GiB"``. What would

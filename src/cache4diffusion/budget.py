@@ -171,7 +171,7 @@ def alternatives(choice: Choice, device: torch.device) -> Iterator[Choice]:
     """
     yield from lighter(choice)
     options, storage = choice.options, choice.options.storage
-    for dtype in (torch.bfloat16, FP8):
+    for dtype in (torch.bfloat16, torch.int8, FP8):
         if dtype is not None and (storage.dtype is None or dtype.itemsize < storage.dtype.itemsize):
             smaller = Storage(dtype, storage.device)
             yield dataclasses.replace(choice, options=dataclasses.replace(options, storage=smaller))

@@ -20,7 +20,9 @@ from cache4diffusion.copies import Coming, CopyEngine, copy_engine
 from cache4diffusion.errors import SettingError, closest
 
 FP8 = getattr(torch, "float8_e4m3fn", None)
-_LARGEST = 448.0  # of float8_e4m3fn
+_LARGEST: dict[torch.dtype, float] = {torch.int8: 127.0, **({FP8: 448.0} if FP8 is not None else {})}
+"""Dtypes that need a scale, and their largest number."""
+_SMALLEST = torch.finfo(torch.float32).tiny  # of a scale: what is smaller than its steps is kept as 0
 
 GROUP_BYTES = 256 * 2**20
 """The most that operations on many features at once hold beside the cache: of predictions that are made ahead (with
@@ -33,6 +35,7 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "bf16": torch.bfloat16,
     "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
     **({"fp8": FP8, "float8_e4m3fn": FP8} if FP8 is not None else {}),
 }
 """What ``cache_dtype`` may be, by name."""
@@ -49,7 +52,7 @@ class Storage:
 
     Args:
         dtype: of floating-point features; None: the feature's own. ``float8_e4m3fn`` has a scale for each row of the
-            batch in each snapshot.
+            batch in each snapshot, ``int8`` for each row and channel (see `scaled_axes`).
         device: None: the feature's own.
     """
 
@@ -147,9 +150,14 @@ class Store:
         """What a feature of ``dtype`` is kept in."""
         return self.storage.dtype if self.storage.dtype is not None and dtype.is_floating_point else dtype
 
-    def ring(self, capacity: int, shape: tuple[int, ...], like: Tensor) -> Ring:
-        """Room for ``capacity`` snapshots of a tensor like ``like``, of another ``shape``."""
-        return Ring(self, capacity, shape, like)
+    def ring(self, capacity: int, shape: tuple[int, ...], like: Tensor, kept: torch.dtype | None = None) -> Ring:
+        """Room for ``capacity`` snapshots of a tensor like ``like``, of another ``shape``.
+
+        Args:
+            capacity, shape, like: see above.
+            kept: what they are kept in, whatever the storage says; None: what it says.
+        """
+        return Ring(self, capacity, shape, like, kept)
 
     def keep(self, tensor: Tensor) -> Kept:
         """A copy of one tensor."""
@@ -247,14 +255,17 @@ class Ring:
     the host to other kernels, which round differently.
     """
 
-    def __init__(self, store: Store, capacity: int, shape: tuple[int, ...], like: Tensor) -> None:
+    def __init__(
+        self, store: Store, capacity: int, shape: tuple[int, ...], like: Tensor, kept: torch.dtype | None = None
+    ) -> None:
         self._store = store
         self.dtype, self.device = like.dtype, like.device
         self.is_away = store.is_away(like.device)
         self._order = axes_in_memory(like)
         self.shape = tuple(shape)
-        self._kept = store.dtype_for(like.dtype)
-        self._is_scaled = FP8 is not None and self._kept == FP8 and like.dtype != FP8
+        self._kept = store.dtype_for(like.dtype) if kept is None else kept
+        self._is_scaled = self._kept in _LARGEST and self._kept != like.dtype
+        self._axes = scaled_axes(self._kept, len(shape))
         self._coming: dict[int, tuple[Coming, Coming | None]] = {}  # by slot
         self._awaited: set[int] = set()  # slots whose copies wait
         self._fill(*self._empty(capacity))
@@ -269,7 +280,8 @@ class Ring:
             return self._store.copies(self.device).room(shape, dtype, device)
 
         data = stacked(lambda shape: make(shape, self._kept), capacity, self.shape, self._order)
-        scales = make((capacity, *self.shape[:1]), torch.float32) if self._is_scaled else None
+        sizes = [self.shape[axis] for axis in self._axes]
+        scales = make((capacity, *sizes), torch.float32) if self._is_scaled else None
         if self.is_away:
             self._store._note(data)
             if scales is not None:
@@ -339,7 +351,8 @@ class Ring:
             else:
                 place.copy_(leaf)
             return
-        packed, scale = _pack(leaf, place, is_row=row is not None) if self._is_scaled else (_like(place, leaf), None)
+        axes = self._axes if row is None else tuple(axis - 1 for axis in self._axes if axis)
+        packed, scale = _pack(leaf, place, axes) if self._is_scaled else (_like(place, leaf), None)
         places = [(packed, place)]
         if scale is not None:
             assert self.scales is not None
@@ -380,7 +393,7 @@ class Ring:
             data, scales = copies.fetch(coming[0]), None if coming[1] is None else copies.fetch(coming[1])
         if scales is None:
             return data
-        return data.float() * scales.reshape(*scales.shape, *[1] * (data.ndim - scales.ndim))
+        return data.float() * scales.reshape([n if axis in self._axes else 1 for axis, n in enumerate(data.shape)])
 
     def value(self, slot: int) -> Tensor:
         """A slot, on the feature's device and in its dtype. Not to be written."""
@@ -443,16 +456,39 @@ def _like(place: Tensor, leaf: Tensor) -> Tensor:
     return torch.empty_like(place, device=leaf.device).copy_(leaf)
 
 
-def _pack(leaf: Tensor, place: Tensor, *, is_row: bool) -> tuple[Tensor, Tensor]:
-    """Numbers in float8 and their scale, one for every row: rows do not touch each other."""
-    wide = leaf.float()
+def scaled_axes(dtype: torch.dtype, ndim: int) -> tuple[int, ...]:
+    """The axes of a snapshot along which its scales differ: the rows of the batch, and of int8 the channels as well.
+
+    Those are the last axis of tokens ``[B, N, D]``, axis 1 of maps ``[B, C, H, W]`` and of all larger ones. A vector
+    has one scale per row.
+    """
+    if dtype == torch.int8 and ndim > 2:
+        return (0, 2 if ndim == 3 else 1)
+    return (0,) if ndim else ()
+
+
+def _pack(leaf: Tensor, place: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Numbers in few bits, and their scales: ``x / s`` for the ``s`` that brings the largest to the dtype's largest.
+
+    Rounded to the nearest in int8, so that a number is off by ``s / 2`` at most. What has one scale with a NaN or an
+    Inf comes back as NaN, all of it: whoever looks for such numbers finds them.
+
+    Args:
+        leaf: what is kept.
+        place: where, for its dtype and memory format.
+        axes: of the leaf, along which scales differ.
+    """
+    wide, sizes = leaf.float(), [leaf.shape[axis] for axis in axes]
     if not leaf.numel():
-        return torch.empty_like(place, device=leaf.device), wide.new_ones(() if is_row else leaf.shape[:1])
-    dims = tuple(range(0 if is_row else min(1, leaf.ndim), leaf.ndim))
-    largest = wide.abs().amax(dims) if dims else wide.abs()
-    scale = torch.where(largest > 0, largest / _LARGEST, torch.ones_like(largest))
-    spread = scale.reshape(*scale.shape, *[1] * (leaf.ndim - scale.ndim))
-    return torch.empty_like(place, device=leaf.device).copy_(wide / spread), scale
+        return torch.empty_like(place, device=leaf.device), wide.new_ones(sizes)
+    dims = [axis for axis in range(leaf.ndim) if axis not in axes]
+    largest = wide.abs().amax(dims, keepdim=True) if dims else wide.abs()
+    scale = largest / _LARGEST[place.dtype]
+    scale = torch.where(scale < _SMALLEST, torch.ones_like(scale), scale)
+    numbers = wide / scale
+    if place.dtype == torch.int8:
+        numbers = numbers.round_().nan_to_num_(0.0)  # what a NaN becomes in whole numbers is nobody's promise
+    return torch.empty_like(place, device=leaf.device).copy_(numbers), scale.reshape(sizes)
 
 
 PLAIN = Store()

@@ -11,11 +11,13 @@ TRAINED = [name for name in CALIBRATED if issubclass(c4d.METHODS[name].calibrato
 MEASURED = [name for name in CALIBRATED if name not in TRAINED]
 BRIEF = {name: {"runs": 1} for name in TRAINED} | {"block-caching": {"runs": 1, "threshold": 0.8}}
 
+OPTIONS = {"cachequant": {"unit": "span", "reach": 5}}  # of measurements on a transformer
+
 
 def prompts(count, first=0):
     return [toys.prompt(seed=first + i) for i in range(count)]
 
 
 def calibrated(pipe, method, count=2, first=0, steps=STEPS, **options):
-    options = {"trial": 0, **options}  # most tests are about the fit alone
+    options = {"trial": 0, **OPTIONS.get(method, {}), **options}  # most tests are about the fit alone
     return c4d.calibrate(pipe, method, prompts(count, first), seeds=first, steps=steps, call=CALL, **options)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from calibrating import CALL, MEASURED, STEPS, calibrated, prompts
+from calibrating import CALL, MEASURED, OPTIONS, STEPS, calibrated, prompts
 
 import cache4diffusion as c4d
 import toys
@@ -52,7 +52,7 @@ def test_a_calibration_of_one_pipeline_works_on_it(pipe, name, tmp_path):
 @pytest.mark.parametrize("name", MEASURED)
 def test_observing_changes_nothing(pipe, name):
     before, plain = toys.Dicts(pipe.transformer, pipe.scheduler), toys.generate(pipe, STEPS)
-    statistic = c4d.METHODS[name].calibrator()
+    statistic = c4d.METHODS[name].calibrator(**OPTIONS.get(name, {}))
     with Observer(pipe, statistic) as observer:
         assert torch.equal(toys.generate(pipe, STEPS), plain)
         assert observer._handle.trace.strip() == "F" * STEPS

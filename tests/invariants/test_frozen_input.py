@@ -26,6 +26,8 @@ FORCED = {
     "fora": ({"interval": 4}, 0),
     "icc": (toys.ACTIVE["icc"], 0),  # an increment of 0
     "l2c": ({"calibration": PAIRS}, 0),
+    "quantcache": ({"threshold": 2.0, "bits": 16.0, "prune": 0.0}, 1e-5),  # what is left out makes mixed steps
+    "quantcache-mixed": ({"threshold": 2.0, "prune": 0.0}, 0.02),  # half of the channels are rounded
     "speca": ({"threshold": 9.0, "decay": 1.0}, 1e-5),
     "taylorseer": ({"interval": 4, "order": 2}, 1e-5),
     "taylorseer-order-0": ({"interval": 4, "order": 0}, 0),

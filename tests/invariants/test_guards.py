@@ -23,7 +23,8 @@ def poison(engine):
     for state in engine._states.values():
         for history in state.sites.values():
             for buffer in history.buffers:
-                buffer.fill_(float("nan"))
+                if buffer.is_floating_point():  # numbers in int8 have no NaN, and are not all there is
+                    buffer.fill_(float("nan"))
     if engine.branches is not None:
         for tensor in engine.branches.tensors():
             tensor.fill_(float("nan"))

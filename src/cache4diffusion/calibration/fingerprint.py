@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cache4diffusion.anatomy.undisturbed import unwrapped
 
@@ -26,7 +27,8 @@ class Fingerprint:
         config: its configuration, where it has one.
         shapes: names of its parameters with ``*`` for numbers, and their shapes; how many there are of each. Adapters
             (LoRA) do not count.
-        weights: digest of some of the weights, rounded to bfloat16; None where they cannot be read.
+        weights: digest of some of the weights, rounded to bfloat16; of what is made of several tensors (quantised
+            numbers and their scales), of those. None where they cannot be read.
     """
 
     denoiser: str
@@ -82,14 +84,22 @@ def _digest(parameters: dict[str, Any]) -> str | None:
     names = sorted(parameters)
     digest = hashlib.sha256()
     for name in names[:: max(len(names) // _PARAMETERS, 1)]:
-        value = parameters[name].detach()
-        if value.is_meta or not value.is_floating_point() or not value.numel():
-            return None
-        flat = value.flatten()
-        picked = flat[:: max(flat.numel() // _VALUES, 1)][:_VALUES]
         digest.update(name.encode())
-        digest.update(picked.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+        pieces = _pieces(parameters[name])
+        for value in pieces:
+            is_packed = len(pieces) == 1 and not value.is_floating_point()
+            if value.is_meta or is_packed or not value.numel():
+                return None
+            flat = value.detach().flatten()
+            picked = flat[:: max(flat.numel() // _VALUES, 1)][:_VALUES]
+            digest.update(picked.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _pieces(value: Tensor) -> list[Tensor]:
+    """The tensors that a parameter is made of, where there are several, else itself."""
+    names = value.__tensor_flatten__()[0] if is_traceable_wrapper_subclass(value) else ()
+    return [getattr(value, name) for name in names] if len(names) > 1 else [value]
 
 
 def _words(values: dict[str, Any], key: str) -> str:

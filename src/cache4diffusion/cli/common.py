@@ -31,7 +31,8 @@ DtypeOption = Annotated[
     ),
 ]
 CacheDtypeOption = Annotated[
-    str | None, typer.Option("--cache-dtype", help="What the cache is kept in: bf16, fp16, fp32, fp8; else as it is.")
+    str | None,
+    typer.Option("--cache-dtype", help="What the cache is kept in: bf16, fp16, fp32, fp8, int8; else as it is."),
 ]
 CacheDeviceOption = Annotated[
     str | None, typer.Option("--cache-device", help="Where the cache lies: cpu, or a device; else beside the features.")

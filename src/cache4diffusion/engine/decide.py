@@ -126,6 +126,15 @@ def relative_change(
     return share if norm == "l1" else share.sqrt()
 
 
+def turned(entered: Tensor, left: Tensor, per_row: bool, group: Alone = ALONE) -> Tensor:
+    """``1 - cos`` between two tensors in float32, per row or over all rows; shape [rows] or [1]. NaN where one is 0."""
+    x, y = entered.float(), left.float()
+    dims = tuple(range(1, x.ndim)) if per_row else tuple(range(x.ndim))
+    sums = [(a * b).sum(dims).reshape(-1) for a, b in ((x, y), (x, x), (y, y))]
+    dot, *squares = group.total(*sums)
+    return 1 - dot / math.prod(square.sqrt() for square in squares)
+
+
 def change_and_size(
     now: Tensor, before: Tensor, per_row: bool, norm: Literal["l1", "l2"] = "l1"
 ) -> tuple[Tensor, Tensor]:

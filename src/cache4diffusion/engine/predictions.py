@@ -21,7 +21,7 @@ class Predictions:
 
     Sites are taken in order, as many at a time as their sums need `GROUP_BYTES`; of these, the ones with equal weights
     are a group, and it is made when the first of them is asked for. So no more than that lies here waiting. Alone are
-    made: what is a snapshot as it lies, and what is to be fetched from another device or unpacked from float8, since
+    made: what is a snapshot as it lies, and what is to be fetched from another device or unpacked from few bits, since
     that takes room too (and is on its way for one site at a time).
 
     Args:

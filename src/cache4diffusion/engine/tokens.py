@@ -370,8 +370,7 @@ class TokenDriver:
 
 def _last(history: History) -> list[Tensor]:
     """The feature of the last full step."""
-    slot = history.of((0,))[0].slots[0]
-    return [ring.value(slot) for ring in history.rings]
+    return history.newest()
 
 
 def _inner(rest: RestingModule) -> str:

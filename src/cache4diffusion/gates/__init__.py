@@ -36,6 +36,7 @@ from cache4diffusion.gates.guards import (
     Window,
 )
 from cache4diffusion.gates.interval import FixedInterval
+from cache4diffusion.gates.laddered import LadderedEntrance
 from cache4diffusion.gates.learned import LearnedScore, logit_of, score_of
 from cache4diffusion.gates.lifetimes import accumulated_steps
 from cache4diffusion.gates.look_ahead import LookAhead
@@ -73,6 +74,7 @@ GATES = {
     "adaptive": AdaptiveInterval,
     "entrance": EntranceThreshold,
     "significance": Significance,
+    "laddered": LadderedEntrance,
     "learned": LearnedScore,
     "triggered": TriggeredInterval,
     "speculative": Speculative,
@@ -95,6 +97,7 @@ __all__ = [
     "FrozenCross",
     "Gate",
     "Guard",
+    "LadderedEntrance",
     "LearnedScore",
     "LookAhead",
     "MagnitudeError",

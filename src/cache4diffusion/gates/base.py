@@ -160,6 +160,8 @@ class Entrance(Watch):
             the step, of blocks before this one (None where there is none).
         norm: ``"l1"``, as above; or ``"l2"``, the Frobenius norm in place of the mean size.
         with_size: whether the score is a pair of that and of how many numbers of one row enter.
+        with_angle: whether the score is a pair of that and of ``1 - cos`` between what entered the block and what left
+            it, when it last ran (None where that cannot be told).
     """
 
     is_inside: ClassVar[bool] = True
@@ -168,6 +170,7 @@ class Entrance(Watch):
     leaders: int = 0
     norm: Literal["l1", "l2"] = "l1"
     with_size: bool = False
+    with_angle: bool = False
 
 
 @dataclass(frozen=True, eq=False)

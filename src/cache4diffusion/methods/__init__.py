@@ -9,6 +9,7 @@ from cache4diffusion.methods.block_caching import BlockCaching
 from cache4diffusion.methods.bwcache import BWCache
 from cache4diffusion.methods.ca2_vdm import Ca2VDM
 from cache4diffusion.methods.ca_tome import CAToMe
+from cache4diffusion.methods.cachequant import CacheQuant
 from cache4diffusion.methods.clusca import ClusCa
 from cache4diffusion.methods.dbcache import DBCache
 from cache4diffusion.methods.dbprune import DBPrune
@@ -43,6 +44,7 @@ from cache4diffusion.methods.md_dit import MDDiT
 from cache4diffusion.methods.meancache import MeanCache
 from cache4diffusion.methods.newton import Newton
 from cache4diffusion.methods.pab import PAB
+from cache4diffusion.methods.quantcache import QuantCache
 from cache4diffusion.methods.scm import SCM
 from cache4diffusion.methods.seacache import SeaCache
 from cache4diffusion.methods.skip_dit import SkipDiT
@@ -83,6 +85,7 @@ __all__ = [
     "BlockCaching",
     "CAToMe",
     "Ca2VDM",
+    "CacheQuant",
     "ClusCa",
     "DBCache",
     "DBPrune",
@@ -111,6 +114,7 @@ __all__ = [
     "MagCache",
     "MeanCache",
     "Newton",
+    "QuantCache",
     "SeaCache",
     "SkipDiT",
     "SmoothCache",

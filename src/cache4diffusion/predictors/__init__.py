@@ -9,6 +9,7 @@ from cache4diffusion.predictors.corrector import Blank, Corrector, Sited, Weight
 from cache4diffusion.predictors.delta import Delta
 from cache4diffusion.predictors.dmd import DynamicModes
 from cache4diffusion.predictors.foca import ForecastCalibrate
+from cache4diffusion.predictors.graded import Graded
 from cache4diffusion.predictors.hermite import Hermite
 from cache4diffusion.predictors.history import History, weighted_sum
 from cache4diffusion.predictors.increment import Increment
@@ -29,6 +30,7 @@ from cache4diffusion.predictors.weighted_change import WeightedChange
 PREDICTORS = {
     "aligned": ProbeAligned,
     "reuse": Reuse,
+    "graded": Graded,
     "taylor": Taylor,
     "newton": Newton,
     "hermite": Hermite,
@@ -62,6 +64,7 @@ __all__ = [
     "Delta",
     "DynamicModes",
     "ForecastCalibrate",
+    "Graded",
     "Hermite",
     "History",
     "Increment",

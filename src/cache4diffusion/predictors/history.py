@@ -94,10 +94,14 @@ class History:
 
     def _allocate(self, leaves: Sequence[Tensor], rows: Sequence[int] | None) -> None:
         self.rings = []
-        for leaf in leaves:
+        for place, leaf in enumerate(leaves):
             shape = tuple(leaf.shape if rows is None or self.rows is None else (self.rows, *leaf.shape[1:]))
-            self.rings.append(self.store.ring(min(self.capacity, _FIRST_SLOTS), shape, leaf))
+            self.rings.append(self._ring(place, shape, leaf))
         self.clear()
+
+    def _ring(self, place: int, shape: tuple[int, ...], leaf: Tensor) -> Ring:
+        """Room for one of the leaves."""
+        return self.store.ring(min(self.capacity, _FIRST_SLOTS), shape, leaf)
 
     def _make_room(self, slot: int) -> None:
         """A long ring begins short and doubles: how many full steps a run has is not known."""
@@ -152,6 +156,11 @@ class History:
         for ring, leaf in zip(self.rings, leaves, strict=True):
             if not ring.holds(leaf):
                 ring.write(slot, leaf)
+
+    def newest(self) -> list[Tensor]:
+        """The newest snapshot of all rows, on the feature's device and in its dtype."""
+        slot = self.of((0,))[0].slots[0]
+        return [ring.value(slot) for ring in self.rings]
 
     def of(self, rows: Iterable[int]) -> list[Track]:
         """The list of full steps of each of these rows."""

@@ -1,4 +1,7 @@
-"""Reuse that is scaled and shifted per channel, by numbers that were trained: Block Caching, arXiv:2312.03209."""
+"""Reuse that is scaled and shifted per channel.
+
+By numbers that were trained (Block Caching, arXiv:2312.03209) or fitted (CacheQuant, arXiv:2503.01323).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from cache4diffusion.predictors.base import LinearPredictor
 from cache4diffusion.predictors.history import History
 from cache4diffusion.storage import PLAIN, Store
 
-Table = tuple[Tensor, Tensor]  # scale and shift, each [steps, channels]
+Table = tuple[Tensor, Tensor]  # scale and shift, each [steps, channels], or [steps, channels, 1, 1] of maps
 
 
 class MendedHistory(History):
@@ -32,17 +35,19 @@ class MendedHistory(History):
 
 @dataclass(frozen=True, eq=False)
 class ScaleShift(LinearPredictor):
-    """``y(i) = a_i * y(i0) + d_i`` with vectors ``a_i``, ``d_i`` per channel (the last axis), for each step and site.
+    """``y(i) = a_i * y(i0) + d_i`` with vectors ``a_i``, ``d_i`` per channel, for each step and site.
 
-    In float32. With ``a = 1`` and ``d = 0``, and at sites without numbers, it is plain reuse, bit for bit.
+    Always from the feature as it was computed, so that errors do not add up. In float32.
+    With ``a = 1`` and ``d = 0``, and at sites without numbers, it is plain reuse, bit for bit.
 
     Args:
-        tables: by the name of the site, for each tensor of its feature, scale and shift by step.
+        tables: by the name of the site, for each tensor of its feature, scale and shift by step. Channels are the last
+            axis; where the feature has others behind them, the tables have axes of length 1 there.
 
     Memory: one copy of the feature, and the numbers.
     """
 
-    keeps_constants: ClassVar[bool] = False  # it is trained
+    keeps_constants: ClassVar[bool] = False  # it is trained, or fitted
 
     tables: Mapping[str, tuple[Table, ...]] = field(default_factory=dict)
 
@@ -91,5 +96,5 @@ class ScaleShift(LinearPredictor):
 
 
 def scaled_and_shifted(leaf: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """``scale * leaf + shift`` per channel, in float32, in the leaf's dtype."""
+    """``scale * leaf + shift``, both per channel and broadcast from there, in float32, in the leaf's dtype."""
     return (leaf.float() * scale + shift).to(leaf.dtype)

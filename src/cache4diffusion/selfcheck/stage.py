@@ -22,7 +22,7 @@ from cache4diffusion.errors import SettingError
 from cache4diffusion.handle import Handle
 from cache4diffusion.method import Method
 from cache4diffusion.run.taps import schedulers_of
-from cache4diffusion.selfcheck.values import tensors, tolerance
+from cache4diffusion.selfcheck.values import epsilon, tensors, tolerance
 from cache4diffusion.sites import Trajectory
 from cache4diffusion.storage import Storage
 from cache4diffusion.wrap import owner_of
@@ -92,12 +92,14 @@ class Case:
 
     @property
     def rounds(self) -> bool:
-        """Whether snapshots may be kept in another type than that of their features."""
+        """Whether snapshots, or some of them, may be kept in another type than that of their features."""
         return self._kept_in is not None
 
     @property
     def _kept_in(self) -> torch.dtype | None:
-        return Storage.of(dtype=self.storage.get("cache_dtype")).dtype
+        asked = Storage.of(dtype=self.storage.get("cache_dtype")).dtype
+        own = getattr(self.composition.predictor, "narrowest", None)
+        return max((dtype for dtype in (asked, own) if dtype is not None), key=epsilon, default=None)
 
     @property
     def composition(self) -> Composition:

@@ -40,8 +40,13 @@ def distance(truth: Any, output: Any) -> float:
 def tolerance(truth: Any, kept_in: torch.dtype | None = None) -> float:
     """1e-5, or what rounding leaves in a narrower type, of an output or of what is cached."""
     types = [leaf.dtype for leaf in tensors(truth) if leaf.is_floating_point()]
-    epsilons = [torch.finfo(dtype).eps for dtype in (*types, kept_in) if dtype is not None]
+    epsilons = [epsilon(dtype) for dtype in (*types, kept_in) if dtype is not None]
     return min(max(1e-5, 8 * max(epsilons, default=0.0)), 0.25)
+
+
+def epsilon(dtype: torch.dtype) -> float:
+    """How far apart numbers of a dtype are, relative to the largest that they are rounded with."""
+    return torch.finfo(dtype).eps if dtype.is_floating_point else 1 / torch.iinfo(dtype).max
 
 
 def kind(value: Any) -> str:

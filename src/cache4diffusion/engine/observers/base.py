@@ -92,7 +92,11 @@ class Observer:
         """How much changed, one figure per unit; both have the same names."""
         raise NotImplementedError(f"{type(self).__name__} compares nothing")  # only those that meet their watch point
 
-    def tell(self, context: Context, scores: list[float]) -> list[Any]:
+    def measured(self, context: Context, key: int, now: Seen, then: Seen) -> Tensor:
+        """All that is read of the device for a decision, in one go: the score, and what else the gate is told."""
+        return self.score(now, then)
+
+    def tell(self, context: Context, scores: list[Any]) -> list[Any]:
         """What the gate is told for these scores."""
         return scores
 
@@ -120,7 +124,7 @@ class Observer:
             if seen is None or not is_known:
                 return [None] * len(context.state.units[key])
             self.host.trace.syncs += 1
-            return self.tell(context, self.score(seen, known).tolist())
+            return self.tell(context, self.measured(context, key, seen, known).tolist())
 
         verdict = self.decisions.take(context, key, observe)
         if seen is None:

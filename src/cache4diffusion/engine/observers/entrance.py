@@ -1,14 +1,16 @@
-"""Observing what enters each block (DBPrune)."""
+"""Observing what enters each block (DBPrune), and how far it turns that (QuantCache)."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from cache4diffusion.engine.decide import relative_change
+from cache4diffusion.engine.decide import relative_change, turned
 from cache4diffusion.engine.driver import Inner
-from cache4diffusion.engine.observers.base import Observer, Seen
+from cache4diffusion.engine.observers.base import Observer, Seen, remember
 from cache4diffusion.engine.state import Context
 from cache4diffusion.gates import Entrance
 
@@ -33,8 +35,30 @@ class EntranceObserver(Observer):
         ((name, entered),) = now.items()
         return relative_change(entered, then[name], self.per_row, self.watch.norm, self.host.group)
 
-    def tell(self, context: Context, scores: list[float]) -> list[Any]:
-        """With ``leaders`` also what the step's first blocks scored, on average; with a size, how much entered."""
+    def after(
+        self, context: Context, position: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Keep how far a block that ran turned what entered it."""
+        verdict, kept = context.verdicts.get(position), context.state.references
+        if not self.watch.with_angle or verdict is None or verdict.is_cached or position not in kept:
+            return
+        left = self.host.stream_outputs(position, args, kwargs, output)[0]
+        angles = turned(kept[position], left, self.per_row, self.host.group)
+        remember(kept, ("angle", position), angles, None if verdict.is_full else verdict.full_rows, is_shared=False)
+
+    def measured(self, context: Context, key: int, now: Seen, then: Seen) -> Tensor:
+        """The change, and with ``with_angle`` how far the block's last run turned what entered (NaN: not known)."""
+        change = super().measured(context, key, now, then)
+        if not self.watch.with_angle:
+            return change
+        angles = context.state.references.get(("angle", key))
+        return torch.stack([change, torch.full_like(change, math.nan) if angles is None else angles])
+
+    def tell(self, context: Context, scores: list[Any]) -> list[Any]:
+        """With ``leaders`` also what the step's first blocks scored, on average; with a size, how much entered; with an
+        angle, that of the block's last run."""
+        if self.watch.with_angle:
+            return [(change, None if math.isnan(angle) else angle) for change, angle in zip(*scores, strict=True)]
         if self.watch.with_size:
             entering = self.host.group.count(context.scratch["entering"])
             return [(score, entering) for score in scores]
