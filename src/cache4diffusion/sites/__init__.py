@@ -1,6 +1,7 @@
 """Where: the places of a denoiser at which features are recorded and predicted."""
 
 from cache4diffusion.sites.base import (
+    MAP_KINDS,
     PART_KINDS,
     SITES,
     Attentions,
@@ -8,6 +9,7 @@ from cache4diffusion.sites.base import (
     Denoiser,
     GatedParts,
     Linears,
+    MapKind,
     MixedScore,
     PartKind,
     Parts,
@@ -25,6 +27,7 @@ from cache4diffusion.sites.base import (
 )
 
 __all__ = [
+    "MAP_KINDS",
     "PART_KINDS",
     "SITES",
     "Attentions",
@@ -32,6 +35,7 @@ __all__ = [
     "Denoiser",
     "GatedParts",
     "Linears",
+    "MapKind",
     "MixedScore",
     "PartKind",
     "Parts",
