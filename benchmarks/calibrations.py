@@ -42,6 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "harmonica": {"runs": 16, "rate": 0.2, "price": 1e-6, "refresh": 8},
     "block-caching": {"runs": 12, "rate": 0.02, "threshold": 0.2},
     "md-dit": {"runs": 12, "rate": 0.02},
+    "tokencache": {"runs": 16, "rate": 0.2},
     "l2p": {"interval": 6, "warmup": 10},
     "icc": {"rank": 32},
 }

@@ -171,7 +171,8 @@ class Stage:
             leaves = compute()
             if name not in self.spots:
                 before, after = (tuple(leaf.shape[-1] for leaf in several) for several in (entering, leaves))
-                self.spots[name] = Spot(name, kind, before, after, is_tokenwise)
+                lengths = tuple(leaf.shape[-2] for leaf in leaves)
+                self.spots[name] = Spot(name, kind, before, after, is_tokenwise, lengths)
             playing.kept[name] = [leaf.detach().clone() for leaf in leaves]
             return leaves
         reached = Reached(

@@ -56,6 +56,7 @@ from cache4diffusion.methods.text_kv_cache import TextKVCache
 from cache4diffusion.methods.toca import ToCa
 from cache4diffusion.methods.todo import ToDo
 from cache4diffusion.methods.tofu import ToFu
+from cache4diffusion.methods.tokencache import TokenCache
 from cache4diffusion.methods.tome import ToMe
 from cache4diffusion.methods.vcut import VCUT
 from cache4diffusion.methods.waveex import WaveEx
@@ -120,6 +121,7 @@ __all__ = [
     "ToDo",
     "ToFu",
     "ToMe",
+    "TokenCache",
     "WaveEx",
     "ZCache",
 ]
