@@ -4,6 +4,7 @@ import functools
 import math
 
 import pytest
+import slow_training as slow_trainings
 import torch
 from slow_training import adam, train, update
 
@@ -270,15 +271,14 @@ def test_weights_have_the_mean_that_is_given_and_gradients_that_keep_it(capacity
     g = torch.Generator().manual_seed(0)
     logits = [torch.randn(7, generator=g).requires_grad_() for _ in range(3)]
     weights = torch.stack(weights_of(logits, capacity))
-    assert float(weights.mean()) == pytest.approx(capacity, abs=1e-6)
+    assert float(weights.detach().mean()) == pytest.approx(capacity, abs=1e-6)
     torch.testing.assert_close(weights, slow_weights(logits, capacity))
     prices = torch.randn(3, 7, generator=g)
     found = torch.autograd.grad((weights * prices).sum(), logits)
     expected = torch.autograd.grad((slow_weights(logits, capacity) * prices).sum(), logits)
     torch.testing.assert_close(found, expected)
-    assert float(
-        sum(grad.sum() for grad in torch.autograd.grad(torch.stack(weights_of(logits, capacity)).sum(), logits))
-    ) == pytest.approx(0, abs=1e-5)
+    together = torch.autograd.grad(torch.stack(weights_of(logits, capacity)).sum(), logits)
+    assert float(torch.cat(together).sum()) == pytest.approx(0, abs=1e-5)
 
 
 def slow_training(model, steps, runs, rate, capacity):
@@ -333,10 +333,11 @@ def test_where_all_or_nothing_is_computed_there_is_nothing_to_train(model, prune
         train(model, TokenWeights(runs=1, pruned=pruned, share=share), 3)
 
 
-def test_training_reduces_the_loss_and_spends_the_capacity_unevenly(model):
-    entry = train(model, TokenWeights(runs=20, rate=0.2, pruned=0.8, share=0.2), 3)
+def test_training_reduces_the_loss_and_spends_the_capacity_unevenly(model, monkeypatch):
+    monkeypatch.setattr(slow_trainings, "flux_inputs", lambda batch, seed: flux_inputs(batch))  # one image
+    entry = train(model, TokenWeights(runs=20, rate=0.1, pruned=0.8, share=0.2), 3)
     losses = entry.sums["losses"]
-    assert float(losses[-5:].mean()) < float(losses[:5].mean())
+    assert float(losses[-1]) < 0.9 * float(losses[0])
     weights = torch.stack(list(entry.fit.values()))[:, 1:]
     assert float(weights.mean()) == pytest.approx(0.36, abs=1e-4)
     assert float(weights.std()) > 0.05, "tokens differ"

@@ -21,7 +21,6 @@ from cache4diffusion.engine.leaves import get_argument, own, with_arguments
 from cache4diffusion.engine.maps import image_grid
 from cache4diffusion.engine.state import BranchState, Context
 from cache4diffusion.errors import AnatomyError
-from cache4diffusion.gates import Step
 from cache4diffusion.predictors import Reuse
 from cache4diffusion.predictors.history import History
 from cache4diffusion.tokens import Segment, Spreading, Surveying, TokenPlace, TokenRule, Wholesale
@@ -233,9 +232,17 @@ class TokenDriver:
                 for s in segments
             )
         layer, layers = self._layers[site.position]
-        step: Step = context.step
-        block = {"block": site.position, "num_blocks": len(self._layers)}
-        return TokenPlace(site.name, site.part.kind, layer, layers, step, segments, batch, **block)
+        return TokenPlace(
+            site.name,
+            site.part.kind,
+            layer,
+            layers,
+            context.step,
+            segments,
+            batch,
+            block=site.position,
+            num_blocks=len(self._layers),
+        )
 
     def _grid(self, context: Context, count: int) -> tuple[int, int, int]:
         """Frames, rows and columns of the image tokens; found once per branch and run."""

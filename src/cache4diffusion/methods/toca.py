@@ -8,8 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from cache4diffusion.gates import FixedInterval, Guard, ModulatedInterval, Warmup
-from cache4diffusion.gates.base import StaticGate
+from cache4diffusion.gates import FixedInterval, Gate, Guard, ModulatedInterval, Warmup
 from cache4diffusion.method import Composition, Method, MethodInfo
 from cache4diffusion.predictors import Reuse
 from cache4diffusion.settings import setting
@@ -35,7 +34,7 @@ def _published(
 
 def gate_of(
     full_steps: FullSteps, interval: int, warmup: int, *, is_modulated: bool = True
-) -> tuple[StaticGate, tuple[Guard, ...]]:
+) -> tuple[Gate, tuple[Guard, ...]]:
     """The gate of a released script, and its guards.
 
     Args:
