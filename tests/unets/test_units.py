@@ -16,6 +16,7 @@ from cache4diffusion.calibration.trainer import Trainer
 from cache4diffusion.errors import SettingError
 from cache4diffusion.sites import GatedParts, Linears, Parts
 from cache4diffusion.zoo import tiny
+from cache4diffusion.zoo.unets import UNETS
 from small_denoisers import accelerated, differences, sample, unet, unet_inputs
 
 STEPS = 9
@@ -106,6 +107,21 @@ def test_units_are_off_when_off_and_exact_on_a_frozen_input(case):
     with c4d.accelerate(denoiser, "fora", interval=3, site=ON_MAPS) as handle:
         call(denoiser, inputs(kind))
         assert rest | set(transformers(denoiser)) <= {*handle._engines[0].attachment.bypassed}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [tiny.kind for tiny in UNETS])
+@torch.no_grad()
+def test_units_of_every_u_net_of_diffusers_are_exact_on_a_frozen_input(name):
+    denoiser, _, given = tiny(name).make(batch=1)
+    found = observed(denoiser, given)
+    if found is None or not found.units:
+        pytest.skip(f"{name} has no levels, or other blocks")
+    plain = denoiser(**given)[0]
+    with c4d.accelerate(denoiser, "fora", interval=3, site=ON_MAPS) as handle:
+        for _ in range(3):
+            torch.testing.assert_close(denoiser(**given)[0], plain, rtol=1e-4, atol=1e-5)
+        assert handle.trace.strip() == "Fcc"
 
 
 def test_a_norm_that_feeds_a_predicted_convolution_never_runs():
