@@ -10,6 +10,7 @@ from slow_training import adam, train, update
 
 from cache4diffusion.calibration import Calibration
 from cache4diffusion.calibration.token_weights import TokenWeights, weights_of
+from cache4diffusion.calibration.trainer import Trainer
 from cache4diffusion.errors import CalibrationError, SettingError
 from cache4diffusion.gates import PartInput, Step, TwoPhase
 from cache4diffusion.tokens import Segment, TokenPlace, WeightedTokens, important_tokens, pruned_blocks
@@ -325,6 +326,25 @@ def test_weights_are_trained_as_the_docstring_says(model):
     for name, table in expected.items():
         torch.testing.assert_close(entry.fit[name].float(), table, rtol=1e-4, atol=1e-4)
     assert max(float((table[1:] - 0.7).abs().max()) for table in expected.values()) > 0.02, "something was learned"
+
+
+def test_a_dit_is_trained_and_sampled_with_what_was_learned():
+    denoiser = dit()
+    with Trainer(denoiser, TokenWeights(runs=3, rate=0.3, pruned=0.7, share=0.5), 0, {}) as trainer:
+
+        def run():
+            with trainer.run(num_steps=STEPS):
+                return sample(denoiser, dit_inputs(1), STEPS)[-1]
+
+        trainer.look(run)
+        for number in range(3):
+            trainer.teach(number, run)
+        fit = trainer.entries()["denoiser"].fit
+    assert {name: table.shape for name, table in fit.items()} == {f"block.{i}": (STEPS, 16) for i in range(3)}
+    calibration = by_hand(dict(fit), pruned=0.7, share=0.5)
+    reached, trace, _ = accelerated(denoiser, dit_inputs(1), STEPS, "tokencache", calibration=calibration)
+    assert trace.strip() == "FpppFpppF"
+    assert 0 < max(differences(reached, sample(denoiser, dit_inputs(1), STEPS))) < 1
 
 
 @pytest.mark.parametrize(("pruned", "share"), [(0.0, 0.5), (0.5, 1.0), (1.0, 0.0)])

@@ -138,6 +138,18 @@ def test_a_norm_that_feeds_a_predicted_convolution_never_runs():
     assert ran[full:] == [1] * full, "a placeholder of one place"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("predictor", ["reuse", "taylor(order=1)"])
+def test_units_inside_compiled_modules_are_cached_alike(predictor):
+    denoiser, settings = unet(), {"interval": 3, "site": ON_MAPS, "predictor": predictor}
+    expected = accelerated(denoiser, unet_inputs(1), STEPS, "fora", **settings)[0]
+    for path in (*transformers(denoiser), *modules(denoiser, "ResnetBlock2D")):
+        denoiser.get_submodule(path).compile(backend="eager")
+    reached, trace, _ = accelerated(denoiser, unet_inputs(1), STEPS, "fora", **settings)
+    assert trace.strip() == "FccFccFcc"
+    assert max(differences(reached, expected)) <= 1e-6
+
+
 def test_parts_inside_a_cached_transformer_are_left_alone():
     denoiser = sd_like()
     with c4d.accelerate(denoiser, "fora", site="parts(kinds=['attn', 'ffn', 'transformer'])") as handle:
