@@ -42,6 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "harmonica": {"runs": 16, "rate": 0.2, "price": 1e-6, "refresh": 8},
     "block-caching": {"runs": 12, "rate": 0.02, "threshold": 0.2},
     "md-dit": {"runs": 12, "rate": 0.02},
+    "tokencache": {"runs": 16, "rate": 0.2},
     "l2p": {"interval": 6, "warmup": 10},
     "icc": {"rank": 32},
     "cachequant": {"unit": "span"},
@@ -58,7 +59,7 @@ TRIED = 8  # captions
 # What ships, the most wanted first, as long as there is room.
 WANTED = (
     *("smoothcache", "teacache", "magcache", "l2c", "lazydit", "dpcache", "lemica", "harmonica", "l2p", "taocache"),
-    *("bacache", "md-dit", "block-caching", "fastcache", "icc", "asymrnr"),
+    *("bacache", "md-dit", "block-caching", "fastcache", "icc", "asymrnr", "tokencache"),
 )
 
 

@@ -44,7 +44,7 @@ SETTINGS: dict[str, dict[str, Any]] = {"dbcache": {"front": 1}, "dbprune": {"fro
 
 # Trainings are as short as can be: what is learned does not matter here. Random blocks change much.
 OPTIONS: dict[str, dict[str, Any]] = {
-    **{name: {"runs": 1} for name in ("harmonica", "l2c", "lazydit", "md-dit")},
+    **{name: {"runs": 1} for name in ("harmonica", "l2c", "lazydit", "md-dit", "tokencache")},
     "block-caching": {"runs": 1, "threshold": 0.8},
     "cachequant": {"unit": "span"},
 }

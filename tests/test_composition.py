@@ -146,6 +146,8 @@ def refusal(site, gate, tokens, decide, predictor="reuse", cfg=None):
         return "where each part decides for itself"
     if tokens and (decide == "row" or gate == "speculative"):
         return "rows cannot decide for themselves"
+    if tokens and site in ("prompt_modules", "single_context"):
+        return "return nothing that differs from token to token"
     if tokens and site not in REDUCED and (site not in PARTS or site == "linears"):
         return "has no parts"
     return None
@@ -288,7 +290,7 @@ def never(denoiser, inputs):
         for combination in itertools.product(SITE, GATE, TOKENS)
         if runs(*combination[:2])
         and is_possible(*combination)
-        and (combination[2] != "clusters" or "interval" in combination)
+        and (combination[2] not in ("clusters", "weighted") or "interval" in combination)
     ],
 )
 def test_what_can_be_made_runs_on_a_transformer(transformer, site, gate, tokens):

@@ -15,7 +15,7 @@ METHODS = (
     "taylorseer", "taylorseer-lite", "speca", "fora", "deepcache", "teacache", "fbcache", "dbcache", "toca",
     "fastercache", "frdiff", "delta-dit", "skip-dit", "dbprune", "adacache", "dicache", "magcache", "easycache", "scm",
     "bwcache", "seacache", "smoothcache", "dpcache", "bacache", "feb-cache", "icc", "fastcache",
-    "l2p", "lemica", "l2c", "harmonica", "lazydit", "block-caching", "md-dit", "pab",
+    "l2p", "lemica", "l2c", "harmonica", "lazydit", "block-caching", "md-dit", "tokencache", "pab",
     "t-gate-v1", "t-gate-v2", "vcut", "text-kv-cache", "faster-diffusion",
     "duca", "clusca", "tome", "ca-tome", "todo", "tofu", "importance-merging",
     "toma", "at-edm", "asymrnr", "ca2-vdm", "cachequant", "quantcache",

@@ -128,6 +128,10 @@ CALIBRATED = {
         "calibration": Calibration.by_hand("md-dit", 12, {"nowhere": torch.zeros(12, 1)}),
         "resample": True,
     },
+    "tokencache": {  # without weights: every block computes its first tokens
+        "calibration": Calibration.by_hand("tokencache", 12, {"nowhere": torch.zeros(12, 1)}, pruned=1.0),
+        "resample": True,
+    },
     "l2c": {
         "calibration": Calibration.by_hand("l2c", 12, dict.fromkeys(PARTS, torch.tensor([1.0, 0.01] * 6))),
         "resample": True,

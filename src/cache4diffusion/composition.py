@@ -19,8 +19,10 @@ from cache4diffusion.sites import (
     Parts,
     PartsAndStream,
     PastFrames,
+    PromptModules,
     Reduced,
     ReducedAttention,
+    SingleContext,
     Site,
     Span,
     SwitchingSpan,
@@ -259,6 +261,11 @@ class Composition:
             )
         if isinstance(site, Reduced):
             return
+        if self.tokens is not None and isinstance(site, (PromptModules, SingleContext)):
+            raise CompositionError(
+                f"A token rule computes some tokens of a part, and {site.words} return nothing that differs from token "
+                "to token of the image. Use site='parts'."
+            )
         if self.tokens is not None and (not isinstance(site, Parts) or isinstance(site, Linears)):
             raise CompositionError(
                 f"A token rule computes some tokens of a part; {site.words} has no parts. Use site='parts'."

@@ -61,7 +61,8 @@ def test_inspect_says_how_a_denoiser_is_built_and_what_can_serve_it():
     assert found["sites"] | {"levels": True} == dict.fromkeys(["whole", "span", "parts", "levels"], True)
     assert found["methods"].keys() == c4d.METHODS.keys()
     not_served = {name: why for name, why in found["methods"].items() if why is not True}
-    assert not_served.keys() == toys.ELSEWHERE - {"text-kv-cache", "asymrnr"}
+    assert not_served.keys() == (toys.ELSEWHERE - {"text-kv-cache", "asymrnr"}) | {"cachequant"}
+    assert "'cachequant' (calibrated with unit='span')" in not_served["cachequant"]
     assert "cross_attn" in not_served["t-gate-v1"]
     assert "where text and image meet in one attention" in not_served["tome"]
     assert "no U-Net levels" in not_served["deepcache"]
@@ -73,7 +74,7 @@ def test_inspect_of_a_pipeline_looks_at_its_denoisers(scenes):
     assert (found["name"], found["class"]) == ("transformer", "FluxTransformer2DModel")
     text = run("inspect", scenes).stdout
     assert "methods can serve it: " in text
-    assert re.search(r"^not deepcache, faster-diffusion: .*no U-Net levels", text, re.MULTILINE)
+    assert re.search(r"^not cachequant, deepcache, faster-diffusion: .*no U-Net levels", text, re.MULTILINE)
 
 
 def test_inspect_of_a_unet_gives_its_levels_and_declared_facts_are_named():
@@ -298,7 +299,7 @@ def test_cite_names_authors_and_source(name):
     [
         (["show", "taylorser"], "did you mean 'taylorseer'?"),
         (["cite", "fbcahe"], "did you mean 'fbcache'?"),
-        (["bench", "--methods", "toka", "--model", "scenes-flux"], "did you mean 'toca'?"),
+        (["bench", "--methods", "tocca", "--model", "scenes-flux"], "did you mean 'toca'?"),
         (["bench", "--methods", "fora(interval", "--model", "scenes-flux"], "write it like 'name(setting=value)'"),
         (["selfcheck", "--model", "scene-flux"], "did you mean 'scenes-flux'?"),
         (["generate", "--prompt", "x", "--model", "./nowhere"], "There is no folder ./nowhere"),

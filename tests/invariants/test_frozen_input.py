@@ -162,6 +162,7 @@ NEVER = {
     "taylorseer-lite-order-2": [""],
     "teacache": DOUBLE + SINGLE + [f"{b}.attn" for b in DOUBLE],
     "toca": [f"{b}.attn" for b in DOUBLE + SINGLE],
+    "tokencache": [f"{b}.attn" for b in DOUBLE + SINGLE],
     "toca-none": PARTS,
     "toca-all": [f"{b}.attn" for b in DOUBLE + SINGLE],
 }

@@ -317,10 +317,10 @@ def test_on_a_unet_the_parts_of_its_transformer_blocks_are_cached():
     assert differences(reached, fora) == [0.0] * steps
 
 
-def test_a_unet_has_no_stack_of_blocks_and_is_told_to_take_parts():
+def test_a_unet_has_no_stack_of_blocks_and_is_told_to_take_its_transformers():
     levels = unet()
     with (
-        pytest.raises(AnatomyError, match=r"'block-caching' .*unit='part'"),
+        pytest.raises(AnatomyError, match=r"'block-caching' .*unit='transformer'"),
         Observer(levels, StepChanges()) as observer,
         observer.run(num_steps=4),
     ):

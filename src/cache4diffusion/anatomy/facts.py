@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from cache4diffusion.anatomy.tree import LeafPath, Mark, leaves, map_leaves
 
@@ -18,6 +18,7 @@ BESIDE = ("text", "other")
 """Kinds of streams that run beside the image: tokens that lie in no picture."""
 
 PartKind = Literal["attn", "cross_attn", "ffn", "fused", "other"]
+MapKind = Literal["transformer", "conv"]
 Over = Literal["all", "space", "time"]
 InnerRole = Literal["nan_token", "zero_width", "one_token"]
 
@@ -51,9 +52,10 @@ class Inner:
     Args:
         path: module path from the denoiser.
         role: what may stand for each of its output leaves. ``nan_token``: ``x.new_full((B, 1, D), nan)``, which
-            broadcasts through scale and shift. ``zero_width``: ``x.new_empty((B, N, 0))``, which vanishes in the
-            concatenation in front of a fused projection. ``one_token``: as ``nan_token``, in the width of what it
-            returns. Which leaves there are is seen when it runs.
+            broadcasts through scale and shift; of a map, ``x.new_full((B, C, 1, 1), nan)``. ``zero_width``:
+            ``x.new_empty((B, N, 0))``, which vanishes in the concatenation in front of a fused projection.
+            ``one_token``: as ``nan_token``, in the width of what it returns. Which leaves there are is seen when it
+            runs.
         kind: ``attn``, ``norm``, or ``tokenwise`` (a projection or an activation).
         feeds: paths of all the parts that read it. It may rest only if all of them do.
     """
@@ -71,7 +73,9 @@ class Part:
     Args:
         path: module path from the denoiser.
         kind: ``attn`` (queries and keys both from the streams), ``cross_attn`` (keys from elsewhere), ``ffn``,
-            ``fused`` (a projection that an attention inside the block feeds) or ``other``.
+            ``fused`` (a projection that an attention inside the block feeds) or ``other``. In a U-Net's levels further
+            ``transformer``, a whole one that is added to the feature map, and ``conv``, the first convolution of a
+            block of convolutions: what they make are maps ``[B, C, ...]``.
         outputs: the leaves of its output that are added to a stream, with that stream's kind (``joint``: to several).
         segments: for each of ``outputs``, the streams (by index in ``Block.streams``) whose tokens it holds, in the
             order in which they follow one another: ``(0, 1)`` for FLUX's single blocks, text then image.
@@ -85,10 +89,11 @@ class Part:
         over: what a token's self-attention reaches: ``space``, the tokens of its own frame; ``time``, those at its own
             place in all frames; ``all``.
         context: how many tokens a cross-attention attends to, those of all its contexts together; 0 if it is none.
+        adds_to: the argument that the module itself adds its feature to; None where what it returns is the feature.
     """
 
     path: str
-    kind: PartKind
+    kind: PartKind | MapKind
     outputs: tuple[tuple[LeafPath, StreamKind], ...]
     is_tokenwise: bool
     inputs: tuple[LeafPath, ...]
@@ -100,6 +105,12 @@ class Part:
     turn: int = 0
     over: Over = "all"
     context: int = 0
+    adds_to: LeafPath | None = None
+
+    @property
+    def is_of_maps(self) -> bool:
+        """Whether it makes maps, of channels first, and no tokens."""
+        return self.kind in get_args(MapKind)
 
     @property
     def name(self) -> str:
@@ -252,7 +263,12 @@ class Level:
 class UNet:
     """Down blocks, the block in the middle if there is one, and up blocks that consume the skips in reverse.
 
-    ``head`` is the module in front of the first down block whose output is skip 0 (None if no up layer uses it).
+    Args:
+        head: the module in front of the first down block whose output is skip 0 (None if no up layer uses it).
+        down, mid, up: in the order in which they run.
+        skips: how many tensors are handed across.
+        units: what may be cached inside the levels besides the parts of transformer blocks, in the order in which they
+            run: every transformer as a whole, and the first convolution of every block of convolutions.
     """
 
     head: str | None
@@ -260,6 +276,7 @@ class UNet:
     mid: str | None
     up: tuple[Level, ...]
     skips: int
+    units: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,7 @@ from cache4diffusion.anatomy.facts import Inner, Part
 from cache4diffusion.anatomy.flow import ancestors, value_inputs
 from cache4diffusion.anatomy.parts import BlockReader
 from cache4diffusion.anatomy.tape import Call
-from cache4diffusion.anatomy.vocabulary import JOINS, PASSES, words
-
-_UNARY = words("gelu silu relu sigmoid tanh softplus mish leaky_relu hardswish elu celu selu square neg abs")
+from cache4diffusion.anatomy.vocabulary import JOINS, PASSES, UNARY, is_normalising
 
 
 def inner_modules(reader: BlockReader, parts: list[Part]) -> list[Inner]:
@@ -79,7 +77,7 @@ def _place(
         if op.name in JOINS:
             width = len(recording.shape(op.outputs[0])) - 1
             is_joined = is_joined or op.detail == width
-        elif op.name not in PASSES and op.name not in _UNARY:
+        elif op.name not in PASSES and op.name not in UNARY:
             meets_others = True
     for other in ends:
         if flowing.isdisjoint(other.arguments.values()):
@@ -107,5 +105,4 @@ def _place(
 
 def _is_norm(reader: BlockReader, call: Call) -> bool:
     """Whether the module normalises (an activation does not)."""
-    names = {op.name for op in reader.recording.ops[call.first : call.last]}
-    return any("norm" in name or name in ("rsqrt", "mean", "var") for name in names)
+    return is_normalising(op.name for op in reader.recording.ops[call.first : call.last])

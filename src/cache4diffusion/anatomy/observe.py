@@ -22,6 +22,7 @@ from cache4diffusion.anatomy.stacks import StackFinder, StackView, not_so, param
 from cache4diffusion.anatomy.tape import Recording
 from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.anatomy.unet import UNetFinder
+from cache4diffusion.anatomy.units import UnitFinder
 from cache4diffusion.errors import UnobservedError
 
 
@@ -48,6 +49,8 @@ def observe(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     views = finder.find()
     levels = UNetFinder(denoiser, recording)
     unet = levels.find()
+    if unet is not None:
+        unet = dataclasses.replace(unet, units=UnitFinder(recording).find(unet))
     sides = None if unet is None else {level.path.rpartition(".")[0] for level in (*unet.down, *unet.up)}
     _check_claims(denoiser, recording, roles, views)
     main = finder.turns(finder.main([view for view in views if sides is None or view.path in sides]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from cache4diffusion.anatomy.facts import Anatomy, Block, Layer, Level, Stack, UNet
@@ -84,6 +85,9 @@ def _levels(unet: UNet) -> Iterator[str]:
         yield f"    {level.path}: {'; '.join(_layer(level, layer, 'makes') for layer in level.layers)}" + _tail(level)
     for level in unet.up:
         yield f"    {level.path}: {'; '.join(_layer(level, layer, 'uses') for layer in level.layers)}" + _tail(level)
+    units = Counter(unit.kind for unit in unet.units)
+    if units:
+        yield f"    on maps: {', '.join(f'{count} of kind {kind}' for kind, count in units.items())}"
 
 
 def _layer(level: Level, layer: Layer, verb: str) -> str:

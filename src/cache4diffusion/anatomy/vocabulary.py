@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -51,6 +51,9 @@ HEAVY = MATRIX | words("""
 NORMS = words("layer_norm rms_norm")
 """Of whole layers, where a network normalises the stream itself between its parts."""
 
+UNARY = words("gelu silu relu sigmoid tanh softplus mish leaky_relu hardswish elu celu selu square neg abs")
+"""Act on every number by itself."""
+
 CONVOLUTIONS = frozenset(name for name in HEAVY if name.startswith("conv"))
 _OPERATORS = words("and or xor lshift rshift pow floordiv mod truediv matmul")
 
@@ -84,6 +87,11 @@ def is_in_place(name: str, kwargs: dict[str, Any]) -> bool:
 def is_attention(name: str) -> bool:
     """Whether the operation is a whole attention."""
     return "attention" in name or "attn" in name
+
+
+def is_normalising(names: Iterable[str]) -> bool:
+    """Whether these operations normalise (an activation does not)."""
+    return any("norm" in name or name in ("rsqrt", "mean", "var") for name in names)
 
 
 class Pieces(tuple):

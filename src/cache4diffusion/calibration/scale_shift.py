@@ -22,12 +22,14 @@ from cache4diffusion.predictors import scaled_and_shifted
 from cache4diffusion.settings import setting
 from cache4diffusion.sites import Blocks, Parts
 
-Unit = Literal["block", "part"]
+Unit = Literal["block", "part", "transformer"]
 
 
 def site_of(unit: Unit) -> Blocks | Parts:
-    """What is cached as one: whole blocks of a stack, or (in U-Nets, too) their parts."""
-    return Blocks() if unit == "block" else Parts(decisions="part")
+    """What is cached as one: whole blocks of a stack, or their parts; in U-Nets parts, or what holds them."""
+    if unit == "block":
+        return Blocks()
+    return Parts(decisions="part") if unit == "part" else Parts(("transformer",), decisions="part")
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,11 @@ class StepChanges(StepMeans):
 
     effect: ClassVar[str] = "how much features change from step to step"
 
-    unit: Unit = setting("block", "what is measured: blocks or parts")
+    unit: Unit = setting("block", "what is measured: blocks, parts or a U-Net's transformers")
 
     @property
     def site(self) -> Blocks | Parts:
-        """Every block, or every part."""
+        """Every block, part or transformer."""
         return site_of(self.unit)
 
     def measure(self, memory: dict[str, Any], seen: Seen) -> Mapping[str, tuple[int, float]]:
@@ -79,12 +81,12 @@ class ScaleShift(Training):
     rate: float = setting(0.005, "learning rate of AdamW", gt=0)
     threshold: float = setting(0.1, "of the schedule: largest sum of changes since a block last ran", gt=0)
     unit: Unit = setting(
-        "block", "what is cached as one: 'block', or 'part' (U-Nets: parts of their transformer blocks)"
+        "block", "what is cached as one. U-Nets: 'transformer', as in the paper, or 'part', of their transformer blocks"
     )
 
     @property
     def site(self) -> Blocks | Parts:
-        """Every block, or every part."""
+        """Every block, part or transformer."""
         return site_of(self.unit)
 
     @property

@@ -16,9 +16,10 @@ from cache4diffusion.anatomy import Block, Part
 from cache4diffusion.calibration.training import Leaves, Reached, Spot
 from cache4diffusion.engine.blocks import BlockView
 from cache4diffusion.engine.driver import Inner
+from cache4diffusion.engine.features import feature_of
 from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.leaves import Layout, take_apart
-from cache4diffusion.engine.part_lookup import blocks_of, entering_of, entrance_of, parts_of
+from cache4diffusion.engine.part_lookup import blocks_of, entering_of, entrance_of, parts_of, units_of
 from cache4diffusion.engine.span import BlocksDriver
 from cache4diffusion.errors import AnatomyError
 from cache4diffusion.sites import Blocks, Parts
@@ -76,7 +77,8 @@ class Stage:
             self.forward = None
 
     def _wrap_parts(self, site: Parts) -> None:
-        every = [part for _, block in blocks_of(self.host) for part in parts_of(block, site)]
+        units = units_of(self.host, site)
+        every = [part for _, block in blocks_of(self.host) for part in parts_of(block, site, units)] + units
         found = [part for part in every if part.calls == 1]
         if not found:
             _refuse_shared(every, self.host)
@@ -107,20 +109,24 @@ class Stage:
         return make
 
     def _answering(self, part: Any, module: nn.Module) -> Callable[[Inner], Inner]:
+        feature = feature_of(part, module)
+
         def make(found: Inner) -> Inner:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 playing = self.forward
                 if playing is None:
                     return found(*args, **kwargs)
                 entering = playing.entering.get(part.path) or entering_of(part, module, args, kwargs)
+                entering = [feature.seen(tensor) for tensor in entering]
 
                 def compute() -> Leaves:
-                    leaves, self._layouts[part.path] = take_apart(found(*args, **kwargs))
+                    computed = feature.apart(found(*args, **kwargs), args, kwargs)
+                    leaves, self._layouts[part.path] = take_apart(computed)
                     return leaves
 
                 leaves = self._meet(part.path, part.kind, entering, compute, part.is_tokenwise)
                 leaves = [leaf.clone() for leaf in leaves] if part.is_mutated else leaves
-                return self._layouts[part.path].fill(leaves)
+                return feature.whole(self._layouts[part.path].fill(leaves), args, kwargs)
 
             return forward
 
@@ -165,7 +171,8 @@ class Stage:
             leaves = compute()
             if name not in self.spots:
                 before, after = (tuple(leaf.shape[-1] for leaf in several) for several in (entering, leaves))
-                self.spots[name] = Spot(name, kind, before, after, is_tokenwise)
+                lengths = tuple(leaf.shape[-2] for leaf in leaves)
+                self.spots[name] = Spot(name, kind, before, after, is_tokenwise, lengths)
             playing.kept[name] = [leaf.detach().clone() for leaf in leaves]
             return leaves
         reached = Reached(

@@ -51,6 +51,7 @@ class Spot:
         entering: widths of what enters a part: of its modulated inputs, one per stream.
         leaving: widths of its outputs.
         is_tokenwise: whether the part maps every token by itself.
+        lengths: of its outputs, in tokens.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Spot:
     entering: tuple[int, ...]
     leaving: tuple[int, ...]
     is_tokenwise: bool = False
+    lengths: tuple[int, ...] = ()
 
 
 @dataclass

@@ -200,7 +200,7 @@ def no_stack(denoiser: str, composition: Composition) -> AnatomyError:
     return AnatomyError(
         f"{denoiser} has no stack of blocks that carries the latent, and this method needs one: "
         f"{composition.needs_stack}. On U-Nets these work: 'deepcache' (levels), 'fora' and 'taylorseer' (the parts of "
-        "the transformer blocks inside levels), 'block-caching' (the same, calibrated with unit='part'), "
+        "the transformer blocks inside levels), 'block-caching' (calibrated with unit='transformer'), 'frdiff', "
         "'taylorseer-lite' (the whole denoiser), 'fastercache' (CFG branches). If it has blocks that were not found, "
         "say which they are: c4d.declare(denoiser, blocks=['first', 'layers'])."
     )

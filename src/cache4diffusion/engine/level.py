@@ -137,7 +137,7 @@ class LevelDriver(Driver):
         if anatomy.unet is None:
             raise AnatomyError(
                 f"{anatomy.denoiser} has no U-Net levels (down blocks whose outputs up blocks read again). Methods for "
-                "transformers may work: 'taylorseer', 'dbcache', 'fora'."
+                "transformers may work: 'taylorseer', 'dbcache', 'fora', 'cachequant' (calibrated with unit='span')."
             )
         self.cut = self.find_cut(anatomy.unet)
         for path in self.bypassed():

@@ -13,6 +13,13 @@ from cache4diffusion.engine.leaves import get_argument
 from cache4diffusion.sites import Parts
 
 
+def units_of(host: Host, site: Parts) -> list[Part]:
+    """The units of an examined U-Net's levels that a site has, in order; parts inside them are none of it."""
+    assert host.anatomy is not None
+    units = () if host.anatomy.unet is None else host.anatomy.unet.units
+    return [unit for unit in units if unit.kind in site.kinds]
+
+
 def blocks_of(host: Host) -> list[tuple[int, Block]]:
     """The blocks of an examined denoiser in which parts are cached, in order, each with its position.
 
@@ -26,9 +33,10 @@ def blocks_of(host: Host) -> list[tuple[int, Block]]:
     return list(enumerate(main))[host.watched_blocks :] + [(len(main) + i, block) for i, block in enumerate(nested)]
 
 
-def parts_of(block: Block, site: Parts) -> list[Part]:
-    """The parts of a block that a site has."""
-    return [part for part in block.parts if part.kind in site.kinds]
+def parts_of(block: Block, site: Parts, units: Sequence[Part] = ()) -> list[Part]:
+    """The parts of a block that a site has, none of them inside one of its units."""
+    whole = tuple(f"{unit.path}." for unit in units)
+    return [part for part in block.parts if part.kind in site.kinds and not part.path.startswith(whole)]
 
 
 def entrance_of(part: Part) -> Inner | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cache4diffusion.anatomy import Inner, Part
+from cache4diffusion.engine.features import feature_of
 from cache4diffusion.engine.leaves import Layout, Place
 from cache4diffusion.engine.part_lookup import first_tensor
 from cache4diffusion.engine.state import Context
@@ -55,6 +56,7 @@ class PartSite:
         self.prepared: Any = None  # output predicted for the call in progress
         self.is_traced = False
         self.must_run = False  # its decision is another than that of the parts that are predicted in this call
+        self.feature = feature_of(part, module)
         self.corrector = driver.predictor if isinstance(driver.predictor, Corrector) else None
         self.layout: Layout | None = None  # of the output, for a corrector in a compiled block
         self.pairs: tuple[int, ...] = ()  # which of the inputs each of the output's tensors is made from
@@ -76,7 +78,7 @@ class PartSite:
             seen = site.seen(args, kwargs) if switch.is_on else []
             output = found(*args, **kwargs)
             if switch.is_on:
-                site.take(output, seen)
+                site.take(site.feature.apart(output, args, kwargs), seen)
             return output
 
         if tokens is None:
@@ -100,7 +102,7 @@ class PartSite:
             entered, self.entered = self.entered, None
             return [entered]
         values = [place.get(args, kwargs) for place in self._inputs]
-        return [value for value in values if isinstance(value, Tensor)]
+        return [self.feature.seen(value) for value in values if isinstance(value, Tensor)]
 
     @property
     def is_known(self) -> bool:
@@ -110,6 +112,10 @@ class PartSite:
 
     def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output of this cached step; None if there is nothing to predict from, and the part must run."""
+        feature = self._predicted(args, kwargs)
+        return None if feature is None else self.feature.whole(feature, args, kwargs)
+
+    def _predicted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling() or self.prepared is not None:
             if self.corrector is None or self.prepared is None:
                 return self.prepared
@@ -118,14 +124,14 @@ class PartSite:
             return self.layout.fill(self.corrector.correct(self.prepared, [seen[i] for i in self.pairs]))
         return self.driver.predict(self, self.seen(args, kwargs)) if self.is_known else None
 
-    def take(self, output: Any, seen: list[Tensor]) -> None:
+    def take(self, feature: Any, seen: list[Tensor]) -> None:
         """Keep what was computed, and what entered."""
         if torch.compiler.is_compiling() or self.switch.is_watching:
-            self.fresh = output
+            self.fresh = feature
             if seen:
                 self.fresh_seen = seen
         else:
-            self.driver.record(self, output, seen)
+            self.driver.record(self, feature, seen)
 
     def distrust(self) -> None:
         """The host has written into what this part returned, which it was not seen to do when it was examined.
@@ -232,7 +238,8 @@ class RestingModule:
         """What stands for the output."""
         x = first_tensor(args, kwargs)
         if self.inner.role == "nan_token":
-            return x.new_full((x.shape[0], 1, x.shape[-1]), float("nan"))
+            size = (x.shape[0], 1, x.shape[-1]) if x.ndim == 3 else (*x.shape[:2], *[1] * (x.ndim - 2))
+            return x.new_full(size, float("nan"))
         if torch.compiler.is_compiling():
             return self.blank
         return self.blanks(x, x.shape[0])

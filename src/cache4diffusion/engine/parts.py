@@ -21,7 +21,7 @@ from cache4diffusion.engine.driver import Driver, Rested
 from cache4diffusion.engine.driver import Inner as InnerCall
 from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.leaves import get_output, own, take_apart
-from cache4diffusion.engine.part_lookup import blocks_of, parts_of
+from cache4diffusion.engine.part_lookup import blocks_of, parts_of, units_of
 from cache4diffusion.engine.part_sites import PartSite, RestingModule, Switch, Turns
 from cache4diffusion.engine.predictions import Predictions
 from cache4diffusion.engine.state import BranchState, Context
@@ -161,13 +161,16 @@ class PartsDriver(Driver):
 
     def all_sites(self) -> Iterator[tuple[int, str, Part]]:
         """What is cached, with the position of its block and the name of its site."""
+        position = 0
         for position, block in blocks_of(self.host):
             for name, part in self.sites_of(block):
                 yield position, name, part
+        for number, unit in enumerate(units_of(self.host, self.site), start=position + 1):
+            yield number, unit.name, unit
 
     def sites_of(self, block: Block) -> list[tuple[str, Part]]:
         """What is cached of a block, each with the name of its site."""
-        return [(part.name, part) for part in parts_of(block, self.site)]
+        return [(part.name, part) for part in parts_of(block, self.site, units_of(self.host, self.site))]
 
     def decision_for(self, name: str, part: Part) -> str:
         """What the decision is called that a part follows."""

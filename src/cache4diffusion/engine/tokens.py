@@ -1,8 +1,8 @@
 """Partial steps: some tokens of a part are computed, the others keep the prediction.
 
-Attention is predicted as a whole. MLPs, cross-attention queries and the projections of fused blocks act per token, so
-they run on gathered tokens. In a fused block the un-projected attention output is kept from the last full step, because
-its projection is shared with the MLP.
+Attention is predicted as a whole (or computed as a whole, where a rule is `Wholesale`). MLPs, cross-attention queries
+and the projections of fused blocks act per token, so they run on gathered tokens. In a fused block the un-projected
+attention output is kept from when it was computed last, because its projection is shared with the MLP.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from cache4diffusion.engine.leaves import get_argument, own, with_arguments
 from cache4diffusion.engine.maps import image_grid
 from cache4diffusion.engine.state import BranchState, Context
 from cache4diffusion.errors import AnatomyError
-from cache4diffusion.gates import Step
 from cache4diffusion.predictors import Reuse
 from cache4diffusion.predictors.history import History
-from cache4diffusion.tokens import Segment, Spreading, Surveying, TokenPlace, TokenRule
+from cache4diffusion.tokens import Segment, Spreading, Surveying, TokenPlace, TokenRule, Wholesale
 from cache4diffusion.wrap import ForwardWrapper
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ class TokenDriver:
         for site in self.driver.sites:
             # Some tokens of what is concatenated are computed, if all of it is known to be of tokens one by one.
             is_open = any(inner.role == "zero_width" and inner.kind == "tokenwise" for inner in site.part.inner)
-            if is_open and self.handles(site):
+            if is_open and self.handles(site) and self._is_tokenwise(site):
                 for inner in site.part.inner:
                     self._site_of_inner[inner.path] = site
 
@@ -122,12 +121,23 @@ class TokenDriver:
         return [watched.wrapper for watched in self._watched]
 
     def handles(self, site: PartSite) -> bool:
-        """Parts whose tokens can be computed one by one: cross-attention's queries, and what maps each by itself."""
-        part = site.part
-        if isinstance(self.rule, Surveying) and part.kind not in self.rule.kinds:
+        """Parts that run on cached steps, if the rule says so: on some tokens, or as a whole."""
+        if isinstance(self.rule, Surveying) and site.part.kind not in self.rule.kinds:
             return False
-        is_tokenwise = part.kind == "cross_attn" or (part.kind in ("ffn", "fused") and part.is_tokenwise)
-        return site.position in self._layers and is_tokenwise
+        return site.position in self._layers and (self._is_tokenwise(site) or isinstance(self.rule, Wholesale))
+
+    @staticmethod
+    def _is_tokenwise(site: PartSite) -> bool:
+        """Whether tokens can be computed one by one: of cross-attention's queries, and of what maps each by itself."""
+        part = site.part
+        return part.kind == "cross_attn" or (part.kind in ("ffn", "fused") and part.is_tokenwise)
+
+    def _is_whole(self, context: Context, site: PartSite) -> bool:
+        """Whether a rule that may have a part computed as a whole does so in this step."""
+        return (
+            isinstance(self.rule, Wholesale)
+            and self._index(context, site).shape[1] == context.state.sites[site.name].rings[0].shape[1]
+        )
 
     def layer_of(self, site: PartSite) -> tuple[int, int]:
         """Index of the part's block in its list, and the length of the list."""
@@ -227,8 +237,17 @@ class TokenDriver:
                 for s in segments
             )
         layer, layers = self._layers[site.position]
-        step: Step = context.step
-        return TokenPlace(site.name, site.part.kind, layer, layers, step, segments, batch)
+        return TokenPlace(
+            site.name,
+            site.part.kind,
+            layer,
+            layers,
+            context.step,
+            segments,
+            batch,
+            block=site.position,
+            num_blocks=len(self._layers),
+        )
 
     def _grid(self, context: Context, count: int) -> tuple[int, int, int]:
         """Frames, rows and columns of the image tokens; found once per branch and run."""
@@ -267,6 +286,8 @@ class TokenDriver:
                 place = dataclasses.replace(place, survey=context.state.tokens.get(_SURVEY))
                 state = context.state.tokens.setdefault(site.name, self.rule.init())
                 index = self.rule.select(state, place, context.state.sites[site.name].rings[0].device)
+                if not self._is_tokenwise(site) and index.shape[1] < place.length:
+                    index = index[:, :0]
                 if is_tied:
                     self._lead = (context.call.run.id, weakref.ref(context.state))
                     context.state.extra.setdefault("selected", {})[site.name] = index
@@ -317,7 +338,8 @@ class TokenDriver:
         if index.shape[1] == 0:
             self.driver.predictor.commit(state, leaves, context.time, context.rows)
             return site.rebuild(own(leaves, state) if site.part.is_mutated else leaves)
-        if x.shape[1] != index.shape[1]:
+        is_whole = self._is_whole(context, site)
+        if not is_whole and x.shape[1] != index.shape[1]:
             args, kwargs = with_arguments(site.module, args, kwargs, {path: take(x, index)})
         fresh = found(*args, **kwargs)
         values = [fresh] if isinstance(fresh, Tensor) else [leaf for leaf in fresh if isinstance(leaf, Tensor)]
@@ -326,6 +348,8 @@ class TokenDriver:
             place = dataclasses.replace(self._place(context, site), survey=context.state.tokens.get(_SURVEY))
             kept = context.state.tokens.setdefault(site.name, self.rule.init())
             written = self.rule.spread(kept, place, leaves, lambda: _last(state), index, values)
+        elif is_whole:
+            written = values
         else:
             before = leaves if is_kept else [leaf.clone() for leaf in leaves]
             written = [put(leaf, index, value) for leaf, value in zip(before, values, strict=True)]
@@ -347,7 +371,8 @@ class TokenDriver:
         for rest in self.driver.resting:
             least = min((shares.get(path, 0.0) for path in rest.inner.feeds), default=0.0)
             if least == 1 or rest.inner.path in self._site_of_inner:
-                shares[rest.inner.path] = 1.0 if rest.inner.kind == "attn" else least
+                is_whole = isinstance(self.rule, Wholesale) and least == 0
+                shares[rest.inner.path] = 1.0 if rest.inner.kind == "attn" and not is_whole else least
         return tuple((path, share) for path, share in shares.items() if share)
 
     def run_inner(self, rest: RestingModule, found: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -360,7 +385,12 @@ class TokenDriver:
             return rest.placeholder(args, kwargs)
         if is_norm or rest.inner.path not in self._site_of_inner:
             return found(*args, **kwargs)
-        index = self._index(context, self._site_of_inner[rest.inner.path])
+        site = self._site_of_inner[rest.inner.path]
+        index = self._index(context, site)
+        if self._is_whole(context, site):
+            output = found(*args, **kwargs)
+            self.took_inner(rest, output)
+            return output
         if rest.inner.kind == "attn":
             return take(context.state.extra[_inner(rest)].read(), index)
         if x.shape[1] == index.shape[1]:

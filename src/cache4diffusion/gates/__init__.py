@@ -42,6 +42,7 @@ from cache4diffusion.gates.lifetimes import accumulated_steps
 from cache4diffusion.gates.look_ahead import LookAhead
 from cache4diffusion.gates.magnitude import MagnitudeError
 from cache4diffusion.gates.modulated import ModulatedInterval
+from cache4diffusion.gates.phases import TwoPhase
 from cache4diffusion.gates.quadratic import Quadratic
 from cache4diffusion.gates.routed import routed_steps
 from cache4diffusion.gates.schedule import ScaledSchedule, Schedule
@@ -58,6 +59,7 @@ from cache4diffusion.gates.widening import WideningInterval
 GATES = {
     "interval": FixedInterval,
     "modulated": ModulatedInterval,
+    "two-phase": TwoPhase,
     "schedule": Schedule,
     "scaled": ScaledSchedule,
     "look-ahead": LookAhead,
@@ -126,6 +128,7 @@ __all__ = [
     "Throughout",
     "Timetable",
     "TriggeredInterval",
+    "TwoPhase",
     "Verification",
     "Warmup",
     "Watch",

@@ -61,6 +61,7 @@ from cache4diffusion.methods.text_kv_cache import TextKVCache
 from cache4diffusion.methods.toca import ToCa
 from cache4diffusion.methods.todo import ToDo
 from cache4diffusion.methods.tofu import ToFu
+from cache4diffusion.methods.tokencache import TokenCache
 from cache4diffusion.methods.toma import ToMA
 from cache4diffusion.methods.tome import ToMe
 from cache4diffusion.methods.vcut import VCUT
@@ -132,6 +133,7 @@ __all__ = [
     "ToFu",
     "ToMA",
     "ToMe",
+    "TokenCache",
     "WaveEx",
     "ZCache",
 ]

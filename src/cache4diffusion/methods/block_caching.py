@@ -34,12 +34,13 @@ class BlockCaching(Method):
     Changes of 0.2 with a threshold of 0.5 over 7 steps are ``FccFccF``. A run of other steps or noise levels than the
     calibration's needs ``resample=True`` and ``scale_shift=False``.
 
-    On U-Nets calibrate with ``--set unit=part``: then each part of their transformer blocks is cached by itself.
+    On U-Nets calibrate with ``--set unit=transformer``: blocks are then what the paper caches, whole spatial
+    transformers, with the projections around their transformer blocks, and ResNet blocks always run. With ``--set
+    unit=part`` each part of their transformer blocks is cached by itself.
 
     Cost: 1 copy of what every block adds; a cached block does not run. No host sync.
-    Differences from the paper: its blocks are a U-Net's spatial transformers, with the projections around their
-    transformer blocks; here a block of a stack, or a part. A threshold of 0 is off. Its threshold and the
-    training's settings are not known; ours are.
+    Differences from the paper: it caches in U-Nets only. A threshold of 0 is off. Its threshold and the training's
+    settings are not known; ours are.
     """
 
     threshold: float | None = setting(

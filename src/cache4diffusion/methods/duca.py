@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from cache4diffusion.gates import FixedInterval, Guard, ModulatedInterval, Warmup
-from cache4diffusion.gates.base import StaticGate
 from cache4diffusion.method import Composition, Method, MethodInfo
+from cache4diffusion.methods.toca import gate_of
 from cache4diffusion.predictors import Reuse
 from cache4diffusion.settings import setting
 from cache4diffusion.sites import PartsAndStream
@@ -104,13 +103,7 @@ class DuCa(Method):
 
     def compose(self) -> Composition:
         """Parts and last stream x fixed or modulated interval x reuse x top score."""
-        gate: StaticGate
-        guards: tuple[Guard, ...] = ()
-        if self.full_steps == "dit":
-            gate = ModulatedInterval(self.interval, "dit")
-            guards = (Warmup(self.warmup),) if self.interval > 1 else ()  # 1 never caches, however short the run
-        else:
-            gate = FixedInterval(self.interval, "warmup" if self.full_steps == "flux" else "first", self.warmup)
+        gate, guards = gate_of(self.full_steps, self.interval, self.warmup)
         return Composition(
             site=PartsAndStream(pattern="cj", counted=self.order),
             gate=gate,

@@ -12,7 +12,7 @@ from cache4diffusion.gates import FixedInterval
 from cache4diffusion.method import Composition, Method, MethodInfo
 from cache4diffusion.predictors import Reuse
 from cache4diffusion.settings import setting
-from cache4diffusion.sites import PART_KINDS, MixedScore, PartKind
+from cache4diffusion.sites import MAP_KINDS, PART_KINDS, MixedScore
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,12 @@ class FRDiff(Method):
     guidance. Early, where ``lam`` is 0, nothing runs: as if the solver took a larger step. Late, where it is 1, parts
     are reused. The ramp between is ``4 / slope`` of the run wide.
 
+    On U-Nets, as in the code, a part is what a whole transformer adds to its feature map, or the first convolution of
+    a ResNet block, before the timestep is added; everything else of such a block runs.
+
     Cost: one copy of every part's output, and one of the denoiser's.
-    Differences from the code: on U-Nets only the transformer blocks' parts are cached, not the convolutions of ResNet
-    blocks; ``parts="attn"`` caches attention alone, as the DiT code does. Learned key steps (AutoFR) are not in.
+    Differences from the code: ``parts="attn"`` caches attention alone, as the DiT code does. Learned key steps (AutoFR)
+    are not in.
     """
 
     interval: int = setting(2, "distance of two full steps; 1 never caches. Code: 2", ge=1)
@@ -55,7 +58,7 @@ class FRDiff(Method):
 
     def compose(self) -> Composition:
         """Parts mixed with the output x fixed interval x reuse."""
-        kinds: tuple[PartKind, ...] = PART_KINDS if self.parts == "all" else ("attn", "cross_attn")
+        kinds = (*PART_KINDS, *MAP_KINDS) if self.parts == "all" else ("attn", "cross_attn")
         return Composition(
             site=MixedScore(kinds, slope=self.slope, bias=self.bias),
             gate=FixedInterval(self.interval),

@@ -8,13 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from cache4diffusion.gates import FixedInterval, Guard, ModulatedInterval, Warmup
-from cache4diffusion.gates.base import StaticGate
+from cache4diffusion.gates import FixedInterval, Gate, Guard, ModulatedInterval, Warmup
 from cache4diffusion.method import Composition, Method, MethodInfo
 from cache4diffusion.predictors import Reuse
 from cache4diffusion.settings import setting
 from cache4diffusion.sites import Parts
 from cache4diffusion.tokens import TopScore
+
+FullSteps = Literal["flux", "open-sora", "dit", "pixart"]
 
 
 def _published(
@@ -29,6 +30,27 @@ def _published(
         "warmup": warmup,
         **scores,
     }
+
+
+def gate_of(
+    full_steps: FullSteps, interval: int, warmup: int, *, is_modulated: bool = True
+) -> tuple[Gate, tuple[Guard, ...]]:
+    """The gate of a released script, and its guards.
+
+    Args:
+        full_steps: whose script.
+        interval: distance of two full steps, on average where it is modulated.
+        warmup: first steps that are always full.
+        is_modulated: whether the DiT and PixArt scripts vary the interval; else it is fixed there, too.
+    """
+    if full_steps == "flux":
+        return FixedInterval(interval, "warmup", warmup), ()
+    if full_steps == "open-sora":
+        return FixedInterval(interval, "first", warmup), ()
+    if not is_modulated:
+        return FixedInterval(interval, "last" if full_steps == "dit" else "first", warmup), ()
+    guards = (Warmup(warmup),) if interval > 1 else ()  # 1 never caches, however short the run
+    return ModulatedInterval(interval, full_steps), guards
 
 
 @dataclass(frozen=True)
@@ -79,7 +101,7 @@ class ToCa(Method):
         0.0, "raises the best token of each neighbourhood. Code: 0 (FLUX, Open-Sora), 0.6 (DiT), 0.4 (PixArt)", ge=0
     )
     window: int = setting(2, "side of a neighbourhood in tokens. Code: 2 (DiT), 4 (PixArt)", ge=1)
-    full_steps: Literal["flux", "open-sora", "dit", "pixart"] = setting("flux", "which steps are full")
+    full_steps: FullSteps = setting("flux", "which steps are full")
     branches: Literal["independent", "tied"] = setting("independent", "whether CFG branches follow the first one")
 
     info: ClassVar[MethodInfo] = MethodInfo(
@@ -107,17 +129,7 @@ class ToCa(Method):
 
     def compose(self) -> Composition:
         """Parts x fixed or modulated interval x reuse x top score."""
-        gate: StaticGate
-        guards: tuple[Guard, ...] = ()
-        if self.full_steps == "flux":
-            gate = FixedInterval(self.interval, anchor="warmup", warmup=self.warmup)
-        elif self.full_steps == "open-sora":
-            gate = FixedInterval(self.interval, anchor="first", warmup=self.warmup)
-        elif self.recompute_ratio == 0:
-            gate = FixedInterval(self.interval, "last" if self.full_steps == "dit" else "first", self.warmup)
-        else:
-            gate = ModulatedInterval(self.interval, self.full_steps)
-            guards = (Warmup(self.warmup),) if self.interval > 1 else ()  # 1 never caches, however short the run
+        gate, guards = gate_of(self.full_steps, self.interval, self.warmup, is_modulated=self.recompute_ratio > 0)
         return Composition(
             site=Parts(),
             gate=gate,

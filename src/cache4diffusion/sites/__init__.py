@@ -1,6 +1,7 @@
 """Where: the places of a denoiser at which features are recorded and predicted."""
 
 from cache4diffusion.sites.base import (
+    MAP_KINDS,
     PART_KINDS,
     SITES,
     Attentions,
@@ -8,6 +9,7 @@ from cache4diffusion.sites.base import (
     Denoiser,
     GatedParts,
     Linears,
+    MapKind,
     MixedScore,
     PartKind,
     Parts,
@@ -27,6 +29,7 @@ from cache4diffusion.sites.base import (
 )
 
 __all__ = [
+    "MAP_KINDS",
     "PART_KINDS",
     "SITES",
     "Attentions",
@@ -34,6 +37,7 @@ __all__ = [
     "Denoiser",
     "GatedParts",
     "Linears",
+    "MapKind",
     "MixedScore",
     "PartKind",
     "Parts",

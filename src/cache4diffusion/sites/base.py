@@ -13,6 +13,9 @@ from cache4diffusion.errors import SettingError
 
 PartKind = Literal["attn", "cross_attn", "ffn", "fused", "other"]
 PART_KINDS: tuple[PartKind, ...] = ("attn", "cross_attn", "ffn", "fused", "other")
+MapKind = Literal["transformer", "conv"]
+MAP_KINDS: tuple[MapKind, ...] = ("transformer", "conv")
+"""What a U-Net's levels have besides the parts of transformer blocks."""
 
 
 # Names under which a site can be given in a composition, as in site="span(front=1)". Filled by `Site`.
@@ -161,7 +164,9 @@ class Parts(Site):
 
     Args:
         kinds: which parts: ``attn``, ``cross_attn``, ``ffn``, ``fused`` (attention and MLP with one projection, as in
-            FLUX's single-stream blocks), ``other``.
+            FLUX's single-stream blocks), ``other``. On U-Nets further ``transformer``, what a whole transformer adds to
+            its feature map, whose parts are then left alone; and ``conv``, the first convolution of a ResNet block,
+            before the timestep is added.
         decisions: how many are taken in a step: ``"one"`` for all parts; ``"kind"``, one per kind, called by the
             kind's name; ``"part"``, one per part, called by its path. Several need a gate that watches nothing.
         required: kinds without which a denoiser is refused.
@@ -172,17 +177,18 @@ class Parts(Site):
 
     name: ClassVar[str] = "parts"
     words: ClassVar[str] = "the parts"
+    able: ClassVar[tuple[str, ...]] = (*PART_KINDS, *MAP_KINDS)  # kinds it may be given
 
-    kinds: tuple[PartKind, ...] = PART_KINDS
+    kinds: tuple[PartKind | MapKind, ...] = PART_KINDS
     decisions: Literal["one", "kind", "part"] = "one"
     required: tuple[PartKind, ...] = ()
 
     def __post_init__(self) -> None:
         if self.decisions not in ("one", "kind", "part"):
             raise SettingError(f"Parts(decisions={self.decisions!r}): use 'one', 'kind' or 'part'.")
-        unknown = [kind for kind in self.kinds if kind not in PART_KINDS]
+        unknown = [kind for kind in self.kinds if kind not in self.able]
         if unknown or not self.kinds:
-            raise SettingError(f"Parts(kinds={self.kinds}): use one or more of {', '.join(PART_KINDS)}.")
+            raise SettingError(f"{type(self).__name__}(kinds={self.kinds}): use one or more of {', '.join(self.able)}.")
         if not set(self.required) <= set(self.kinds):
             raise SettingError(f"Parts(required={self.required}): only kinds that are cached, {self.kinds}.")
 
@@ -201,6 +207,7 @@ class Linears(Parts):
 
     name: ClassVar[str] = "linears"
     words: ClassVar[str] = "the linear layers"
+    able: ClassVar[tuple[str, ...]] = PART_KINDS
 
 
 @dataclass(frozen=True)
@@ -217,6 +224,7 @@ class GatedParts(Parts):
 
     name: ClassVar[str] = "gated_parts"
     words: ClassVar[str] = "the parts, each by itself"
+    able: ClassVar[tuple[str, ...]] = PART_KINDS
 
     decisions: Literal["one", "kind", "part"] = "part"
 
@@ -244,8 +252,9 @@ class Attentions(Parts):
 
     name: ClassVar[str] = "attentions"
     words: ClassVar[str] = "the attentions"
+    able: ClassVar[tuple[str, ...]] = PART_KINDS
 
-    kinds: tuple[PartKind, ...] = ("attn", "cross_attn", "fused", "ffn")
+    kinds: tuple[PartKind | MapKind, ...] = ("attn", "cross_attn", "fused", "ffn")
     decisions: Literal["one", "kind", "part"] = "kind"
     mlp_blocks: tuple[int, ...] = ()
 
@@ -273,6 +282,7 @@ class PromptModules(Parts):
 
     name: ClassVar[str] = "prompt_modules"
     words: ClassVar[str] = "the modules that see the prompt alone"
+    able: ClassVar[tuple[str, ...]] = PART_KINDS
 
 
 @dataclass(frozen=True)
@@ -291,8 +301,9 @@ class SingleContext(Parts):
 
     name: ClassVar[str] = "single_context"
     words: ClassVar[str] = "cross-attentions to a single token"
+    able: ClassVar[tuple[str, ...]] = PART_KINDS
 
-    kinds: tuple[PartKind, ...] = ("cross_attn",)
+    kinds: tuple[PartKind | MapKind, ...] = ("cross_attn",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -433,6 +444,7 @@ class PartsAndStream(Parts):
 
     name: ClassVar[str] = "parts_and_stream"
     words: ClassVar[str] = "the parts and the last block's stream"
+    able: ClassVar[tuple[str, ...]] = PART_KINDS
 
     pattern: str = "cj"
     counted: Literal["since", "until"] = "since"

@@ -59,6 +59,9 @@ class TokenPlace:
     """[B, N] in float32: what a `Reduction` asked for of the tokens, where it is known."""
     survey: Any = field(default=None, compare=False)
     """What the rule found out about the streams at the last full step, if it is `Surveying` and did."""
+    block: int = 0
+    """Number of the block among all main ones."""
+    num_blocks: int = 1
 
     @property
     def length(self) -> int:
@@ -109,6 +112,18 @@ class TokenRule(Protocol):
 
     def tensors(self, state: Any) -> Sequence[Tensor]:
         """What the state holds, for the ledger."""
+        ...
+
+
+@runtime_checkable
+class Wholesale(Protocol):
+    """A token rule by which all of a block may be computed on a cached step: then its attentions run, too.
+
+    It is asked for every part, not only for those that can run on some tokens.
+    """
+
+    def computes_all(self, place: TokenPlace) -> bool:
+        """Whether all tokens of the place are computed; what `TokenRule.select` then selects."""
         ...
 
 
