@@ -45,7 +45,7 @@ from cache4diffusion.engine import Engine
 from cache4diffusion.engine.leaves import flatten
 from cache4diffusion.engine.span import SpanDriver
 from cache4diffusion.files import check_writable, write_whole
-from cache4diffusion.gates import Outputs, Step
+from cache4diffusion.gates import Entrance, Outputs, Step
 from cache4diffusion.measure.bench import versions
 from cache4diffusion.method import Composition, Dial
 from cache4diffusion.selfcheck.inside import always_resting
@@ -132,11 +132,13 @@ def allowed_strip(composition: Composition, steps: int) -> str:
     gate, letters = composition.gate, []
     assert gate is not None
     compares_full_steps = isinstance(gate.watch, Outputs)  # the last two, at the step behind them
+    is_pair = isinstance(gate.watch, Entrance) and gate.watch.with_angle
+    nothing = (0.0, None) if is_pair else 0.0
     state, guards = gate.begin(steps), [(guard, guard.begin()) for guard in composition.guards]
     for index in range(steps):
         step = Step(index, steps)
         opinion = next((o for o in (guard.overrule(kept, step) for guard, kept in guards) if o is not None), None)
-        score = None if compares_full_steps and (index < 2 or letters[-1] == "c") else 0.0
+        score = None if compares_full_steps and (index < 2 or letters[-1] == "c") else nothing
         cached = index > 0 and (gate.propose(state, step, score) if opinion is None else opinion)
         gate.commit(state, step, cached, score)
         for guard, kept in guards:

@@ -59,7 +59,7 @@ TRIED = 8  # captions
 # What ships, the most wanted first, as long as there is room.
 WANTED = (
     *("smoothcache", "teacache", "magcache", "l2c", "lazydit", "dpcache", "lemica", "harmonica", "l2p", "taocache"),
-    *("bacache", "md-dit", "block-caching", "fastcache", "icc", "asymrnr", "tokencache"),
+    *("bacache", "md-dit", "block-caching", "fastcache", "icc", "asymrnr", "tokencache", "cachequant"),
 )
 
 

@@ -163,7 +163,7 @@ def test_branches_called_one_by_one_are_weighed_together():
 @pytest.mark.filterwarnings("ignore:0 of 12 steps were cached by easycache")  # its warm-up is as long
 def test_another_method_takes_over_from_one_that_acts_on_the_trajectory(monkeypatch):
     monkeypatch.setattr(budget, "_OTHERS", ("easycache",))
-    monkeypatch.setattr(budget, "FP8", None)
+    monkeypatch.setattr(budget, "_DTYPES", (torch.bfloat16,))
     pipe = flux_pipeline()
     plain = generate(flux_pipeline(), STEPS)
     limit = c4d.cache_bytes(pipe, "easycache", call={**prompt(), "height": 16, "width": 16}, steps=STEPS)

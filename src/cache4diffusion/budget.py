@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 _DEPTHS = ("order", "history", "window")  # settings that say how many snapshots there are, all with a least value of 0
 _EACH = 8  # a number of snapshots up to which every lower one is tried; longer histories are halved
+_DTYPES = tuple(
+    dtype for dtype in (torch.bfloat16, torch.int8, FP8) if dtype is not None
+)  # what costs the least, first
 _OTHERS = ("fora", "deepcache", "fbcache", "taylorseer-lite", "easycache")  # what keeps little, the most first
 
 
@@ -171,8 +174,8 @@ def alternatives(choice: Choice, device: torch.device) -> Iterator[Choice]:
     """
     yield from lighter(choice)
     options, storage = choice.options, choice.options.storage
-    for dtype in (torch.bfloat16, torch.int8, FP8):
-        if dtype is not None and (storage.dtype is None or dtype.itemsize < storage.dtype.itemsize):
+    for dtype in _DTYPES:
+        if storage.dtype is None or dtype.itemsize < storage.dtype.itemsize:
             smaller = Storage(dtype, storage.device)
             yield dataclasses.replace(choice, options=dataclasses.replace(options, storage=smaller))
     if storage.device is None and device.type != "cpu":
