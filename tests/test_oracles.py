@@ -20,6 +20,7 @@ METHODS = (
     "duca", "clusca", "tome", "ca-tome", "todo", "tofu", "importance-merging",
     "toma", "at-edm", "asymrnr", "ca2-vdm", "cachequant", "quantcache",
 )  # fmt: skip
+BESIDE = {"fisedit": c4d.edit.record}  # published methods that are no composition
 ROWS = re.findall(r"^\| `([\w-]+)` \| (.+?) \| (`tests/.+`) \|$", TEXT, flags=re.MULTILINE)
 
 
@@ -40,9 +41,9 @@ def test_every_line_of_the_table_is_read():
     assert len({(method, oracle) for method, oracle, _ in ROWS}) == len(ROWS), "one row per oracle"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, *BESIDE])
 def test_every_method_has_its_oracles(method):
-    assert method in c4d.METHODS
+    assert (method in c4d.METHODS) != (method in BESIDE)
     assert sum(name == method for name, _, _ in ROWS) >= 5
 
 
@@ -56,4 +57,4 @@ def test_the_test_exists(cell):
 
 
 def test_the_table_names_methods_only():
-    assert {method for method, _, _ in ROWS} <= set(c4d.METHODS)
+    assert {method for method, _, _ in ROWS} <= {*c4d.METHODS, *BESIDE}

@@ -1,6 +1,6 @@
 """cache4diffusion: feature caching for diffusion models behind one interface."""
 
-from cache4diffusion import methods
+from cache4diffusion import edit, methods
 from cache4diffusion.accelerate import accelerate
 from cache4diffusion.calibration import Calibration
 from cache4diffusion.calibration.run import calibrate
@@ -29,6 +29,7 @@ __all__ = [
     "calibrate",
     "compare",
     "declare",
+    "edit",
     "method",
     "methods",
     "quantised",
