@@ -18,6 +18,7 @@ Family = Literal[
     "tokens",
     "guidance",
     "U-Net",
+    "editing",
 ]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 """What methods are listed under, in this order."""
@@ -108,6 +109,31 @@ class MethodInfo:
     is_exact: bool = False
     published: dict[str, dict[str, Any]] = field(default_factory=dict)
     remeasured: tuple[str, ...] = ()
+
+    def row(self, *, needs_num_steps: bool = False) -> dict[str, Any]:
+        """The registry row, as ``c4d methods --json`` prints it.
+
+        Args:
+            needs_num_steps: whether the number of steps must be known before sampling.
+        """
+        return {
+            "name": self.name,
+            "title": self.title,
+            "arxiv": self.arxiv,
+            "site": self.site,
+            "gate": self.gate,
+            "predictor": self.predictor,
+            "tokens": self.tokens,
+            "needs_calibration": self.needs_calibration,
+            "needs": [self.needs] if self.needs is not None else [],
+            "needs_num_steps": needs_num_steps,
+            "fidelity": self.fidelity,
+            "off": dict(self.off),
+            "family": self.family,
+            "when": self.when,
+            "use": self.when,  # its name in earlier releases
+            "citation": self.citation,
+        }
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from cache4diffusion.beside import BESIDE
 from cache4diffusion.calibration import Calibration, Calibrator, Entry
 from cache4diffusion.calibration.store import command, misshapen, opened
 from cache4diffusion.composition import Composition, Decide
@@ -119,24 +120,7 @@ class Method(ABC):
     @classmethod
     def row(cls) -> dict[str, Any]:
         """The registry row, as ``c4d methods --json`` prints it."""
-        info = cls.info
-        return {
-            "name": info.name,
-            "title": info.title,
-            "arxiv": info.arxiv,
-            "site": info.site,
-            "gate": info.gate,
-            "predictor": info.predictor,
-            "tokens": info.tokens,
-            "needs_calibration": info.needs_calibration,
-            "needs": [info.needs] if info.needs is not None else [],
-            "needs_num_steps": info.needs_calibration or cls().compose().needs_num_steps,
-            "fidelity": info.fidelity,
-            "off": dict(info.off),
-            "family": info.family,
-            "when": info.when,
-            "use": info.when,  # its name in earlier releases
-        }
+        return cls.info.row(needs_num_steps=cls.info.needs_calibration or cls().compose().needs_num_steps)
 
     def is_off(self) -> bool:
         """Whether these settings never cache (as far as the registry's `off` row says)."""
@@ -159,6 +143,8 @@ def method_class(name: str) -> type[Method]:
     Raises:
         UnknownNameError: no method of that name; the nearest is named.
     """
+    if name in BESIDE:
+        raise UnknownNameError(f"{name!r} cannot be attached: it has {BESIDE[name].needs}.")
     if name not in METHODS:
         raise UnknownNameError(
             f"There is no method {name!r}{closest(name, METHODS) or '.'} Known: {', '.join(sorted(METHODS))}."

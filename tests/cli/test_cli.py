@@ -16,11 +16,12 @@ from typer.testing import CliRunner
 
 import cache4diffusion as c4d
 import toys
+from cache4diffusion.beside import BESIDE
 from cache4diffusion.cli.app import app
 from cache4diffusion.cli.measuring import DEMO_METHODS
 from cache4diffusion.cli.models import Model, read_prompts
 from cache4diffusion.compare import check_methods, parse_method, split_methods
-from cache4diffusion.errors import SettingError
+from cache4diffusion.errors import SettingError, UnknownNameError
 from cache4diffusion.method import FAMILIES, MethodInfo
 from cache4diffusion.reference.checker import family_of
 from cache4diffusion.reference.scenes import held_out_scenes
@@ -134,7 +135,7 @@ def test_no_command_is_a_stub_and_every_command_speaks_json():
 
 def test_methods_json_is_the_registry():
     rows = facts("methods")
-    assert [row["name"] for row in rows] == METHODS
+    assert [row["name"] for row in rows] == sorted([*METHODS, *BESIDE])
     wanted = {
         "name", "title", "arxiv", "site", "gate", "predictor", "tokens", "needs_calibration", "needs_num_steps",
         "needs", "fidelity", "off", "use", "family", "when",
@@ -143,25 +144,40 @@ def test_methods_json_is_the_registry():
         assert wanted <= set(row)
         assert row["fidelity"] in ("code", "paper", "reconstructed", "ours")
         assert isinstance(row["off"], dict)
-        assert row["off"]
+        assert bool(row["off"]) == (row["name"] in METHODS)
         assert isinstance(row["needs_num_steps"], bool)
 
 
 def test_the_list_says_which_methods_need_a_model_trained_for_them():
     wanted = {"ca2-vdm", "md-dit", "skip-dit"}
-    needs = {row["name"]: row["needs"] for row in facts("methods") if row["needs"]}
+    needs = {row["name"]: row["needs"] for row in facts("methods") if row["needs"] and row["name"] not in BESIDE}
     assert needs.keys() == wanted
     assert all(need.startswith("a model trained for it") for several in needs.values() for need in several)
     lines = " ".join(run("methods").stdout.split())
     assert lines.count(" needs a model trained for it") == len(wanted)
 
 
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_has_a_call_of_its_own_is_shown_and_cannot_be_attached(name):
+    info = BESIDE[name]
+    text, shown = run("show", name).stdout, facts("show", name)
+    assert shown == info.row()
+    assert all(words in text for words in (info.title, info.when, info.needs, "Args:", info.arxiv))
+    assert facts("cite", name)["citation"] == info.citation
+    assert name not in METHODS
+    for words in (["show", name, "--set", "interval=2"], ["bench", "--methods", name, "--model", "scenes-flux"]):
+        found = run(*words, code=2)
+        assert f"{name!r} cannot be attached: it has {info.needs}." in found.stderr
+    with pytest.raises(UnknownNameError, match="cannot be attached"):
+        c4d.accelerate(toys.flux_pipeline(), name)
+
+
 def test_methods_are_listed_by_family_with_one_line_each():
     lines = [line.rstrip() for line in run("methods").stdout.splitlines()]
     heads = [lines.index(family) for family in FAMILIES if family in lines]
     assert heads == sorted(heads)
-    for name in METHODS:
-        info = c4d.METHODS[name].info
+    for name in [*METHODS, *BESIDE]:
+        info = BESIDE.get(name) or c4d.METHODS[name].info
         (at,) = [i for i, line in enumerate(lines) if line.split()[:1] == [name]]
         assert lines[max(head for head in heads if head < at)] == info.family
         assert f" {info.when} " in lines[at], f"{name}: the line must fit beside the name"

@@ -11,6 +11,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import cache4diffusion as c4d
+from cache4diffusion.beside import BESIDE
 from cache4diffusion.cli.app import app
 from cache4diffusion.reference import load
 
@@ -77,8 +78,8 @@ def test_every_command_is_shown():
 def test_the_table_of_methods_is_the_registrys():
     table = CliRunner().invoke(app, ["methods", "--markdown"]).stdout
     assert table in TEXT, "put what `c4d methods --markdown` prints into README.md, under Methods"
-    assert all(f"| `{name}` |" in table for name in c4d.METHODS)
-    assert table.count("\n") == 2 + len(c4d.METHODS)
+    assert all(f"| `{name}` |" in table for name in (*c4d.METHODS, *BESIDE))
+    assert table.count("\n") == 2 + len(c4d.METHODS) + len(BESIDE)
 
 
 def test_every_link_leads_somewhere():

@@ -12,6 +12,7 @@ from cache4diffusion.cli.common import assignments, plain, source_line
 from cache4diffusion.cli.show import NOT_REMEASURED, published_of, quotes_published, strip_of
 from cache4diffusion.composition import Composition
 from cache4diffusion.gates import FixedInterval
+from cache4diffusion.info import MethodInfo
 from cache4diffusion.method import Method
 from cache4diffusion.sites import (
     Parts,
@@ -162,6 +163,17 @@ def card_of(chosen: Method, name: str, counted: dict[str, Any] | None) -> str:
     when = "in the calibration" if info.needs_calibration else "while sampling"
     out += ["", f"20 steps   {strip_of(chosen, 20) or f'decided {when}, by {info.gate}'}"]
     out += [f"Off        {assignments(info.off)}", f"Fidelity   {info.fidelity}", f"Source     {source_line(info)}"]
+    return "\n".join(out)
+
+
+def card_beside(info: MethodInfo) -> str:
+    """The card of what has a call of its own: what that call's docstring says."""
+    from cache4diffusion import edit
+
+    call = {"fisedit": edit.record}[info.name]
+    out = [f"{info.title}  ({info.name})", f"{info.family}: use it when {info.when}.", ""]
+    out += [inspect.getdoc(call) or "", "", *_labelled("Needs", info.needs or "nothing else")]
+    out += [f"Fidelity   {info.fidelity}", f"Source     {source_line(info)}"]
     return "\n".join(out)
 
 

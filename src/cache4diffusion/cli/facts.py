@@ -32,10 +32,11 @@ def methods(
 
     Example: c4d methods --json
     """
+    from cache4diffusion.beside import BESIDE
     from cache4diffusion.cli.show import by_family, methods_table
     from cache4diffusion.method import METHODS
 
-    rows = [{**METHODS[name].row(), "citation": METHODS[name].info.citation} for name in sorted(METHODS)]
+    rows = [METHODS[name].row() if name in METHODS else BESIDE[name].row() for name in sorted({*METHODS, *BESIDE})]
     if as_json:
         print_json(rows)
         return
@@ -82,13 +83,20 @@ def show(
 
     Example: c4d show taylorseer --set order=1 --model flux.1-dev --cache-dtype fp8
     """
-    from cache4diffusion.cli.card import card_of, facts_of
+    from cache4diffusion.beside import BESIDE
+    from cache4diffusion.cli.card import card_beside, card_of, facts_of
     from cache4diffusion.cli.show import count_cache
     from cache4diffusion.method import method as make
     from cache4diffusion.options import Options, take_options
 
     name, given = method_with(method, settings, cache_options(cache_dtype, cache_device))
     assert name is not None
+    if name in BESIDE and not (given or model):
+        if as_json:
+            print_json(BESIDE[name].row())
+        else:
+            typer.echo(card_beside(BESIDE[name]))
+        return
     words = text_of(name, given)
     storage = Options.of(take_options(given)).storage
     chosen = make(name, **given)
@@ -112,9 +120,10 @@ def cite(method: Annotated[str, typer.Argument(help="A method's name.")], as_jso
 
     Example: c4d cite taylorseer
     """
+    from cache4diffusion.beside import BESIDE
     from cache4diffusion.method import method as make
 
-    info = make(method).info
+    info = BESIDE.get(method) or make(method).info
     if as_json:
         url = f"https://arxiv.org/abs/{info.arxiv}" if info.arxiv else None
         print_json({"name": info.name, "citation": info.citation, "arxiv": info.arxiv, "url": url})
