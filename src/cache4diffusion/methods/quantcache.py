@@ -57,7 +57,7 @@ class QuantCache(Method):
         off={"threshold": 0.0},
         family="adaptive gates",
         when="every block should have its own interval, and memory for what all of them add is short",
-        dial=Dial("threshold", 0.05, 1.0),
+        dial=Dial("threshold", 0.05, 1.0, beside={"prune": 0.0}),  # pruning leaves blocks out at any threshold
         ladder=({"threshold": 0.1}, {"threshold": 0.2}, {"threshold": 0.4}),
         citation="Wu et al., QuantCache: Adaptive Importance-Guided Quantization with Hierarchical Latent and Layer "
         "Caching for Video Generation, 2025",
