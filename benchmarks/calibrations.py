@@ -33,8 +33,8 @@ from cache4diffusion.files import check_writable, write_whole
 
 SEED = 1000  # of the first caption and its noise; benchmarks begin at 0
 CAPTIONS = 16
-# Trainings go over fewer captions, again and again. Their rates and prices were chosen here: published prices belong to
-# published models, and with them nothing would be cached.
+# Trainings and searches go over fewer captions, again and again. Their rates and prices were chosen here: published
+# prices belong to published models, and with them nothing would be cached.
 TRAINED = 4
 OPTIONS: dict[str, dict[str, Any]] = {
     "l2c": {"runs": 16, "rate": 0.2, "price": 1e-4},
@@ -44,6 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "md-dit": {"runs": 12, "rate": 0.02},
     "tokencache": {"runs": 16, "rate": 0.2},
     "l2p": {"interval": 6, "warmup": 10},
+    "dato": {"population": 12, "generations": 6},
     "icc": {"rank": 32},
     "cachequant": {"unit": "span"},
 }
@@ -59,7 +60,7 @@ TRIED = 8  # captions
 # What ships, the most wanted first, as long as there is room.
 WANTED = (
     *("smoothcache", "teacache", "magcache", "l2c", "lazydit", "dpcache", "lemica", "harmonica", "l2p", "taocache"),
-    *("bacache", "md-dit", "block-caching", "fastcache", "icc", "asymrnr", "tokencache", "cachequant"),
+    *("bacache", "md-dit", "block-caching", "fastcache", "icc", "asymrnr", "tokencache", "cachequant", "dato"),
 )
 
 
@@ -70,7 +71,7 @@ def made_for(model: Model, name: str) -> tuple[Calibration, dict[str, Any]]:
         AnatomyError, CompositionError: the method cannot serve this model.
     """
     options = OPTIONS.get(name, {})
-    count = TRAINED if "runs" in options else CAPTIONS
+    count = TRAINED if {"runs", "generations"} & options.keys() else CAPTIONS
     begun, captions = time.perf_counter(), captions_for(model, count, None, SEED)[0]
     made = c4d.calibrate(model.pipe, name, captions, seeds=SEED, steps=model.steps, call=model.call, trial=0, **options)
     facts = {

@@ -33,6 +33,7 @@ GATE = {name: name for name in GATES} | {
     "scaled": "scaled(full_steps=(0, 3), made_for=6)",
     "frozen-cross": "frozen-cross(gate_step=3)",
     "code-table": "code-table(codes=(0, 2, 2, 0, 2, 0))",
+    "depths": "depths(depths=(2, 1, 0, 2, 1, 0))",
     "accumulated": "accumulated(threshold=0.2)",
     "adaptive": "adaptive(thresholds=(), rates=(3,))",
     "entrance": "entrance(threshold=0.5)",
@@ -91,7 +92,7 @@ PARTS = (
     "parts_and_stream",
 )
 CORRECTORS = ("increment", "linear-map")  # predictors that see what enters a site
-REDUCED = ("reduced", "reduced_attention")
+REDUCED = ("reduced", "reduced_attention", "reduced_level")
 REDUCTIONS = [name for name, rule in TOKEN_RULES.items() if isinstance(rule(), Reduction)]
 SPLITS_ROWS = ("span", "switching_span", "blocks", "gated_parts")
 
@@ -99,7 +100,7 @@ SPLITS_ROWS = ("span", "switching_span", "blocks", "gated_parts")
 def refusal(site, gate, tokens, decide, predictor="reuse", cfg=None):
     """Words of the reason why two axes cannot work together, None if they can. The table of what is not possible."""
     if (site in REDUCED) != (tokens in REDUCTIONS):
-        return "needs site='reduced' or site='reduced_attention', and these sites such a rule"
+        return "site='reduced_attention' or site='reduced_level', and these sites such a rule"
     if site == "reduced_attention" and tokens == "ranked":
         return "ranks the tokens of a block for all of its parts"
     if site in REDUCED and (gate in (*WATCHES, "speculative") or decide != "batch" or predictor != "reuse"):

@@ -18,7 +18,7 @@ METHODS = (
     "l2p", "lemica", "l2c", "harmonica", "lazydit", "block-caching", "md-dit", "tokencache", "pab",
     "t-gate-v1", "t-gate-v2", "vcut", "text-kv-cache", "faster-diffusion",
     "duca", "clusca", "tome", "ca-tome", "todo", "tofu", "importance-merging",
-    "toma", "at-edm", "asymrnr", "ca2-vdm", "cachequant", "quantcache",
+    "toma", "at-edm", "asymrnr", "ca2-vdm", "cachequant", "quantcache", "dato",
 )  # fmt: skip
 BESIDE = {"fisedit": c4d.edit.record}  # published methods that are no composition
 ROWS = re.findall(r"^\| `([\w-]+)` \| (.+?) \| (`tests/.+`) \|$", TEXT, flags=re.MULTILINE)

@@ -55,6 +55,7 @@ def test_every_invariant_holds_for_every_method_that_fits(denoiser, methods):
         assert list(mine) == list(INVARIANTS)
         unfit = dict.fromkeys(["t-gate-v1", "t-gate-v2", "vcut"], "cross_attn")
         unfit |= {
+            "dato": "no U-Net levels",
             "deepcache": "no U-Net levels",
             "faster-diffusion": "no U-Net levels",
             "ca2-vdm": "causal in time",

@@ -185,7 +185,10 @@ REDUCTIONS = sorted(
 )
 # Methods for what the denoisers here have not, or hardly: U-Net levels, cross-attention, modules that work on the
 # prompt alone, a video made chunk by chunk. They have tests of their own.
-ELSEWHERE = {"ca2-vdm", "deepcache", "faster-diffusion", "t-gate-v1", "t-gate-v2", "text-kv-cache", "vcut", *REDUCTIONS}
+ELSEWHERE = {
+    *("ca2-vdm", "dato", "deepcache", "faster-diffusion", "t-gate-v1", "t-gate-v2", "text-kv-cache", "vcut"),
+    *REDUCTIONS,
+}
 TRANSFORMER_METHODS = sorted(set(c4d.METHODS) - ELSEWHERE - _TRAJECTORY)
 # Methods that cache nothing where there is no attention, or no guidance.
 FOR_ATTENTION = {"fastercache", "pab"}

@@ -22,6 +22,7 @@ from cache4diffusion.sites import (
     PromptModules,
     Reduced,
     ReducedAttention,
+    ReducedLevel,
     SingleContext,
     Site,
     Span,
@@ -52,8 +53,8 @@ class Composition:
         gate: when.
         predictor: with what.
         guards: limits that overrule the gate, in this order.
-        tokens: which tokens are computed anyway on a cached step, or (at site ``Reduced``) which are left out of a
-            step's computation; None for none.
+        tokens: which tokens are computed anyway on a cached step, or (at sites ``Reduced`` and ``ReducedLevel``)
+            which are left out of a step's computation; None for none.
         decide: ``"batch"`` one decision from all rows together; ``"any"`` full if one row alone would be; ``"row"``
             each row for itself.
         branches: ``"independent"`` each CFG branch decides for itself; ``"tied"`` the first branch of a step decides
@@ -95,23 +96,24 @@ class Composition:
             return
         assert self.gate is not None
         watch, site = self.gate.watch, self.site
-        if isinstance(site, Reduced) != isinstance(self.tokens, Reduction):
+        if isinstance(site, (Reduced, ReducedLevel)) != isinstance(self.tokens, Reduction):
             raise CompositionError(
                 f"{type(self.tokens or self.predictor).__name__} and {site.words} do not fit: a rule that leaves "
-                "tokens out of a step's computation needs site='reduced' or site='reduced_attention', and these sites "
-                "such a rule. Use both, as in site='reduced', tokens='merge', or neither."
+                "tokens out of a step's computation needs site='reduced', site='reduced_attention' or "
+                "site='reduced_level', and these sites such a rule. Use both, as in site='reduced', tokens='merge', or "
+                "neither."
             )
         if isinstance(site, ReducedAttention) and isinstance(self.tokens, Ranking):
             raise CompositionError(
                 f"{type(self.tokens).__name__} ranks the tokens of a block for all of its parts, and {site.words} has "
                 "queries and values instead. Use site='reduced', or another rule, such as tokens='asymmetric'."
             )
-        if isinstance(site, Reduced) and (
+        if isinstance(site, (Reduced, ReducedLevel)) and (
             watch is not None or self.decide != "batch" or not isinstance(self.predictor, Reuse)
         ):
             raise CompositionError(
-                f"At {site.words} nothing is predicted, and the step alone says when tokens are left out. Use "
-                "predictor='reuse', decide='batch' and a gate that watches nothing, such as 'throughout'."
+                f"At {site.words} nothing is predicted but by reuse, and the step alone says when tokens are left out. "
+                "Use predictor='reuse', decide='batch' and a gate that watches nothing, such as 'throughout'."
             )
         if isinstance(site, PastFrames) and (
             watch is not None
@@ -259,7 +261,7 @@ class Composition:
                 "A token rule writes into the prediction that all rows share, so rows cannot decide for themselves and "
                 "a prediction cannot be verified. Use decide='batch' or 'any' with a gate such as 'interval'."
             )
-        if isinstance(site, Reduced):
+        if isinstance(site, (Reduced, ReducedLevel)):
             return
         if self.tokens is not None and isinstance(site, (PromptModules, SingleContext)):
             raise CompositionError(

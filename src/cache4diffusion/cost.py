@@ -121,14 +121,15 @@ class StepCost:
             return 0.0
         if record.symbol in (FULL, HALF):
             return share * self.full + (record.reduced.planning if record.reduced is not None else 0)
-        if record.reduced is not None:
-            saved = sum(self.table.get(key[0], 0) - self.reduced[key] for key in record.reduced.parts)
-            return share * (self.full - saved - record.reduced.saved) + record.reduced.planning
-        if record.rested is not None:
-            paths = outermost([path for path, _ in record.rested])
-            saved = sum(rows * self.table.get(path, 0) for path, rows in record.rested if path in paths)
-            added = sum(rows * self.corrections.get(path, 0) for path, rows in record.rested)
-            return share * (self.full - saved + added)
+        if record.reduced is not None or record.rested is not None:
+            rested, planning = record.rested or (), 0
+            paths = outermost([path for path, _ in rested])
+            saved = sum(rows * self.table.get(path, 0) for path, rows in rested if path in paths)
+            saved -= sum(rows * self.corrections.get(path, 0) for path, rows in rested)
+            if record.reduced is not None:  # parts that ran: none of them lies in what rested
+                saved += sum(self.table.get(key[0], 0) - self.reduced[key] for key in record.reduced.parts)
+                saved, planning = saved + record.reduced.saved, record.reduced.planning
+            return share * (self.full - saved) + planning
         predicted = 1.0
         if record.symbol == MIXED and record.rows:
             predicted = sum(record.rows) / len(record.rows)

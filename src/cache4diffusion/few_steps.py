@@ -21,7 +21,7 @@ from cache4diffusion.composition import Composition
 from cache4diffusion.errors import Cache4DiffusionError, CompositionError
 from cache4diffusion.run.taps import schedulers_of
 from cache4diffusion.strip import best_strip
-from cache4diffusion.trace import FULL, HALF
+from cache4diffusion.trace import FULL, HALF, REDUCED
 
 FEW = 9
 """Runs of fewer steps are warned of."""
@@ -63,7 +63,7 @@ def gain_at_most(composition: Composition, steps: int) -> tuple[str, float]:
         strip = best_strip(copy.deepcopy(composition), steps)  # a gate may write down what it is asked
     except Cache4DiffusionError:  # nothing would be cached, or it is made for other runs
         return FULL * steps, 1.0
-    computed = strip.count(FULL) + 0.5 * strip.count(HALF)
+    computed = strip.count(FULL) + strip.count(REDUCED) + 0.5 * strip.count(HALF)
     return strip, steps / max(computed, 1.0)
 
 

@@ -39,10 +39,10 @@ from cache4diffusion.errors import AnatomyError, SettingError
 from cache4diffusion.gates import Step
 from cache4diffusion.method import Method
 from cache4diffusion.run.taps import schedulers_of
-from cache4diffusion.sites import SwitchingSpan, Trajectory, UNetEncoder
+from cache4diffusion.sites import ReducedLevel, SwitchingSpan, Trajectory, UNetEncoder
 from cache4diffusion.storage import Storage, Store
 from cache4diffusion.strip import planned_strip
-from cache4diffusion.trace import FULL, Places
+from cache4diffusion.trace import FULL, REDUCED, Places
 from cache4diffusion.wrap import owner_of
 
 
@@ -291,7 +291,8 @@ class Rehearsal:
         return Footprint(places, str(storage.device) if store.is_away(self.device) else None)
 
     def _run(self, composition: Composition, letters: str, count: int, store: Store) -> Places:
-        guards = (_Given(letters),) if composition.gate is not None else ()
+        has_several = isinstance(composition.site, ReducedLevel)  # decisions, and a gate that looks at nothing
+        guards = (_Given(letters),) if composition.gate is not None and not has_several else ()
         composition, found = dataclasses.replace(composition, guards=guards), {"denoiser": self.twin}
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # the real run will say it again
@@ -355,7 +356,7 @@ def _steps_that_fill(composition: Composition, letters: str) -> int:
         return len(letters)
     needed, seen, kinds = getattr(composition.predictor, "capacity", 3), 0, set(letters)
     for index, letter in enumerate(letters):
-        seen += letter == FULL
+        seen += letter in (FULL, REDUCED)
         kinds.discard(letter)
         if seen > needed and not kinds:
             return index + 1

@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from cache4diffusion.composition import Composition
-from cache4diffusion.gates import Step
-from cache4diffusion.sites import PartsAndStream, PastFrames, Reduced
-from cache4diffusion.trace import CACHED, FULL, HALF, PARTIAL, REDUCED
+from cache4diffusion.gates import Place, Placed, Step
+from cache4diffusion.sites import PartsAndStream, PastFrames, Reduced, ReducedLevel
+from cache4diffusion.trace import CACHED, FULL, HALF, PARTIAL, REDUCED, letter_of_level
 
 
 def planned_strip(composition: Composition, steps: int) -> str | None:
@@ -40,10 +40,24 @@ def best_strip(composition: Composition, steps: int) -> str:
 
 
 def _of_gate(composition: Composition, steps: int) -> str:
+    if isinstance(composition.site, ReducedLevel):
+        flags = [_flags(composition, steps, decision) for decision in composition.site.decisions]
+        return "".join(letter_of_level(*(not is_full for is_full in each)) for each in zip(*flags, strict=True))
+    is_full = _flags(composition, steps)
+    return "".join(FULL if full else _cached(composition, is_full, index) for index, full in enumerate(is_full))
+
+
+def _flags(composition: Composition, steps: int, decision: str = "") -> list[bool]:
+    """Whether a decision is full, step by step."""
     gate, is_full = composition.gate, []
     assert gate is not None
     looks = gate.watch is not None
-    state = None if looks else gate.begin(steps)
+    if looks:
+        state = None
+    elif decision and isinstance(gate, Placed):
+        state = gate.begin_at(Place(steps, decision=decision))
+    else:
+        state = gate.begin(steps)
     guards = [(guard, guard.begin()) for guard in composition.guards]
     for index in range(steps):
         step = Step(index, steps)
@@ -51,13 +65,13 @@ def _of_gate(composition: Composition, steps: int) -> str:
         opinion = next((opinion for opinion in opinions if opinion is not None), None)
         if opinion is None:
             opinion = looks or gate.propose(state, step, None)
-        cached = opinion and (index > 0 or isinstance(composition.site, Reduced))
+        cached = opinion and (index > 0 or isinstance(composition.site, Reduced) or decision == "tokens")
         if not looks:
             gate.commit(state, step, cached, None)
         for guard, kept in guards:
             guard.commit(kept, step, cached, None)
         is_full.append(not cached)
-    return "".join(FULL if full else _cached(composition, is_full, index) for index, full in enumerate(is_full))
+    return is_full
 
 
 def _cached(composition: Composition, is_full: list[bool], index: int) -> str:

@@ -15,6 +15,13 @@ from cache4diffusion.devices import has_clock
 FULL, CACHED, PARTIAL, MIXED, HALF, REDUCED = "F", "c", "p", "m", "h", "r"
 
 
+def letter_of_level(output: bool, level: bool, tokens: bool) -> str:
+    """The letter of a call at a U-Net's reduced level, by which of its decisions are cached."""
+    if output:
+        return CACHED
+    return PARTIAL if level else REDUCED if tokens else FULL
+
+
 @dataclass(frozen=True)
 class Reductions:
     """What one call computed on fewer tokens.
@@ -34,8 +41,9 @@ class Reductions:
 class Record:
     """One call of one denoiser.
 
-    `symbol` is ``F`` (full), ``c`` (cached), ``p`` (cached, with some tokens computed), ``m`` (some rows full, some
-    cached), ``h`` (only one of two batched CFG branches ran) or ``r`` (everything ran, some parts on fewer tokens).
+    `symbol` is ``F`` (full), ``c`` (cached), ``p`` (cached, with some tokens computed, or the U-Net's outermost
+    level), ``m`` (some rows full, some cached), ``h`` (only one of two batched CFG branches ran) or ``r`` (everything
+    ran, some parts on fewer tokens).
     """
 
     denoiser: str

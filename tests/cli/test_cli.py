@@ -75,7 +75,7 @@ def test_inspect_of_a_pipeline_looks_at_its_denoisers(scenes):
     assert (found["name"], found["class"]) == ("transformer", "FluxTransformer2DModel")
     text = run("inspect", scenes).stdout
     assert "methods can serve it: " in text
-    assert re.search(r"^not cachequant, deepcache, faster-diffusion: .*no U-Net levels", text, re.MULTILINE)
+    assert re.search(r"^not cachequant, dato, deepcache, faster-diffusion: .*no U-Net levels", text, re.MULTILINE)
 
 
 def test_inspect_of_a_unet_gives_its_levels_and_declared_facts_are_named():
@@ -188,9 +188,10 @@ def test_the_family_of_a_method_is_that_of_its_parts(name):
     """What acts on the trajectory, in a U-Net, on tokens or on guidance alone is found there, and only there."""
     family, made = c4d.METHODS[name].info.family, c4d.method(name, **toys.CALIBRATED.get(name, {})).compose()
     assert (family == "trajectory") == isinstance(made.site, Trajectory)
-    assert (family == "tokens") == (made.tokens is not None)
+    needs_unet = isinstance(made.site, (UNetEncoder, UNetLevel, SingleContext))
+    assert (family == "tokens") == (made.tokens is not None and not needs_unet)
     assert (family == "guidance") == (made.cfg is not None)
-    if isinstance(made.site, (UNetEncoder, UNetLevel, SingleContext)):
+    if needs_unet:
         assert family == "U-Net"
     if family == "adaptive gates":
         assert made.gate.watch is not None

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from cache4diffusion.calibration.calibrator import Calibrator, Fit, Sums
 from cache4diffusion.calibration.quality import Quality
+from cache4diffusion.calibration.search import Search
 from cache4diffusion.calibration.statistic import Seen, Statistic, StepMeans
 from cache4diffusion.calibration.store import (
     Calibration,
@@ -27,6 +28,7 @@ __all__ = [
     "Provenance",
     "Quality",
     "Reached",
+    "Search",
     "Seen",
     "Spot",
     "Statistic",

@@ -1,10 +1,11 @@
-"""Calibrating: sample the user's prompts uncached, and measure or train what the method asks for."""
+"""Calibrating: sample the user's prompts, and measure, train or search for what the method asks for."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,14 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cache4diffusion.calibration.observer import Observer
+from cache4diffusion.calibration.fingerprint import fingerprint_of
+from cache4diffusion.calibration.observer import Observer, uncached
+from cache4diffusion.calibration.outputs import numbers_of
+from cache4diffusion.calibration.search import Found, Genome, Search, evolve, front_of
 from cache4diffusion.calibration.statistic import Statistic
 from cache4diffusion.calibration.store import Calibration, Entry, Provenance, statistic_of
 from cache4diffusion.calibration.trainer import Trainer
 from cache4diffusion.calibration.training import Training
 from cache4diffusion.calibration.trial import Trial
 from cache4diffusion.calls import default_steps, quiet, sampler
-from cache4diffusion.errors import Cache4DiffusionError, RunError, SettingError
+from cache4diffusion.errors import Cache4DiffusionError, CalibrationError, RunError, SettingError
+from cache4diffusion.few_steps import unconcerned
 from cache4diffusion.files import check_writable
 from cache4diffusion.method import Method, method_class
 from cache4diffusion.run.taps import schedulers_of
@@ -43,14 +48,16 @@ def calibrate(
     progress: bool = False,
     **options: Any,
 ) -> Calibration:
-    """Measure (or train) on your own pipeline what a method needs to know before sampling. Nothing is left attached.
+    """Measure (train, search for) on your own pipeline what a method needs to know before sampling. Nothing is left
+    attached.
 
         made = c4d.calibrate(pipe, "teacache", prompts, call={"guidance_scale": 3.5}, out="teacache.safetensors")
         print(made.verdict())
         c4d.accelerate(pipe, "teacache", calibration="teacache.safetensors")
 
-    Every prompt is sampled once, uncached; a training goes over them again and again, each time from other noise. Then
-    the method samples some with what was made, beside what needs no calibration: see ``trial``.
+    Every prompt is sampled once, uncached; a training goes over them again and again, each time from other noise, and a
+    search samples all of them with every strategy that it tries, at the settings of ``method``. Then the method samples
+    some with what was made, beside what needs no calibration: see ``trial``.
     Calibrate with the steps, scheduler, guidance and size you will sample with.
 
     Args:
@@ -96,8 +103,10 @@ def calibrate(
     with quiet(pipe):
         if isinstance(statistic, Training):
             entries = _train(pipe, statistic, samples, sample, progress)
+        elif isinstance(statistic, Search):
+            entries = _search(pipe, given, statistic, samples, sample, steps, progress)
         else:
-            assert isinstance(statistic, Statistic)  # there is no third kind
+            assert isinstance(statistic, Statistic)  # there is no fourth kind
             entries = _observe(pipe, statistic, samples, sample, progress)
         made = Calibration(
             name,
@@ -198,6 +207,45 @@ def _train(
             loss = trainer.teach(number, functools.partial(sample, prompt, seed + sweep * OTHER_NOISE))
             advance(f"train, loss {loss:.3g}")
         return trainer.entries()
+
+
+def _search(
+    pipe: Any,
+    method: Method,
+    search: Search,
+    samples: Sequence[tuple[Any, int]],
+    sample: Callable[[Any, int], Any],
+    steps: int,
+    shown: bool,
+) -> dict[str, Entry]:
+    """The prompts uncached, then with one genome after the other. What is found serves all denoisers alike."""
+    from cache4diffusion.accelerate import accelerate
+    from cache4diffusion.calibration.trying import Bench
+
+    denoisers, off = uncached(pipe, "search"), replace(method, **method.info.off)
+    runs = [functools.partial(sample, prompt, seed) for prompt, seed in samples]
+    total = search.population * (search.generations + 1)
+    with torch.inference_mode(), _bar(shown, total) as advance:
+        with unconcerned(), accelerate(pipe, off) as handle:  # refuses at once a denoiser that it cannot serve
+            plain = [numbers_of(run()) for run in runs]
+            levels = handle._run.timesteps if handle._run is not None else None
+        bench = Bench(pipe, steps, runs, plain)
+
+        def evaluate(genome: Genome) -> Found:
+            settings = search.settings(genome)
+            speedup, errors = bench.measure(replace(method, **settings))
+            if not math.isfinite(sum(errors)):
+                raise CalibrationError(f"With {settings} the result is not finite, so no search can go by it.")
+            return Found(genome, 1 / speedup, sum(errors) / len(errors))
+
+        tried = evolve(search, steps, evaluate, advance)
+    front = front_of(tried)
+    quality = search.judge(tried, front)
+    sums = {"tried": torch.tensor([(found.cost, found.error) for found in tried], dtype=torch.float64)}
+    return {
+        name: Entry(fingerprint_of(denoiser), levels, search.tensors(front), quality, sums)
+        for name, denoiser in denoisers.items()
+    }
 
 
 def provenance_of(target: Any, steps: int, call: Mapping[str, Any], samples: Sequence[str]) -> Provenance:

@@ -25,6 +25,7 @@ from cache4diffusion.calibration.calibrator import Calibrator, Fit, Sums
 from cache4diffusion.calibration.fingerprint import Fingerprint, fingerprint_of
 from cache4diffusion.calibration.quality import Quality
 from cache4diffusion.calibration.statistic import Statistic
+from cache4diffusion.calibration.training import Training
 from cache4diffusion.calibration.trial import Trial
 from cache4diffusion.data import shipped_calibrations
 from cache4diffusion.errors import CalibrationError, FileFormatError
@@ -484,9 +485,10 @@ def merge_calibrations(shards: Sequence[Calibration], target: Any = None) -> Cal
         )
     statistic, entries = first.statistic, {}
     if not isinstance(statistic, Statistic):
+        word, advice = ("trained", "Train") if isinstance(statistic, Training) else ("searched for", "Search")
         raise CalibrationError(
-            f"What {first.method} takes was trained, and two trainings do not add up to one over all prompts. Train "
-            f"once, with all of them: {command(first.method)}"
+            f"What {first.method} takes was {word}, and two such do not add up to one over all prompts. {advice} once, "
+            f"with all of them: {command(first.method)}"
         )
     denoisers = {} if target is None else denoisers_of(target)
     for name, entry in first.entries.items():

@@ -50,7 +50,7 @@ def tried(
     """
     with torch.inference_mode():
         runs = [functools.partial(sample, prompt, seed + OTHER_NOISE) for prompt, seed in samples]
-        bench = _Bench(pipe, steps, runs, [numbers_of(run()) for run in runs])
+        bench = Bench(pipe, steps, runs, [numbers_of(run()) for run in runs])
         speedup, errors = bench.measure(method)
         name, reuse = bench.reuse_at(speedup)
         other, others = bench.measure(reuse)
@@ -60,7 +60,7 @@ def tried(
 
 
 @dataclass(frozen=True)
-class _Bench:
+class Bench:
     """Runs of a pipeline, with the uncached results."""
 
     pipe: Any

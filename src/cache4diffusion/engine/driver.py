@@ -14,7 +14,7 @@ from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.state import BranchState, Context
 from cache4diffusion.predictors import Corrector, History, Predictor, Sited
 from cache4diffusion.storage import PLAIN, Store
-from cache4diffusion.trace import CACHED, PARTIAL, Reductions
+from cache4diffusion.trace import CACHED, MIXED, PARTIAL, Reductions
 from cache4diffusion.wrap import CallWrapper, ForwardWrapper
 
 Inner = Callable[..., Any]
@@ -247,7 +247,9 @@ class Driver(ABC):
         return True
 
     def symbol(self, context: Context) -> str:
-        """The letter of a cached call, once it is over."""
+        """The letter of a call that was not full, once it is over."""
+        if not all(verdict.is_cached for verdict in context.verdicts.values()):
+            return MIXED
         return PARTIAL if self.host.composition.tokens is not None else CACHED
 
     def reductions(self, context: Context) -> Reductions | None:

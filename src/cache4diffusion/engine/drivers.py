@@ -17,6 +17,7 @@ from cache4diffusion.engine.past_frames import PastFramesDriver
 from cache4diffusion.engine.prompt_modules import PromptModulesDriver
 from cache4diffusion.engine.reducing import ReductionDriver
 from cache4diffusion.engine.reducing_attention import AttentionReductionDriver
+from cache4diffusion.engine.reducing_level import ReducedLevelDriver
 from cache4diffusion.engine.scaled import ScaledPartsDriver
 from cache4diffusion.engine.single_context import SingleContextDriver
 from cache4diffusion.engine.span import BlocksDriver, SpanDriver, SwitchingSpanDriver
@@ -35,6 +36,7 @@ from cache4diffusion.sites import (
     PromptModules,
     Reduced,
     ReducedAttention,
+    ReducedLevel,
     ScaledParts,
     SingleContext,
     Site,
@@ -62,6 +64,7 @@ DRIVERS: dict[type[Site], type[Driver]] = {
     PartsAndStream: LastStreamDriver,
     Reduced: ReductionDriver,
     ReducedAttention: AttentionReductionDriver,
+    ReducedLevel: ReducedLevelDriver,
     UNetLevel: LevelDriver,
     UNetEncoder: EncoderDriver,
     Trajectory: TrajectoryDriver,

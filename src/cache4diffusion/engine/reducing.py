@@ -107,8 +107,9 @@ class ReductionDriver(Driver):
         context.scratch["call"], self._context = (args, kwargs), context
         try:
             output = inner(*args, **kwargs)
-            if self.rule.signal == "guidance":
-                self._keep_guidance(context, take_apart(output)[0][0])
+            if self.rule.signal is not None:
+                keep = self._keep_guidance if self.rule.signal == "guidance" else self._keep_dynamics
+                keep(context, take_apart(output)[0][0])
             return output
         finally:
             self._context = None
@@ -257,9 +258,19 @@ class ReductionDriver(Driver):
         apart = (output - output.roll(len(output) // 2, 0)).float().abs().mean(1)
         context.state.extra["guidance"] = torch.where(twins[:, None, None], apart, torch.zeros_like(apart))
 
+    def _keep_dynamics(self, context: Context, output: Tensor) -> None:
+        """How far the output moved since the call before, ``[B, rows, columns]``; the first time, nothing."""
+        if output.ndim != 4:
+            self.host.note("the output is no image, so no token is known to move more than another.")
+            return
+        before = context.state.extra.get("before")
+        if before is not None and before.shape == output.shape:
+            context.state.extra["dynamics"] = (output.float() - before.float()).abs().mean(1)
+        context.state.extra["before"] = output.clone()
+
     def _signal(self, context: Context, grid: tuple[int, int, int]) -> Tensor | None:
         """What is known of the tokens of a grid: means over what each token covers."""
-        known = context.state.extra.get("guidance")
+        known = context.state.extra.get(self.rule.signal or "")
         if known is None or grid[0] != 1:
             return None
         return torch.nn.functional.adaptive_avg_pool2d(known[:, None], grid[1:]).flatten(1)

@@ -20,7 +20,7 @@ from cache4diffusion.engine.state import Context, Verdict
 from cache4diffusion.errors import RunError
 from cache4diffusion.gates import Place, Remarking
 from cache4diffusion.sites import Site
-from cache4diffusion.trace import FULL, MIXED, Record
+from cache4diffusion.trace import FULL, Record
 
 NOT_FINITE = "not finite"
 
@@ -204,12 +204,7 @@ class SiteRunner:
                     self.host.trace.count(f"{self.host.name}: {remark}")
         flags = [flag for verdict in verdicts for flag in verdict.cached]
         first = verdicts[0] if verdicts else Verdict((False,), "nothing to decide")
-        if all(verdict.is_full for verdict in verdicts):
-            symbol = FULL
-        elif all(verdict.is_cached for verdict in verdicts):
-            symbol = self.driver.symbol(context)
-        else:
-            symbol = MIXED
+        symbol = FULL if all(verdict.is_full for verdict in verdicts) else self.driver.symbol(context)
         return Record(
             self.host.name,
             context.call.run.id,

@@ -23,6 +23,7 @@ from cache4diffusion.gates.base import (
 )
 from cache4diffusion.gates.broadcast import Broadcast
 from cache4diffusion.gates.code_table import CodeTable
+from cache4diffusion.gates.depths import DepthTable
 from cache4diffusion.gates.entrance import EntranceThreshold
 from cache4diffusion.gates.frozen import FrozenCross
 from cache4diffusion.gates.guards import (
@@ -68,6 +69,7 @@ GATES = {
     "timetable": Timetable,
     "broadcast": Broadcast,
     "code-table": CodeTable,
+    "depths": DepthTable,
     "frozen-cross": FrozenCross,
     "mask": StepMask,
     "magnitude": MagnitudeError,
@@ -90,6 +92,7 @@ __all__ = [
     "AdaptiveInterval",
     "Broadcast",
     "CodeTable",
+    "DepthTable",
     "Drift",
     "Entrance",
     "EntranceThreshold",

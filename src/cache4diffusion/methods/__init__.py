@@ -11,6 +11,7 @@ from cache4diffusion.methods.ca2_vdm import Ca2VDM
 from cache4diffusion.methods.ca_tome import CAToMe
 from cache4diffusion.methods.cachequant import CacheQuant
 from cache4diffusion.methods.clusca import ClusCa
+from cache4diffusion.methods.dato import DaTo
 from cache4diffusion.methods.dbcache import DBCache
 from cache4diffusion.methods.dbprune import DBPrune
 from cache4diffusion.methods.deepcache import DeepCache
@@ -91,6 +92,7 @@ __all__ = [
     "DBCache",
     "DBPrune",
     "DPCache",
+    "DaTo",
     "DeepCache",
     "DeltaDiT",
     "DiCache",

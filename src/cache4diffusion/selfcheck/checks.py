@@ -24,7 +24,7 @@ from cache4diffusion.predictors import Reuse
 from cache4diffusion.selfcheck.inside import Probe, always_resting, counted, newcomers, poison
 from cache4diffusion.selfcheck.stage import Case, Failed, NotApplicable, Stage, Subject
 from cache4diffusion.selfcheck.values import all_equal, difference, distance, kind, tensors
-from cache4diffusion.sites import Denoiser, Parts, Reduced, SingleContext, UNetLevel
+from cache4diffusion.sites import Denoiser, Parts, Reduced, ReducedLevel, SingleContext, UNetLevel
 from cache4diffusion.wrap import owner_of
 
 # --- on whole runs ----------------------------------------------------------------------------------------------------
@@ -177,8 +177,8 @@ OF_RUNS: dict[str, Callable[[Stage, Case], str]] = {
 def _frozen_input(subject: Subject, case: Case) -> str:
     case = case.forced(subject.steps)
     composition = case.composition
-    if isinstance(composition.site, Reduced):
-        raise NotApplicable("nothing is predicted: on fewer tokens even what never changes comes out another way")
+    if isinstance(composition.site, (Reduced, ReducedLevel)):
+        raise NotApplicable("on fewer tokens even what never changes comes out another way")
     is_exact, is_close = _is_exact(composition) and not case.rounds, _keeps_constants(composition)
     counts: dict[str, int] = {}
     with counted(subject.denoiser, counts), subject.attach(case) as handle:
@@ -303,8 +303,12 @@ def _is_exact(composition: Composition) -> bool:
 def _keeps_constants(composition: Composition) -> bool:
     """Whether an output that never changes is predicted as it is; some fits and regressions do not, nor what ends
     guidance, nor what computes fewer tokens."""
-    is_guided = getattr(composition.cfg, "keeps_guidance", True) and not isinstance(composition.site, Reduced)
-    return is_guided and getattr(composition.predictor, "keeps_constants", True)
+    is_whole = not isinstance(composition.site, (Reduced, ReducedLevel))
+    return (
+        is_whole
+        and getattr(composition.cfg, "keeps_guidance", True)
+        and getattr(composition.predictor, "keeps_constants", True)
+    )
 
 
 OF_DENOISERS: dict[str, Callable[[Subject, Case], str]] = {

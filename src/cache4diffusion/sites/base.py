@@ -368,6 +368,47 @@ class UNetLevel(Site):
 
 
 @dataclass(frozen=True)
+class ReducedLevel(UNetLevel):
+    """A U-Net level, the denoiser's output, and parts on fewer tokens: three decisions in a step.
+
+    They are called ``"output"``: cached, nothing runs, and the output is the last one that was computed; ``"level"``:
+    cached, what is deeper than the level is bypassed, as in `UNetLevel`; ``"tokens"``: cached, parts that run are
+    computed on fewer tokens, as in `Reduced`. So they need a gate that watches nothing, and a token rule that leaves
+    tokens out.
+
+    Args:
+        block, layer: as in `UNetLevel`.
+        kinds, max_downsample: as in `Reduced`.
+
+    Memory: the feature that enters the level, and the output, per branch.
+
+    Raises:
+        SettingError: as they do.
+    """
+
+    name: ClassVar[str] = "reduced_level"
+    words: ClassVar[str] = "a U-Net level and parts on fewer tokens"
+    decisions: ClassVar[tuple[str, ...]] = ("output", "level", "tokens")
+
+    kinds: tuple[PartKind, ...] = ("attn",)
+    max_downsample: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.reduced  # refuses what it does not take
+
+    @property
+    def level(self) -> UNetLevel:
+        """Where the level is cut."""
+        return UNetLevel(self.block, self.layer)
+
+    @property
+    def reduced(self) -> Reduced:
+        """Which parts are computed on fewer tokens."""
+        return Reduced(self.kinds, self.max_downsample)
+
+
+@dataclass(frozen=True)
 class UNetEncoder(Site):
     """What the encoder of a U-Net hands to its decoder: every skip tensor, and what leaves the middle.
 

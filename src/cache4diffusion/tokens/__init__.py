@@ -3,6 +3,7 @@
 from cache4diffusion.tokens.asymmetric import AsymmetricTokens
 from cache4diffusion.tokens.base import Segment, Spreading, Surveying, TokenPlace, TokenRule, Wholesale
 from cache4diffusion.tokens.clusters import ClusterTokens
+from cache4diffusion.tokens.dynamic import DynamicTokens
 from cache4diffusion.tokens.facility import FacilityTokens
 from cache4diffusion.tokens.merging import KeyStride, MergeTokens
 from cache4diffusion.tokens.ranked import RankedTokens
@@ -15,6 +16,7 @@ from cache4diffusion.tokens.weighted import WeightedTokens, important_tokens, pr
 TOKEN_RULES = {
     "asymmetric": AsymmetricTokens,
     "clusters": ClusterTokens,
+    "dynamic": DynamicTokens,
     "facility": FacilityTokens,
     "ranked": RankedTokens,
     "routed": RoutedTokens,
@@ -28,6 +30,7 @@ __all__ = [
     "TOKEN_RULES",
     "AsymmetricTokens",
     "ClusterTokens",
+    "DynamicTokens",
     "FacilityTokens",
     "KeyStride",
     "LinearPlan",

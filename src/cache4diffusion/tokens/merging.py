@@ -41,6 +41,12 @@ def destinations(
     return (z * height * width + y * width + x).flatten().sort().values
 
 
+def others(chosen: Tensor, length: int) -> Tensor:
+    """All tokens but these (``[B, n]``, unique per row) of ``length``, sorted: ``[B, length - n]``."""
+    is_chosen = chosen.new_zeros(len(chosen), length, dtype=torch.uint8).scatter_(1, chosen, 1)
+    return is_chosen.sort(dim=1, stable=True).indices[:, : length - chosen.shape[1]]
+
+
 def match(metric: Tensor, dst: Tensor, src: Tensor, twins: Tensor | None) -> tuple[Tensor, Tensor]:
     """Of every source the largest cosine to a destination, and to which one; both ``[B, sources]``.
 
@@ -205,8 +211,7 @@ class MergeTokens:
             )
             dst = torch.where(is_known, pool.gather(1, drawn).sort(dim=1).values, dst)
             pooled = torch.zeros(batch, length, dtype=torch.bool, device=dst.device).scatter_(1, pool, True) & is_known
-        is_dst = torch.zeros(batch, length, dtype=torch.uint8, device=dst.device).scatter_(1, dst, 1)
-        src = is_dst.sort(dim=1, stable=True).indices[:, : length - dst.shape[1]]
+        src = others(dst, length)
         cosine, target = match(entering, dst, src, place.twins)
         count = self._count(cosine, length)
         if self.pool > 0:  # the important tokens are never merged away, and shapes are the same where none are known

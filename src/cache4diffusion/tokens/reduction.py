@@ -25,7 +25,7 @@ from torch import Tensor
 from cache4diffusion.tokens.base import TokenPlace
 
 Form = Literal["pick", "mean", "mlerp"]
-Signal = Literal["guidance"]
+Signal = Literal["guidance", "dynamics"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +153,8 @@ class Reduction(Protocol):
     def signal(self) -> Signal | None:
         """What the driver is to find out of the tokens, as `TokenPlace.signal`. ``"guidance"``: how far the halves of
         batched guidance were apart at the step before, ``|conditional - unconditional|``, the mean over channels.
+        ``"dynamics"``: how far the denoiser's output moved, ``|y_t - y_(t-1)|`` of the last two that were computed,
+        likewise.
         """
         ...
 
