@@ -11,7 +11,7 @@ from typing import ClassVar
 from cache4diffusion.gates import Throughout
 from cache4diffusion.method import Composition, Method, MethodInfo
 from cache4diffusion.settings import setting
-from cache4diffusion.sites import PartKind, Reduced
+from cache4diffusion.sites import Reduced
 from cache4diffusion.tokens import MergeTokens
 
 
@@ -64,13 +64,10 @@ class ToMe(Method):
 
     def compose(self) -> Composition:
         """Parts on fewer tokens x every step x merge."""
-        kinds: list[PartKind] = ["attn"]
-        if self.merge_ffn:
-            kinds.append("ffn")
-        if self.merge_cross_attn:
-            kinds.append("cross_attn")
         return Composition(
-            site=Reduced(tuple(kinds), self.max_downsample),
+            site=Reduced.around_attention(
+                ffn=self.merge_ffn, cross_attn=self.merge_cross_attn, max_downsample=self.max_downsample
+            ),
             gate=Throughout(is_on=self.ratio > 0),
             tokens=MergeTokens(ratio=self.ratio, window=self.window, is_random=self.is_random, seed=self.seed),
         )

@@ -540,6 +540,12 @@ class Reduced(Site):
     kinds: tuple[PartKind, ...] = ("attn",)
     max_downsample: float = 1.0
 
+    @classmethod
+    def around_attention(cls, *, ffn: bool, cross_attn: bool, max_downsample: float) -> Reduced:
+        """Self-attention, and with it MLPs or cross-attention where they are asked for."""
+        asked: dict[PartKind, bool] = {"attn": True, "ffn": ffn, "cross_attn": cross_attn}
+        return cls(tuple(kind for kind, is_asked in asked.items() if is_asked), max_downsample)
+
     def __post_init__(self) -> None:
         if not self.kinds or set(self.kinds) - {"attn", "cross_attn", "ffn"} or not self.max_downsample >= 1:
             raise SettingError(
