@@ -398,7 +398,7 @@ def test_frames_of_ours_stay_alone_without_being_told_again(monkeypatch):
     denoiser = flux(1)
     c4d.accelerate(denoiser, "fora").remove()
     told = []
-    monkeypatch.setattr(compiling, "skip_code", told.append)
+    monkeypatch.setattr("torch._dynamo.decorators.skip_code", told.append)
     torch._dynamo.reset()
     c4d.accelerate(denoiser, "fora").remove()
     assert not told

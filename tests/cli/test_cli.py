@@ -434,6 +434,22 @@ def test_a_pipeline_that_fails_is_one_sentence(scenes, tmp_path):
         assert not list(tmp_path.iterdir())
 
 
+def test_an_interruption_says_that_nothing_was_written(monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cache4diffusion.cli.models.load_model", interrupted)
+    said = CliRunner().invoke(app, ["bench", "--model", "scenes-flux", "--methods", "fora"])
+    assert said.exit_code == 130
+    assert "interrupted; results are written when a command ends" in said.stderr
+
+
+def test_the_list_of_methods_does_not_wait_for_what_only_samplers_need():
+    code = "import sys; from cache4diffusion.cli import main; sys.argv = ['c4d', 'methods']\n"
+    code += "try: main()\nexcept SystemExit: print({'diffusers', 'torch._dynamo'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("set()\n")
+
+
 def test_classes_are_numbers():
     class ClassPipeline:
         def __call__(self, class_labels, num_inference_steps=50): ...

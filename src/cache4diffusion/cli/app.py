@@ -25,7 +25,7 @@ app = typer.Typer(
 
 
 def _guarded(function: Callable[..., None]) -> Any:
-    """The same command, whose errors of ours end in one line on stderr and exit code 2."""
+    """The same command: errors of ours end in one line on stderr and exit code 2, an interruption in 130."""
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -34,6 +34,9 @@ def _guarded(function: Callable[..., None]) -> Any:
         except Cache4DiffusionError as error:
             typer.echo(f"c4d: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("\nc4d: interrupted; results are written when a command ends, so there are none.", err=True)
+            raise typer.Exit(130) from None
 
     return guarded
 

@@ -21,11 +21,10 @@ from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.composition import Composition
 from cache4diffusion.sites import Denoiser, GatedParts, Parts, Trajectory
 
-try:  # both are private; without them a denoiser compiled from outside shows in that no site is ever reached
+try:  # private, as what `leave_us_alone` needs; without them a denoiser compiled from outside never reaches a site
     from torch._C._dynamo.eval_frame import get_eval_frame_callback
-    from torch._dynamo.decorators import skip_code
 except ImportError:
-    get_eval_frame_callback = skip_code = None
+    get_eval_frame_callback = None
 
 _LEFT_ALONE: set[str] = set()  # modules of this package
 
@@ -133,7 +132,9 @@ def leave_us_alone() -> None:
 
     It lasts: ``torch._dynamo.reset()`` forgets what Dynamo has seen, and these it never sees.
     """
-    if skip_code is None:
+    try:  # not before something is attached: Dynamo takes a second to import
+        from torch._dynamo.decorators import skip_code
+    except ImportError:
         return
     package = __name__.partition(".")[0]
     mine = [name for name in list(sys.modules) if name.startswith(package) and name not in _LEFT_ALONE]
