@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: install demo test test-slow test-floor lint format bench bench-gpu matrix pipelines compatibility architectures \
-	adaptive calibrations everything peers reference clean
+	adaptive calibrations everything tokens peers reference clean
 
 install: $(BIN)/.installed
 
@@ -72,6 +72,11 @@ calibrations: install  ## on the reference model, and beside what needs none: do
 everything: calibrations  ## every method from gentle to hard, then the front: docs/benchmarks/all-methods*
 	$(BIN)/python benchmarks/everything.py
 	$(BIN)/python benchmarks/everything.py --front
+
+tokens: install  ## token rules beside FORA and TaylorSeer at equal FLOPs, on three reference models: docs/benchmarks/tokens*
+	$(BIN)/python benchmarks/tokens.py
+	$(BIN)/python benchmarks/tokens.py --model scenes-flux --size 256
+	$(BIN)/python benchmarks/tokens.py --model scenes-dit
 
 peers: install  ## other packages' methods beside ours, on the reference model (MODEL=...): docs/benchmarks/peers-*
 	$(BIN)/python benchmarks/peers.py --model $(or $(MODEL),scenes-flux)

@@ -19,22 +19,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import cache4diffusion as c4d
-from cache4diffusion import reference
 from cache4diffusion.calibration import load_calibration
-from cache4diffusion.calls import quiet, sampler
 from cache4diffusion.cli.models import load_model
-from cache4diffusion.cost import summarise
 from cache4diffusion.files import check_writable, write_whole
-from cache4diffusion.measure import Row, wilson_interval
+from cache4diffusion.measure import Row
 from cache4diffusion.measure.table import decibels, percent, points, speedup
 from calibrations import SETTINGS
+from equal_flops import Called, called, closest, wins
 from side_by_side import side_by_side
 
 SCHEMA = 1
-SEED = 1000  # of captions that settings are chosen on
 REUSE = [
     *(("fora", {"interval": interval, "warmup": 50 - left}) for interval in (2, 3, 4) for left in range(4, 50, 2)),
     *(("fora", {"interval": interval}) for interval in range(2, 7)),
@@ -49,33 +44,6 @@ PAIRS: dict[str, tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]] = {
     "fastcache": (SETTINGS["fastcache"], [("fbcache", {"threshold": 0.01 * 1.2**i}) for i in range(24)]),
 }
 """A method: its settings, and what it is held against, the cheapest last."""
-
-
-def closest(loaded: Any, target: Any, others: Sequence[tuple[str, dict[str, Any]]]) -> tuple[str, dict[str, Any]]:
-    """The counterpart whose FLOPs are closest to the target's, by bisection: FLOPs fall along the list."""
-    wanted, known = reached(loaded, target), {}
-
-    def at(index: int) -> float:
-        if index not in known:
-            name, settings = others[index]
-            known[index] = reached(loaded, c4d.method(name, **settings))
-        return known[index]
-
-    low, high = 0, len(others) - 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if at(middle) < wanted else (low, middle)
-    return others[min((low, high), key=lambda index: abs(at(index) - wanted))]
-
-
-def reached(loaded: Any, method: Any) -> float:
-    """FLOPs speed-up of one run on two captions that are not measured later."""
-    sample = sampler(loaded.pipe, loaded.call)
-    with c4d.accelerate(loaded.pipe, method) as handle, quiet(loaded.pipe), torch.inference_mode():
-        sample(reference.held_out_captions(2, SEED), [SEED, SEED + 1], loaded.steps)
-        speedup = summarise(handle).predicted
-    assert speedup is not None
-    return speedup
 
 
 def measure(loaded: Any, names: Sequence[str], captions: int, folder: Path) -> dict[str, Any]:
@@ -96,29 +64,25 @@ def measure(loaded: Any, names: Sequence[str], captions: int, folder: Path) -> d
         "conditions": results.conditions.model_dump(mode="json"),
         "caption": results.conditions.caption(),
         "pairs": [
-            {"method": name, **pair_of(rows[repr(chosen)], rows[repr(other)], settings, called, file)}
-            for name, (chosen, other, settings, called, file) in pairs.items()
+            {"method": name, **pair_of(rows[repr(chosen)], rows[repr(other)], settings, call, file)}
+            for name, (chosen, other, settings, call, file) in pairs.items()
         ],
     }
 
 
-def pair_of(
-    mine: Row, theirs: Row, settings: dict[str, Any], called: tuple[str, dict[str, Any]], file: Path
-) -> dict[str, Any]:
+def pair_of(mine: Row, theirs: Row, settings: dict[str, Any], other: Called, file: Path) -> dict[str, Any]:
     """What the file says of a method and its counterpart."""
-    assert mine.psnr_per_caption is not None and theirs.psnr_per_caption is not None
     made = load_calibration(file)
-    count = len(mine.psnr_per_caption)
-    wins = sum(a > b for a, b in zip(mine.psnr_per_caption, theirs.psnr_per_caption, strict=True))
+    share, interval = wins(mine, theirs)
     return {
         "settings": settings,
         "r2": made.entry.quality.r2,
         "verdict": made.verdict(),
         "is_sound": made.is_sound,
         "calibrated": facts_of(mine),
-        "counterpart": {"method": called[0], "settings": called[1], **facts_of(theirs)},
-        "wins": wins / count,
-        "wins_interval": list(wilson_interval(wins, count, 0.95)),
+        "counterpart": {"method": other[0], "settings": other[1], **facts_of(theirs)},
+        "wins": share,
+        "wins_interval": interval,
     }
 
 
@@ -163,10 +127,10 @@ def page(result: dict[str, Any]) -> str:
         "| --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: |",
     ]
     for pair in result["pairs"]:
-        cells = [_called(pair["method"], pair["settings"]), "-" if pair["r2"] is None else f"{pair['r2']:.3f}"]
+        cells = [called(pair["method"], pair["settings"]), "-" if pair["r2"] is None else f"{pair['r2']:.3f}"]
         for side in (pair["calibrated"], pair["counterpart"]):
             if side is pair["counterpart"]:
-                cells.append(_called(side["method"], side["settings"]))
+                cells.append(called(side["method"], side["settings"]))
             cells += [speedup(side["flops_speedup"]), decibels(side["psnr"])]
             cells.append(points(side["accuracy_difference"], side["accuracy_difference_interval"]))
         low, high = pair["wins_interval"]
@@ -181,11 +145,6 @@ def page(result: dict[str, Any]) -> str:
     lines += ["", f"Lost to its counterpart: {', '.join(f'`{name}`' for name in lost) or 'none'}."]
     lines += [f"**Called sound, and lost: {', '.join(f'`{name}`' for name in wrong)}.**" for _ in range(bool(wrong))]
     return "\n".join(lines) + "\n"
-
-
-def _called(name: str, settings: dict[str, Any]) -> str:
-    words = ", ".join(f"{key}={round(v, 4) if isinstance(v, float) else v}" for key, v in settings.items())
-    return f"`{name}({words})`" if words else f"`{name}`"
 
 
 def main(arguments: list[str] | None = None) -> int:
