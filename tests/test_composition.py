@@ -443,7 +443,7 @@ def test_sites_can_be_given_by_name_as_well():
     [
         ({"predictor": "newtn(order=1)"}, UnknownNameError, "did you mean 'newton'"),
         ({"gate": "intervall"}, UnknownNameError, "did you mean 'interval'"),
-        ({"site": "block"}, UnknownNameError, "Known: denoiser, span, .*unet_level"),
+        ({"site": "block"}, UnknownNameError, "Known: attentions, blocks, .*unet_level"),
         ({"tokens": "tops"}, UnknownNameError, "did you mean 'top'"),
         ({"cfg": "fastcache"}, UnknownNameError, "did you mean 'fastercache'"),
         ({"predictor": "newton(ordr=1)"}, SettingError, "did you mean 'order'"),
