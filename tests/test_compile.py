@@ -9,7 +9,6 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 import cache4diffusion as c4d
-from cache4diffusion.engine import compiling
 from cache4diffusion.engine.compiling import _codes
 from cache4diffusion.engine.denoiser import shifted
 from cache4diffusion.errors import CompositionError, RunError

@@ -258,7 +258,9 @@ def component(text: str, table: dict[str, type], what: str) -> Any:
     """
     name, settings = read_call(text, what)
     if name not in table:
-        raise UnknownNameError(f"There is no {what} {name!r}{closest(name, table) or '.'} Known: {', '.join(sorted(table))}.")
+        raise UnknownNameError(
+            f"There is no {what} {name!r}{closest(name, table) or '.'} Known: {', '.join(sorted(table))}."
+        )
     cls = table[name]
     check_names(f"{what} {name!r}", settings, [entry.name for entry in dataclasses.fields(cls)])
     hints = typing.get_type_hints(cls)

@@ -11,8 +11,8 @@ from cache4diffusion.engine.driver import Inner, Rested, go_on_with, take_in
 from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.leaves import own
 from cache4diffusion.engine.parts import PartsDriver
-from cache4diffusion.engine.span import why_not_bypassed
 from cache4diffusion.engine.state import BranchState, Context
+from cache4diffusion.engine.stretches import why_not_bypassed
 from cache4diffusion.errors import AnatomyError
 from cache4diffusion.predictors import Reuse
 from cache4diffusion.sites import PartsAndStream

@@ -12,18 +12,16 @@ Where nothing is held, the call runs as it came, and what its clean frames leave
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from cache4diffusion.anatomy import Anatomy
-from cache4diffusion.anatomy.facts import call_name
 from cache4diffusion.anatomy.hints import hint_of
+from cache4diffusion.engine.attending import OTHERS, Attending, KeysAndValues, Pass
 from cache4diffusion.engine.driver import Driver, Inner, Rested
 from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.leaves import get_argument, parameter_names, take_apart, with_arguments
@@ -35,80 +33,11 @@ from cache4diffusion.storage import Kept
 from cache4diffusion.trace import PARTIAL
 from cache4diffusion.wrap import ForwardWrapper
 
-KeysAndValues = tuple[Tensor, Tensor]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 _CAUSAL = 1e-5  # of their norm: how far what early frames leave behind may depend on later ones
 _ALIKE = {torch.float64: 1e-3, torch.float32: 1e-3}  # likewise, of frames that run behind held ones
 _ALIKE_IN_HALF = 3e-2
-_OTHERS = "Others may work: 'pab', 'fora', 'text-kv-cache'."
-
-
-@dataclass
-class _Pass:
-    """One run of the denoiser on some frames.
-
-    Args:
-        frames: how many run.
-        keeps: of the first so many, keys and values are kept.
-        past: keys and values of held frames, by attention.
-        found: those that are to be kept.
-    """
-
-    frames: int
-    keeps: int
-    past: dict[str, KeysAndValues] = field(default_factory=dict)
-    found: dict[str, KeysAndValues] = field(default_factory=dict)
-    turns: Counter[str] = field(default_factory=Counter)
-
-
-class _Attending(TorchFunctionMode):
-    """Within one attention over time: queries of this pass also meet the keys of frames that are held."""
-
-    def __init__(self, running: _Pass, path: str) -> None:
-        super().__init__()
-        self.running, self.path = running, path
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not nn.functional.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
-        query, key = given["query"], given["key"]
-        if query.shape[-2] != key.shape[-2]:  # not of the frames to themselves: an adapter's
-            return func(**given)
-        running, name = self.running, call_name(self.path, self.running.turns[self.path])
-        running.turns[self.path] += 1
-        rows, odd = divmod(key.shape[-2], running.frames)
-        if odd:
-            raise AnatomyError(
-                f"{name} attends over {key.shape[-2]} tokens, of which {running.frames} frames have no equal shares, "
-                f"so keys of earlier frames cannot be told from the others. {_OTHERS}"
-            )
-        if running.keeps:
-            kept = running.keeps * rows
-            running.found[name] = (given["key"][..., :kept, :].clone(), given["value"][..., :kept, :].clone())
-        past = running.past.get(name)
-        return func(**(given if past is None else _behind(past, given)))
-
-
-def _behind(past: KeysAndValues, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of an attention with held keys in front, all of which are seen; among themselves, tokens see what
-    they saw."""
-    query, key = given["query"], given["key"]
-    earlier, mask = past[0].shape[-2], given.get("attn_mask")
-    if given.get("is_causal"):
-        mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-    if mask is not None:
-        mask = mask.expand(*mask.shape[:-1], key.shape[-2])
-        mask = nn.functional.pad(mask, (earlier, 0), value=True if mask.dtype == torch.bool else 0.0)
-    return {
-        **given,
-        "key": torch.cat([past[0], key], dim=-2),
-        "value": torch.cat([past[1], given["value"]], dim=-2),
-        "attn_mask": mask,
-        "is_causal": False,
-    }
 
 
 @dataclass
@@ -153,7 +82,7 @@ class PastFramesDriver(Driver):
     def __init__(self, host: Host, site: PastFrames) -> None:
         super().__init__(host, site)
         self._wrappers: list[ForwardWrapper] = []
-        self._running: _Pass | None = None
+        self._running: Pass | None = None
         self._axes: dict[str, int] = {}
         self._first_frame: str | None = None
 
@@ -173,7 +102,7 @@ class PastFramesDriver(Driver):
                 f"{anatomy.denoiser}: this method is for denoisers that were trained to make videos chunk by chunk, "
                 "with attention that is causal in time and a timestep for each frame, 0 for those that are done. If "
                 f"it is one, say where frames are: c4d.declare(denoiser, frames={{{inputs.latent!r}: 2, "
-                f"{inputs.timestep or 'timestep'!r}: 1}}, first_frame='...'). {_OTHERS}"
+                f"{inputs.timestep or 'timestep'!r}: 1}}, first_frame='...'). {OTHERS}"
             )
         self._axes, self._first_frame = dict(hint.frames), hint.first_frame
         names = parameter_names(type(self.host.plain))
@@ -188,7 +117,7 @@ class PastFramesDriver(Driver):
         if not paths:
             raise AnatomyError(
                 f"{anatomy.denoiser} has no attention that reaches other frames, so there are no keys of earlier ones "
-                f"to keep. {_OTHERS}"
+                f"to keep. {OTHERS}"
             )
         self._wrappers = [ForwardWrapper(modules[path], self._attending(path)) for path in paths]
 
@@ -220,7 +149,7 @@ class PastFramesDriver(Driver):
         if not _are_alike(early, _CAUSAL):
             raise AnatomyError(
                 f"{name}: what its attention makes of early frames changes with later frames or their timesteps, by "
-                f"{_worst(early):.1%}, so it cannot be kept: the denoiser is not causal in time. {_OTHERS}"
+                f"{_worst(early):.1%}, so it cannot be kept: the denoiser is not causal in time. {OTHERS}"
             )
         behind, _ = self._pass(inner, self._cut(window, front, window.frames), past=found)
         late = [(plain.narrow(axis, front, window.frames - front), behind)]
@@ -230,7 +159,7 @@ class PastFramesDriver(Driver):
                 f"{_worst(late):.1%}. Declare every argument that has an axis of frames, and the one that says where "
                 "the first frame is in the video: c4d.declare(denoiser, frames={...}, first_frame='...'). Denoisers "
                 "that place frames by counting them, or that mix them in other modules than attention, cannot be "
-                f"served. {_OTHERS}"
+                f"served. {OTHERS}"
             )
 
     def _attending(self, path: str) -> Callable[..., Any]:
@@ -238,7 +167,7 @@ class PastFramesDriver(Driver):
             def forward(*args: Any, **kwargs: Any) -> Any:
                 if self._running is None:
                     return found(*args, **kwargs)
-                with _Attending(self._running, path):
+                with Attending(self._running, path):
                     return found(*args, **kwargs)
 
             return forward
@@ -344,7 +273,7 @@ class PastFramesDriver(Driver):
         Raises:
             AnatomyError: the output is not one tensor with these frames.
         """
-        self._running = running = _Pass(window.frames, keeps, past or {})
+        self._running = running = Pass(window.frames, keeps, past or {})
         try:
             output = inner(*window.args, **window.kwargs)
         finally:
@@ -354,7 +283,7 @@ class PastFramesDriver(Driver):
         if len(leaves) != 1 or leaves[0].ndim <= axis or leaves[0].shape[axis] != window.frames:
             raise AnatomyError(
                 f"{type(self.host.plain).__name__} does not return one tensor with {window.frames} frames along axis "
-                f"{axis}, as its latent has, so outputs of held frames cannot be put in front. {_OTHERS}"
+                f"{axis}, as its latent has, so outputs of held frames cannot be put in front. {OTHERS}"
             )
         return leaves[0], running.found
 
@@ -378,7 +307,7 @@ class PastFramesDriver(Driver):
             raise AnatomyError(
                 f"{type(self.host.plain).__name__}: its arguments should have as many frames as {inputs.latent!r}, and "
                 f"have, along the declared axes: {counts}. This method needs a timestep for every frame, "
-                f"{inputs.timestep}=[batch, frames]. {_OTHERS}"
+                f"{inputs.timestep}=[batch, frames]. {OTHERS}"
             )
         return _Window(args, kwargs, axes, frames, self._place(args, kwargs))
 
