@@ -193,6 +193,20 @@ def test_each_step_and_site_has_numbers_of_its_own():
     assert predictor.predict(states["b"], 2.0)[0].unique().tolist() == [1.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_branches_hold_numbers_of_their_own_as_the_ledger_counts_them(dtype):
+    table = (torch.ones(6, 4, dtype=dtype), torch.zeros(6, 4, dtype=dtype))
+    predictor = ScaleShift({"a": (table,)})
+    states = [predictor.init_at("a", None) for _ in range(2)]
+    for _ in range(2):
+        for state in states:
+            predictor.update(state, [torch.randn(2, 3, 4)], 1.0)
+    tensors = [tensor for state in states for tensor in state.tensors()]
+    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    assert sum(held.values()) == sum(tensor.nbytes for tensor in tensors)
+    assert not held.keys() & {tensor.untyped_storage().data_ptr() for tensor in table}
+
+
 def test_threshold_0_is_bit_equal_also_with_scale_and_shift(model):
     calibration = by_hand({**changes(), **mending()})
     reached, trace, _ = accelerated(

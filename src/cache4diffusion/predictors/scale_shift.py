@@ -25,6 +25,7 @@ class MendedHistory(History):
     def __init__(self, capacity: int, rows: int | None, tables: Sequence[Table], store: Store = PLAIN) -> None:
         super().__init__(capacity, rows, store)
         self.tables = tables
+        self.has_own = False  # numbers of its own, where the feature is; before, they are everybody's
 
     def tensors(self) -> Iterator[Tensor]:
         """The feature, and the numbers."""
@@ -73,12 +74,12 @@ class ScaleShift(LinearPredictor):
         return MendedHistory(self.capacity, rows, self.tables.get(site, ()), store)
 
     def update(self, state: History, leaves: Sequence[Tensor], time: float, rows: Sequence[int] | None = None) -> None:
-        """Copy the feature; the numbers go where it is."""
+        """Copy the feature, and the first time the numbers, to where it is."""
         super().update(state, leaves, time, rows)
         assert isinstance(state, MendedHistory)
-        if state.tables:
-            device = leaves[0].device
-            state.tables = [(a.to(device, torch.float32), d.to(device, torch.float32)) for a, d in state.tables]
+        if not state.has_own:
+            where = {"device": leaves[0].device, "dtype": torch.float32, "copy": True}
+            state.tables, state.has_own = [(a.to(**where), d.to(**where)) for a, d in state.tables], True
 
     def predict(self, state: History, time: float, rows: Sequence[int] | None = None) -> list[Tensor]:
         """The newest feature, mended for this step."""
