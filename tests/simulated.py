@@ -59,6 +59,7 @@ def register() -> torch.device:
     aten.impl("empty_strided", lambda size, stride, dtype=None, **_: _room(size, stride, dtype), "PrivateUse1")
     aten.impl("_copy_from", _copy, "PrivateUse1")
     aten.impl("_fused_sdp_choice", lambda *args, **kwargs: 0, "PrivateUse1")  # attention by plain operators
+    aten.impl("convolution_overrideable", partial(_on_the_host, _operator("convolution")), "PrivateUse1")
     for name in _VIEWS:
         aten.impl(name, partial(_operator(name).redispatch, _META), "PrivateUse1")
     for name in _MADE:
