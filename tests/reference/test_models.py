@@ -299,6 +299,7 @@ def test_making_trains_what_is_left_and_builds(monkeypatch, tmp_path):
     calls, built, stops = [], [], [True, False]
 
     def training(words):
+        assert words.pop() == "--compile"
         option = dict(zip(words[1::2], words[2::2], strict=True))
         assert (words[0], option["--minutes"]) == ("scenes-dit", "inf")
         folder, updates = make.Path(option["--folder"]), int(option["--updates"])
@@ -310,9 +311,9 @@ def test_making_trains_what_is_left_and_builds(monkeypatch, tmp_path):
     monkeypatch.setattr(denoiser, "main", training)
     monkeypatch.setattr(make.build, "main", built.append)
     model = MODELS["scenes-dit"]
-    assert not make.make(model, tmp_path, tmp_path / "out", updates=10)
+    assert not make.make(model, tmp_path, tmp_path / "out", updates=10, compiled=True)
     assert built == []
-    assert make.make(model, tmp_path, tmp_path / "out", updates=10)
+    assert make.make(model, tmp_path, tmp_path / "out", updates=10, compiled=True)
     assert calls == [10, 5]
     assert make.make(model, tmp_path, tmp_path / "out", updates=10)
     assert calls == [10, 5]
@@ -323,8 +324,8 @@ def test_making_trains_what_is_left_and_builds(monkeypatch, tmp_path):
 def test_the_command_makes_what_is_missing(monkeypatch, tmp_path, capsys):
     made = []
 
-    def making(model, runs, out, updates, options):
-        made.append((model.name, runs, out, updates, options))
+    def making(model, runs, out, updates, options, compiled):
+        made.append((model.name, runs, out, updates, [*options, *["compiled"] * compiled]))
         return model.name != "scenes-video"
 
     monkeypatch.setattr(make, "make", making)
@@ -333,8 +334,8 @@ def test_the_command_makes_what_is_missing(monkeypatch, tmp_path, capsys):
     make.main(["scenes-flux", "scenes-dit", "--runs", "there"])
     assert made == [("scenes-dit", make.Path("there"), tmp_path / "scenes-dit", None, ["--workers", "2"])]
     assert "scenes-flux is there" in capsys.readouterr().out
-    make.main(["scenes-flux", "--again", "--updates", "7", "--workers", "1"])
-    assert made[1] == ("scenes-flux", make.Path("runs"), tmp_path / "scenes-flux", 7, ["--workers", "1"])
+    make.main(["scenes-flux", "--again", "--updates", "7", "--workers", "1", "--compile"])
+    assert made[1] == ("scenes-flux", make.Path("runs"), tmp_path / "scenes-flux", 7, ["--workers", "1", "compiled"])
     with pytest.raises(SystemExit) as stopped:
         make.main(["scenes-video", "scenes-sd"])
     assert stopped.value.code == 1
