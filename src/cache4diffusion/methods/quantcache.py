@@ -29,6 +29,9 @@ class QuantCache(Method):
 
     With a threshold of 0.5 and a divergence of 0.35 per step, 9 steps are ``FFccFccFc``.
 
+    In int8, rows of a batch are what they are alone but for roundings: a number that differs in its last bit may fall
+    on the other side. With ``bits=16`` they agree as closely as uncached ones.
+
     Cost: two tensors per block (its input, and its residual in ``bits`` of 16) and one residual per further stream. One
     host sync per block.
     Not reproduced: weights and activations in 4 to 8 bits by CUDA kernels of its own, with bits by layer and step.
