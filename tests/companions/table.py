@@ -16,7 +16,6 @@ import platform
 import sys
 import warnings
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -24,9 +23,13 @@ import pytest
 import torch
 
 import cache4diffusion as c4d
+from cache4diffusion.files import check_writable, write_whole
 from companions.cases import COMPANIONS
 from companions.companion import ORDERS, Companion, version_of
 from companions.conformance import CHECKS, SLACK, check_refused
+from scripts import script
+
+kept = script("resume").kept
 
 SCHEMA = 1
 WORKS, REFUSED, ABSENT, FAILED = "works", "refused", "absent", "failed"
@@ -166,14 +169,10 @@ def main(arguments: list[str] | None = None) -> int:
     diffusers.utils.logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    told, path = conditions(), Path(f"{options.write}.json")
-    rows: list[dict[str, Any]] = []
-    if options.resume and path.exists():
-        before = json.loads(path.read_text())
-        if (before["schema"], before["conditions"]) == (SCHEMA, told):
-            rows = before["rows"]
+    check_writable(f"{options.write}.json")
+    told = conditions()
+    rows = kept(options.write, SCHEMA, told) if options.resume else []
     known = {row["companion"] for row in rows}
-    path.parent.mkdir(parents=True, exist_ok=True)
     result = {"schema": SCHEMA, "conditions": told, "rows": rows}
     for name in options.only:
         if name not in known:
@@ -182,8 +181,8 @@ def main(arguments: list[str] | None = None) -> int:
             outcomes = Counter(cell["outcome"] for cell in row["cells"].values())
             print(f"{name}: {', '.join(f'{count} {word}' for word, count in outcomes.items())}", file=sys.stderr)
         rows.sort(key=lambda row: list(COMPANIONS).index(row["companion"]))
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        path.with_suffix(".md").write_text(page(result))
+        write_whole(f"{options.write}.json", json.dumps(result, indent=1) + "\n")
+        write_whole(f"{options.write}.md", page(result))
     failed = sum(cell["outcome"] == FAILED for row in rows for cell in row["cells"].values())
-    print(f"{sum(len(row['cells']) for row in rows)} checks, {failed} failed: {path.with_suffix('.md')}")
+    print(f"{sum(len(row['cells']) for row in rows)} checks, {failed} failed: {options.write}.md")
     return 1 if failed else 0

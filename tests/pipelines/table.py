@@ -15,18 +15,21 @@ import platform
 import sys
 import warnings
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
 
+from cache4diffusion.files import check_writable, write_whole
 from cache4diffusion.measure.bench import versions
 from pipelines.absent import absent
 from pipelines.case import Case
 from pipelines.cases import CASES
 from pipelines.conformance import METHODS, check, check_refused
+from scripts import script
+
+kept = script("resume").kept
 
 SCHEMA = 1
 PASSED, REFUSED, FAILED = "passed", "refused", "failed"
@@ -181,23 +184,19 @@ def main(arguments: list[str] | None = None) -> int:
     options = parsed(arguments)
     diffusers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
-    told, path = conditions(), Path(f"{options.write}.json")
-    rows: list[dict[str, Any]] = []
-    if options.resume and path.exists():
-        before = json.loads(path.read_text())
-        if (before["schema"], before["conditions"]) == (SCHEMA, told):
-            rows = before["rows"]
+    check_writable(f"{options.write}.json")
+    told = conditions()
+    rows = kept(options.write, SCHEMA, told) if options.resume else []
     known = {row["case"] for row in rows}
     result = {"schema": SCHEMA, "conditions": told, "rows": rows, "absent": absent()}
-    path.parent.mkdir(parents=True, exist_ok=True)
     for name in options.cases:
         if name in known:
             continue
         rows.append(row_of(CASES[name]))
         outcomes = ", ".join(f"{site} {found['outcome']}" for site, found in rows[-1]["sites"].items())
         print(f"{name}: {outcomes}", file=sys.stderr)
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        path.with_suffix(".md").write_text(page(result))
+        write_whole(f"{options.write}.json", json.dumps(result, indent=1) + "\n")
+        write_whole(f"{options.write}.md", page(result))
     failed = sum(found["outcome"] == FAILED for row in rows for found in row["sites"].values())
-    print(f"{sum(len(row['sites']) for row in rows)} checks, {failed} failed: {path.with_suffix('.md')}")
+    print(f"{sum(len(row['sites']) for row in rows)} checks, {failed} failed: {options.write}.md")
     return 1 if failed else 0
