@@ -16,7 +16,9 @@ from torch import nn
 from cache4diffusion.accelerate import accelerate
 from cache4diffusion.anatomy.undisturbed import unwrapped
 from cache4diffusion.composition import Composition
+from cache4diffusion.engine import Engine
 from cache4diffusion.engine.leaves import parameter_names
+from cache4diffusion.engine.parts import PartsDriver
 from cache4diffusion.errors import SettingError
 from cache4diffusion.handle import Handle
 from cache4diffusion.method import Method, method
@@ -183,6 +185,7 @@ def _frozen_input(subject: Subject, case: Case) -> str:
     counts: dict[str, int] = {}
     with counted(subject.denoiser, counts), subject.attach(case) as handle:
         engine = handle._engines[0]
+        is_exact = is_exact and not _takes_apart(engine)
         resting = [] if composition.tokens is not None else always_resting(engine)
         cached, worst, ran = 0, 0.0, []
         with Probe(engine) as probe:
@@ -298,6 +301,11 @@ def _is_exact(composition: Composition) -> bool:
     is_whole = is_whole and getattr(composition.site, "form", "output") == "output"
     is_reuse = isinstance(composition.predictor, Reuse) and not isinstance(composition.site, SingleContext)
     return is_whole and is_reuse and composition.tokens is None and composition.cfg is None
+
+
+def _takes_apart(engine: Engine) -> bool:
+    """Whether a part is what its module adds to its input: taken off and put back on another time, it is rounded."""
+    return isinstance(engine.driver, PartsDriver) and any(site.part.adds_to is not None for site in engine.driver.sites)
 
 
 def _keeps_constants(composition: Composition) -> bool:
