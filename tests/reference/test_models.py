@@ -294,6 +294,18 @@ def test_a_model_that_is_not_built_says_how_to_build_it(monkeypatch, tmp_path):
         model_named("scene-sd")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_blocks_of_every_denoiser_can_be_compiled(name):
+    """Also of classes for which diffusers names no repeated blocks."""
+    found = getattr(tiny(name).parts(0), MODELS[name].denoiser)
+    weights = list(found.state_dict())
+    denoiser.compile_blocks(found)
+    compiled = [module for module in found.modules() if module._compiled_call_impl is not None]
+    assert compiled
+    assert all("Block" in type(module).__name__ for module in compiled)
+    assert list(found.state_dict()) == weights, "as checkpoints know them"
+
+
 def test_making_trains_what_is_left_and_builds(monkeypatch, tmp_path):
     """Stopped in the middle nothing is built; the next call trains the rest, and only that."""
     calls, built, stops = [], [], [True, False]

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
+from torch import nn
 
 from cache4diffusion.errors import Cache4DiffusionError
 from cache4diffusion.reference.folder import load
@@ -170,6 +171,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.exit(2, f"denoiser: {error}\n")
 
 
+def compile_blocks(denoiser: Any) -> None:
+    """Compile the blocks that diffusers calls repeated, or where it names none, all in the denoiser's lists."""
+    if getattr(denoiser, "_repeated_blocks", None):
+        denoiser.compile_repeated_blocks(dynamic=False)
+        return
+    for blocks in denoiser.children():
+        for block in blocks if isinstance(blocks, nn.ModuleList) else ():
+            block.compile(dynamic=False)
+
+
 def train(model: ReferenceModel, args: argparse.Namespace) -> None:
     """Train ``model`` as the options say."""
     torch.set_num_threads(1)
@@ -181,7 +192,7 @@ def train(model: ReferenceModel, args: argparse.Namespace) -> None:
     parts = model.parts(args.seed)
     if args.compile:
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-        getattr(parts, model.denoiser).compile_repeated_blocks(dynamic=False)
+        compile_blocks(getattr(parts, model.denoiser))
     trainer = trainer_of(model, settings_of(args), vae, args.batch, facts, parts)
     with plain_attention() if args.device == "cpu" else contextlib.nullcontext():
         trainer.run()
