@@ -343,7 +343,8 @@ class TokenDriver:
             args, kwargs = with_arguments(site.module, args, kwargs, {path: take(x, index)})
         fresh = found(*args, **kwargs)
         values = [fresh] if isinstance(fresh, Tensor) else [leaf for leaf in fresh if isinstance(leaf, Tensor)]
-        is_kept = isinstance(self.driver.predictor, Reuse)  # what was computed stays in the cache
+        # What was computed stays in the cache, unless the rule itself remembers how tokens were moved.
+        is_kept = isinstance(self.driver.predictor, Reuse) and not isinstance(self.rule, Spreading)
         if isinstance(self.rule, Spreading):
             place = dataclasses.replace(self._place(context, site), survey=context.state.tokens.get(_SURVEY))
             kept = context.state.tokens.setdefault(site.name, self.rule.init())

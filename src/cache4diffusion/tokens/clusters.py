@@ -214,8 +214,9 @@ class ClusterTokens:
                 sums, counts = sums_by_label(fresh[:, own], mine, self.clusters)
                 means = sums / counts.clamp_min(1)[..., None]
                 means = means.gather(1, labels[..., None].expand(-1, -1, means.shape[-1]))
+                is_led = (counts > 0).gather(1, labels)[..., None]  # of a cluster that nothing was computed of, none
                 span = moved[:, segment.start : segment.stop]
-                span += self.gamma * (means - span)
+                span += torch.where(is_led, self.gamma * (means - span), 0.0)
         return moved.scatter_(1, index[..., None].expand(-1, -1, moved.shape[-1]), fresh.float())
 
     def tensors(self, state: ClusterState) -> Sequence[Tensor]:
