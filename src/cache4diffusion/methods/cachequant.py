@@ -47,7 +47,9 @@ class CacheQuant(Method):
     nothing that reads a cached feature is quantised.
     """
 
-    interval: int = setting(5, "steps to a full one, on average; 1 never caches. Code: 5 (SD), 10 to 20 (LDM)", ge=1)
+    interval: int = setting(
+        5, "steps to a full one, on average; 1 never caches. Code: 5 (SD), 2 (LSUN), 20 (ImageNet), 10 (CIFAR)", ge=1
+    )
     correction: bool = setting(True, "whether features are scaled and shifted; without it, DeepCache's reuse")
     calibration: Given = setting(None, "distances, scales and shifts: a file of c4d calibrate, or what it returned")
     resample: bool = setting(False, "accept other steps or noise levels, by the nearest calibrated ones")
