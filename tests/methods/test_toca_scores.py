@@ -28,7 +28,7 @@ from cache4diffusion.gates.modulated import modulated_steps
 from cache4diffusion.methods import Fora, ToCa
 from cache4diffusion.predictors import Reuse
 from cache4diffusion.sites import Parts
-from cache4diffusion.tokens import Segment, TokenPlace, TopScore
+from cache4diffusion.tokens import RoutedTokens, Segment, TokenPlace, TopScore
 from cache4diffusion.tokens.topk import with_bonus
 from small_denoisers import accelerated, differences, dit, dit_inputs, flux, flux_inputs, sample
 
@@ -571,6 +571,18 @@ def test_branches_called_one_after_the_other_share_a_selection_where_they_are_ti
     assert set(handle.stats["strips"].values()) == {"FFFpppF"}
     assert len(shares) == 3
     assert all(shares) if branches == "tied" else not all(shares)
+
+
+def test_of_a_selection_that_others_follow_nothing_is_held_but_what_the_ledger_counts():
+    """Not what entered the parts."""
+    gate, rule = FixedInterval(3), RoutedTokens(0.4)
+    composition = c4d.Composition(Parts(), gate, Reuse(), tokens=rule, branches="tied")
+    with c4d.accelerate(tiny("flux"), composition) as handle, handle.run(num_steps=5):
+        sample(tiny("flux"), flux_inputs(2), 5)
+        (state,) = handle._engines[0]._states.values()
+        places = state.extra["selected_at"].values()
+        assert places
+        assert all(place.entering is place.survey is place.twins is None for place in places)
 
 
 def test_shapes_are_the_same_for_other_data(selections):

@@ -291,10 +291,10 @@ class TokenDriver:
             index = self._selection_of_the_lead(context, place) if is_tied else None
             if index is None:
                 levels = context.call.run.timesteps
-                place = dataclasses.replace(place, twins=self._twins(context), entering=entering, levels=levels)
-                place = dataclasses.replace(place, survey=context.state.tokens.get(_SURVEY))
+                seen = dataclasses.replace(place, twins=self._twins(context), entering=entering, levels=levels)
+                seen = dataclasses.replace(seen, survey=context.state.tokens.get(_SURVEY))
                 state = context.state.tokens.setdefault(site.name, self.rule.init())
-                index = self.rule.select(state, place, context.state.sites[site.name].rings[0].device)
+                index = self.rule.select(state, seen, context.state.sites[site.name].rings[0].device)
                 if not self._is_tokenwise(site) and index.shape[1] < place.length:
                     index = index[:, :0]
                 if is_tied:

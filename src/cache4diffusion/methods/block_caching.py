@@ -89,7 +89,7 @@ class BlockCaching(Method):
         return Composition(
             site=site_of(trained.unit),
             gate=Timetable(full, num_steps, entry.levels, resample=self.resample),
-            predictor=ScaleShift({name: _tables(entry.fit, name) for name in full}) if is_mended else Reuse(),
+            predictor=ScaleShift({name: _tables(entry.fit, name) for name in full}, full) if is_mended else Reuse(),
         )
 
     @property

@@ -88,10 +88,14 @@ class CacheQuant(Method):
             )
         errors = entry.fit["errors"].tolist()
         full = grouped(errors, self.interval)
+        predictor = Reuse()
+        if is_mended:
+            numbers = tables(entry.fit, full)
+            predictor = ScaleShift(numbers, dict.fromkeys(numbers, full))
         return Composition(
             site=made.statistic.site,
             gate=Timetable({"": full}, len(errors), entry.levels, resample=self.resample),
-            predictor=ScaleShift(tables(entry.fit, full)) if is_mended else Reuse(),
+            predictor=predictor,
         )
 
 

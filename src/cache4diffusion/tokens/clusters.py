@@ -83,7 +83,7 @@ class ClusterTokens:
     Args:
         clusters: ``K``, per stream. Released code: 16 (FLUX, DiT), 32 (HunyuanVideo).
         gamma: weight of the cluster's mean, 0 to 1. Released code: 0.005 (FLUX), 0.01 (HunyuanVideo), 0 (DiT).
-        spreads_text: whether text tokens are moved, too. Released code: no (FLUX).
+        spreads_text: whether text tokens are moved, too. Released code: no (FLUX), yes (HunyuanVideo).
         iterations: of k-means. Released code: at most 10 (100 on DiT), or until centroids stand still.
         seed: of the draws, which are the same on every device and for every row.
         variant: ``"official"`` keeps the released arithmetic: what tokens were moved by stays with them until the next
