@@ -152,8 +152,9 @@ class TokenDriver:
         """Run an attention module and keep what it shows, for the parts of the same block."""
         context = self.driver.switch.context
         assert context is not None
-        what = next(what for what in OBSERVED[kind] if what in self.rule.observes)
-        with AttentionCapture(what, rows=context.batch) as capture:
+        with AttentionCapture(
+            next(what for what in OBSERVED[kind] if what in self.rule.observes), rows=context.batch
+        ) as capture:
             output = found(*args, **kwargs)
         context.scratch.setdefault(("attention", position), {}).update(capture.seen)
         return output

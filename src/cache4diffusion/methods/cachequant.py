@@ -30,7 +30,8 @@ class CacheQuant(Method):
     interval`` steps with the least sum of ``cost(j, n) = sum over i = j .. n-1 of |X_i - X_j|_1``. Decoupled error
     correction (DEC): step i of the group that begins at j goes on with ``a_i F_j + b_i`` per channel, always from the
     feature as it was computed, so errors do not add up. ``a_i = cov(X_i, X_j) / var(X_j)`` and ``b_i`` are one for both
-    CFG branches. Where features drift evenly, 9 steps at an interval of 3 are ``FccFccFcc``.
+    CFG branches. What was computed at another step than j (where guidance ends, say) is reused as it is. Where features
+    drift evenly, 9 steps at an interval of 3 are ``FccFccFcc``.
 
     Distances, a and b are measured by ``c4d calibrate`` once, for every interval up to ``(reach + 1) / 2``. What is
     cached is a U-Net's level, as in `DeepCache`; on transformers calibrate with ``--set unit=span``: then it is the
