@@ -8,6 +8,7 @@ from torch import nn
 
 import cache4diffusion as c4d
 import toys
+from cache4diffusion import quantising
 from cache4diffusion.errors import AlreadyAcceleratedError, SettingError
 from toys import Dicts, flux, flux_inputs, flux_loop
 
@@ -63,6 +64,18 @@ def test_what_cannot_be_is_refused(torchao):
         c4d.quantised(denoiser)
     with pytest.raises(SettingError, match="no linear layer"):
         c4d.quantised(toys.MLP())
+
+
+def test_weights_are_put_back_to_where_the_layer_is_now():
+    """A pipeline may be moved while it is quantised."""
+    layers = nn.Sequential(nn.Linear(2, 3))
+    linear = layers[0]
+    weight, elsewhere = linear.weight, torch.device("meta")  # where it was when it was quantised
+    kept = quantising._Layer(layers, "0", linear, weight, elsewhere, dict(linear.__dict__))
+    linear.weight = nn.Parameter(torch.zeros(3, 2))
+    kept.put_back()
+    assert linear.weight is weight
+    assert weight.device.type == "cpu"
 
 
 def measured(pipe, **options):

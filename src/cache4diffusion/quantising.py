@@ -40,7 +40,9 @@ class _Layer:
     attributes: dict[str, Any]
 
     def put_back(self) -> None:
-        self.weight.data = self.weight.data.to(self.device)
+        """The weight as it was, to where the layer is now; if that cannot be told, to where it was."""
+        now = self.linear.weight.device
+        self.weight.data = self.weight.data.to(self.device if now.type == "meta" else now)
         self.linear.weight = self.weight
         for name in set(self.linear.__dict__) - set(self.attributes):
             del self.linear.__dict__[name]  # what describes the quantised layer

@@ -193,6 +193,18 @@ def test_each_step_and_site_has_numbers_of_its_own():
     assert predictor.predict(states["b"], 2.0)[0].unique().tolist() == [1.0]
 
 
+def test_a_feature_of_another_step_than_the_schedules_is_reused_as_it_is():
+    """Guidance that ends early, or a prediction that was not finite, has a step computed that the schedule caches."""
+    table = (torch.full((6, 2), 3.0), torch.zeros(6, 2))
+    predictor = ScaleShift({"a": (table,)}, {"a": (0, 3)})
+    state = predictor.init_at("a", None)
+    found = []
+    for computed, asked in ((0.0, 1.0), (0.0, 2.0), (1.0, 2.0), (3.0, 4.0), (3.0, 5.0), (4.0, 5.0)):
+        predictor.update(state, [torch.ones(2, 3, 2)], computed)
+        found += predictor.predict(state, asked)[0].unique().tolist()
+    assert found == [3.0, 3.0, 1.0, 3.0, 3.0, 1.0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_branches_hold_numbers_of_their_own_as_the_ledger_counts_them(dtype):
     table = (torch.ones(6, 4, dtype=dtype), torch.zeros(6, 4, dtype=dtype))

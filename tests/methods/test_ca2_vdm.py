@@ -118,6 +118,20 @@ def test_memory_is_that_of_keys_and_values():
     assert c4d.cache_bytes(denoiser, "ca2-vdm", inputs=given, steps=3) == handle.memory["peak"]
 
 
+@pytest.mark.parametrize("is_tensor", [False, True])
+def test_transfers_to_the_host_are_counted(is_tensor):
+    """One of what is clean and held; where the first frame is may lie on the device, too."""
+    given = cv.inputs(cv.noise(-1, frames=2), cv.noise(1), TEXT, 900.0, 0)
+    if is_tensor:
+        given["first_frame"] = torch.zeros(1, dtype=torch.long)
+    denoiser = cv.made()
+    with c4d.accelerate(denoiser, "ca2-vdm") as handle, handle.run(), torch.no_grad():
+        for call in range(1, 4):
+            before = handle.trace.syncs
+            denoiser(**given)
+            assert handle.trace.syncs - before == 1 + is_tensor, call
+
+
 def test_off_is_off():
     denoiser = cv.made()
     truth = cv.video(denoiser, TEXT)

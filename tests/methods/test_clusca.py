@@ -10,7 +10,7 @@ import cache4diffusion as c4d
 from cache4diffusion.engine import tokens as engine_tokens
 from cache4diffusion.errors import AnatomyError, SettingError
 from cache4diffusion.gates import FixedInterval, Step
-from cache4diffusion.predictors import Taylor
+from cache4diffusion.predictors import Reuse, Taylor
 from cache4diffusion.sites import Parts
 from cache4diffusion.tokens import ClusterTokens, Segment, TokenPlace
 from cache4diffusion.tokens.clusters import kmeans, representatives
@@ -142,6 +142,29 @@ def test_propagation_smaller_than_the_spacing_of_bfloat16_adds_up():
     others = [i for i in range(7) if i not in index[0].tolist()]
     torch.testing.assert_close(out[0, others].float(), torch.full((6, 5), 2 - 0.998**10), atol=4e-3, rtol=0)
     assert (out[0, others] > 1).all()
+
+
+@pytest.mark.parametrize("variant", ["ours", "official"])
+def test_a_cluster_of_which_nothing_was_computed_stays_as_predicted(variant):
+    """Of two tokens with the same noise one is left out; and tied branches go by the first one's clusters."""
+    rule, state, place, _ = one_cluster(0.5, variant)
+    rule = dataclasses.replace(rule, clusters=2)
+    place.survey.labels["image"] = torch.tensor([[0, 0, 0, 1, 1, 1, 1]]).expand(2, -1)
+    f0, y = torch.randn(2, 7, 5, generator=rng(1)), torch.randn(2, 2, 5, generator=rng(2))
+    (out,) = rule.spread(state, place, [f0], lambda: [f0], torch.tensor([[0, 2], [0, 1]]), [y])
+    assert torch.equal(out[:, 3:], f0[:, 3:])
+    assert not torch.equal(out[:, :3], f0[:, :3])
+
+
+@pytest.mark.parametrize("variant", ["ours", "official"])
+def test_reuse_and_taylor_of_order_0_are_one(model, variant):
+    """What tokens are moved by is the rule's to remember: it is not moved twice where the predictor keeps it, too."""
+    gate, rule = FixedInterval(4, anchor="warmup", warmup=3), ClusterTokens(3, 0.3, variant=variant)
+    runs = [
+        accelerated(model, flux_inputs(2), STEPS, c4d.Composition(Parts(), gate, predictor, tokens=rule))[0]
+        for predictor in (Reuse(), Taylor(0))
+    ]
+    assert max(differences(*runs)) <= 1e-6
 
 
 @pytest.mark.parametrize("variant", ["ours", "official"])

@@ -61,6 +61,13 @@ def test_steps_of_dit_alternate_by_the_count_down():
         assert letter == ("F" if until == 0 else "p" if until % 2 else "c")
 
 
+def test_without_tokens_the_interval_of_dit_is_not_modulated():
+    """As in the code, and in ToCa: then it is FORA's, counted down."""
+    settings = {"interval": 3, "full_steps": "dit", "warmup": 1, "order": "until"}
+    made = c4d.method("duca", recompute_ratio=0.0, **settings).compose()
+    assert planned_strip(made, 24) == "Fp" + "Fcp" * 7 + "F"
+
+
 @pytest.mark.parametrize("score", ["attention", "value_norm"])
 def test_runs_are_the_slow_references(model, score):
     inputs = flux_inputs(2)

@@ -41,7 +41,16 @@ CARD = {  # FORA, TaylorSeer ... as on their cards; a set may say more
     ("toca", "DiT-XL/2, 250 DDPM steps"): {"interval": 4, "recompute_ratio": 0.07, "schedule": "dit-ddpm"},
     ("toca", "PixArt-alpha, 20 steps"): {"interval": 3, "recompute_ratio": 0.3, "bonus": 0.4, "window": 4},
     ("toca", "Open-Sora 1.2"): {"interval": 3, "recompute_ratio": 0.1, "cross_weight": 1.0, "warmup": 3},
-}
+    # DuCa's README runs DiT and PixArt with --cache-type attention, Open-Sora's script has kv-norm.
+    ("duca", "DiT-XL/2, 50 DDIM steps"): {"recompute_ratio": 0.05, "score": "attention", "bonus": 0.8, "window": 2},
+    ("duca", "PixArt-alpha"): {
+        "recompute_ratio": 0.75, "score": "attention", "cross_weight": 1.0, "bonus": 0.4, "window": 4,
+    },
+    ("clusca", "FLUX.1-dev"): {"interval": 5, "order": 1, "warmup": 3, "clusters": 16, "gamma": 0.005},
+    ("clusca", "DiT-XL/2"): {"interval": 4, "order": 4, "warmup": 2, "clusters": 16, "gamma": 0.0},
+    ("clusca", "HunyuanVideo"): {"interval": 5, "warmup": 1, "clusters": 32, "gamma": 0.01, "spreads_text": True},
+    ("duca", "Open-Sora 1.2"): {"recompute_ratio": 0.1, "score": "value_norm", "warmup": 3},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "what"), CARD)

@@ -7,23 +7,28 @@ import copy
 import dataclasses
 import functools
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
 import cache4diffusion as c4d
+import toys
 from anatomy_zoo import pixart
+from cache4diffusion import zoo
 from cache4diffusion.engine import tokens as engine_tokens
 from cache4diffusion.engine.attention import AttentionCapture
+from cache4diffusion.engine.inputs import inputs_of
 from cache4diffusion.engine.maps import patch_grid
+from cache4diffusion.engine.tokens import is_text_first
 from cache4diffusion.errors import AnatomyError
 from cache4diffusion.gates import FixedInterval, ModulatedInterval, Step
 from cache4diffusion.gates.modulated import modulated_steps
 from cache4diffusion.methods import Fora, ToCa
 from cache4diffusion.predictors import Reuse
 from cache4diffusion.sites import Parts
-from cache4diffusion.tokens import Segment, TokenPlace, TopScore
+from cache4diffusion.tokens import RoutedTokens, Segment, TokenPlace, TopScore
 from cache4diffusion.tokens.topk import with_bonus
 from small_denoisers import accelerated, differences, dit, dit_inputs, flux, flux_inputs, sample
 
@@ -120,6 +125,16 @@ def test_s4_raises_the_highest_token_of_each_window_and_no_other(grid, size):
             for token in window:
                 expected = score[row, token] * (1.6 if token == best else 1.0)
                 assert raised[row, token] == pytest.approx(float(expected))
+
+
+def test_s4_raises_the_highest_token_where_scores_are_below_0():
+    """As the value norms' are, wherever values are longer than 1."""
+    score = -torch.rand(2, 16) - 0.5
+    raised = with_bonus(score, (1, 4, 4), 2, 0.6)
+    is_raised = raised > score
+    assert torch.equal(raised == score, ~is_raised)
+    for window in windows((1, 4, 4), 2):
+        assert torch.equal(is_raised[:, window].nonzero()[:, 1], score[:, window].argmax(1))
 
 
 def test_s4_spreads_the_selection_over_the_image():
@@ -277,6 +292,19 @@ def test_a_ratio_is_never_more_than_all_tokens():
 def test_modulated_intervals_are_the_cards_lists():
     assert modulated_steps(50, 3, "dit") == (0, 5, 9, 13, 19, 22, 25, 28, 31, 33, 35, 37, 39, 41, 43, 45, 47, 49)
     assert modulated_steps(20, 3, "pixart") == (0, 6, 9, 12, 15, 18)
+
+
+@pytest.mark.parametrize(("steps", "interval"), [(24, 3), (32, 3), (44, 4)])
+def test_the_sensitive_fifth_begins_and_ends_at_whole_steps(steps, interval):
+    """The code's are ``int(0.2 T) .. int(0.4 T) - 1``, counted down; in there every second step is full."""
+    low, high = int(steps * 0.2), int(steps * 0.4)
+    distance, full = interval, []
+    for s in range(steps - 1, -1, -1):
+        if s % distance == 0 or s == steps - 1:
+            distance = 2 if s in range(low, high) else round(interval / (1 + 0.4 - 2 * 0.4 * s / steps))
+            if s % distance == 0 or s == steps - 1:
+                full.append(steps - 1 - s)
+    assert modulated_steps(steps, interval, "dit") == tuple(full)
 
 
 def strip(gate, steps, guards=()):
@@ -545,6 +573,18 @@ def test_branches_called_one_after_the_other_share_a_selection_where_they_are_ti
     assert all(shares) if branches == "tied" else not all(shares)
 
 
+def test_of_a_selection_that_others_follow_nothing_is_held_but_what_the_ledger_counts():
+    """Not what entered the parts."""
+    gate, rule = FixedInterval(3), RoutedTokens(0.4)
+    composition = c4d.Composition(Parts(), gate, Reuse(), tokens=rule, branches="tied")
+    with c4d.accelerate(tiny("flux"), composition) as handle, handle.run(num_steps=5):
+        sample(tiny("flux"), flux_inputs(2), 5)
+        (state,) = handle._engines[0]._states.values()
+        places = state.extra["selected_at"].values()
+        assert places
+        assert all(place.entering is place.survey is place.twins is None for place in places)
+
+
 def test_shapes_are_the_same_for_other_data(selections):
     settings = ToCa.info.published["PixArt-alpha, 20 steps"]
     denoiser, inputs = pixart_case()
@@ -555,6 +595,87 @@ def test_shapes_are_the_same_for_other_data(selections):
         shapes.append([tuple(index.shape) for index in selections])
     assert shapes[0] == shapes[1]
     assert len(set(shapes[0])) > 2, "the ratio varies over steps and layers"
+
+
+# -- joint attention ---------------------------------------------------------------------------------------------------
+
+JOINT = [
+    "CogVideoXTransformer3DModel", "EasyAnimateTransformer3DModel", "HiDreamImageTransformer2DModel",
+    "HunyuanImageTransformer2DModel", "HunyuanVideoTransformer3DModel", "JoyImageEditTransformer3DModel",
+    "MochiTransformer3DModel", "MotifVideoTransformer3DModel", "NucleusMoEImageTransformer2DModel",
+    "PRXTransformer2DModel", "QwenImageTransformer2DModel", "SD3Transformer2DModel",
+]  # fmt: skip
+
+
+class Keys(TorchFunctionMode):
+    """Keys ``[B, heads, M, d]`` of every attention inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.seen.append((kwargs or {}).get("key", args[1] if len(args) > 1 else None).clone())
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")  # Mochi's
+@pytest.mark.parametrize("name", JOINT)
+def test_text_and_image_are_told_apart_in_a_joint_attention(name):
+    """Keys of the text are those that do not change where the latent does: in front of the image's, or behind them."""
+    denoiser, args, kwargs = zoo.tiny(name).make()
+    toys.randomise(denoiser)
+    latent, found = inputs_of(denoiser).latent, []
+    for shift in (0, 1):
+        with Keys() as keys:
+            denoiser(*args, **{**kwargs, latent: kwargs[latent] + shift})
+        found.append(keys.seen)
+    changed = [(a != b).any(-1).flatten(0, 1).any(0).tolist() for a, b in zip(*found, strict=True)]
+    first = next(flags for flags in changed if len(set(flags)) == 2)
+    assert first == sorted(first, reverse=first[0]), "one behind the other"
+    assert is_text_first(SimpleNamespace(denoiser=type(denoiser).__name__)) == (not first[0])
+
+
+def test_an_attention_that_runs_row_by_row_is_seen_whole():
+    query, key, value = (torch.randn(3, 2, 7, 5, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    attend, seen = torch.nn.functional.scaled_dot_product_attention, []
+    for pieces in ([slice(0, 3)], [slice(0, 1), slice(1, 2), slice(2, 3)]):
+        with AttentionCapture("attention", rows=3) as capture:
+            for rows in pieces:
+                attend(query[rows], key[rows], value[rows])
+            attend(query.flip(0), key, value)  # another one behind it
+        seen.append(capture.seen["attention"])
+    torch.testing.assert_close(seen[1], seen[0])
+    with AttentionCapture("attention", rows=3) as capture:
+        for row, count in enumerate((7, 5, 6)):
+            attend(*(x[row : row + 1, :, :count] for x in (query, key, value)))
+    found = capture.seen["attention"]
+    assert found.shape == (3, 7)
+    assert not found[1, 5:].any() and not found[2, 6:].any()
+    torch.testing.assert_close(found.sum(1), torch.ones(3))
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
+def test_rows_choose_for_themselves_where_attention_runs_row_by_row(selections):
+    """Mochi's; with texts of other lengths, whose keys are behind the image's."""
+    denoiser, args, kwargs = zoo.tiny("MochiTransformer3DModel").make()
+    toys.randomise(denoiser)
+    kwargs["encoder_attention_mask"] = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]], dtype=torch.bool)
+    together, apart = [], []
+    for rows, found in ((slice(0, 2), together), (slice(0, 1), apart), (slice(1, 2), apart)):
+        given = {name: value[rows] if isinstance(value, torch.Tensor) else value for name, value in kwargs.items()}
+        selections.clear()
+        with c4d.accelerate(denoiser, "toca", recompute_ratio=0.4, schedule="constant", age_weight=0) as handle:
+            with handle.run(num_steps=5), torch.no_grad():
+                for i in range(5):
+                    denoiser(*args, **{**given, "timestep": torch.full((len(given["hidden_states"]),), 900 - 100 * i)})
+            assert not [note for note in handle.stats["notes"] if "was seen around" in note]
+        found.append([index.clone() for index in selections])
+    assert {index.shape[1] for index in together[0]} == {int(0.4 * 32), int(0.4 * 5)}
+    for i, index in enumerate(together[0]):
+        assert index.tolist() == [apart[0][i][0].tolist(), apart[1][i][0].tolist()]
 
 
 # -- what cannot be ----------------------------------------------------------------------------------------------------

@@ -196,6 +196,23 @@ def test_cached_steps_are_a_slow_reference_s_always_from_the_feature_as_it_was_c
         torch.testing.assert_close(ours[step], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_where_guidance_ends_within_a_group_features_are_reused_as_they_are_until_the_next():
+    """The call of half the rows has nothing cached, so it is full; scale and shift are for the group's first step."""
+    found = []
+    for correction in (True, False):
+        unet, made, outputs = sd_like(), even(), []
+        with c4d.accelerate(unet, "cachequant", interval=3, calibration=made, correction=correction) as handle:
+            with handle.run(num_steps=STEPS):
+                for i in range(STEPS):
+                    given = inputs(step=i)
+                    half = {name: value[:1] if value.ndim else value for name, value in given.items()}
+                    outputs.append(call(unet, half if i else given))
+            assert "".join(record.symbol for record in handle.trace.of()) == "FFcFcc"
+        found.append(outputs)
+    are_alike = [torch.equal(a, b) for a, b in zip(*found, strict=True)]
+    assert are_alike == [True, True, True, True, False, False]
+
+
 def test_every_table_begins_a_group_with_1_and_0_and_counts_from_there():
     fit = {"scale s 0 2": torch.arange(12.0).reshape(6, 2, 1), "shift s 0 2": -torch.arange(12.0).reshape(6, 2, 1)}
     ((scale, shift),) = tables(fit, (0, 3))["s"]

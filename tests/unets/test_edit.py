@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from unet_zoo import sd_like
 
 import cache4diffusion as c4d
-from cache4diffusion.edit import masks, sparse
+from cache4diffusion.edit import masks, recording, sparse
 from cache4diffusion.edit.sparse import Moments, Places
 from cache4diffusion.errors import AlreadyAcceleratedError, AnatomyError, RunError, SettingError
 
@@ -239,6 +239,22 @@ def test_flops_are_those_of_the_mask_and_of_the_dense_levels(pipe, capsys):
                     f"\nmask {share:.1%}: {some / dense:.1%} of a dense step, {low / dense:.1%} of which always dense"
                 )
             assert some <= low + 1.5 * share * (dense - low)
+
+
+def test_a_mask_goes_to_where_the_latent_is(pipe, monkeypatch):
+    """Indices on another device than the layers' outputs are an error there."""
+
+    class Stop(Exception):
+        pass
+
+    def begun(mask, dense, calls):
+        raise Stop(mask.device.type)
+
+    monkeypatch.setattr(recording, "_Edit", begun)
+    with c4d.edit.record(pipe, **CALL, generator=noise()) as picture:
+        picture._calls[0].latent = picture._calls[0].latent.to("meta")
+        with pytest.raises(Stop, match="meta"):
+            picture.edit(**NEW, mask=corner().numpy())
 
 
 def test_two_edits_and_a_run_beside_them(pipe):

@@ -138,8 +138,8 @@ class Recording:
             raise SettingError(f"edit({', '.join(sorted(fixed))}=...): an edit has the recorded run's. Record anew.")
         for generator, state in zip(self._generators, self._states, strict=True):
             generator.set_state(state)
-        size = self._calls[0].latent.shape[-2:]
-        given = None if mask is None else resized(_as_mask(mask), *size)
+        latent = self._calls[0].latent
+        given = None if mask is None else resized(_as_mask(mask), *latent.shape[-2:]).to(latent.device)
         self._edit = _Edit(given, dense, len(self._calls))
         try:
             result = self.pipe(**{**self.call, **changes})

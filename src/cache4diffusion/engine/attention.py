@@ -19,6 +19,9 @@ OBSERVED: dict[str, tuple[Literal["attention", "value_norm", "cross_attention"],
 class AttentionCapture(TorchFunctionMode):
     """Sees the first scaled-dot-product attention within, which runs as always, and notes one thing about it.
 
+    One that runs in pieces, on some rows of the batch at a time, is seen until all of them have been; where the pieces
+    have other lengths (Mochi leaves out what pads a text), what is missing at the end of a row is 0.
+
     With ``a = softmax(q k^T)`` per head, all in float32 and in chunks of queries:
 
     - ``"attention"``: what each key token receives, ``mean over heads and queries of a``, ``[B, M]``;
@@ -30,36 +33,49 @@ class AttentionCapture(TorchFunctionMode):
     Args:
         what: which of them.
         chunk: queries at a time.
+        rows: of the batch.
 
     Attributes:
         seen: by name.
         flops: that it took, in products.
     """
 
-    def __init__(self, what: Literal["attention", "value_norm", "cross_attention", "map"], chunk: int = 512) -> None:
+    def __init__(
+        self, what: Literal["attention", "value_norm", "cross_attention", "map"], chunk: int = 512, rows: int = 1
+    ) -> None:
         super().__init__()
-        self.what, self.chunk, self.flops = what, chunk, 0
-        self.seen: dict[str, Tensor] = {}
+        self.what, self.chunk, self.rows, self.flops = what, chunk, rows, 0
+        self._pieces: list[dict[str, Tensor]] = []
+        self._missing = rows
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.nn.functional.scaled_dot_product_attention and not self.seen:
+        if func is torch.nn.functional.scaled_dot_product_attention and self._missing > 0:
             names = ("query", "key", "value", "attn_mask")
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             if all(isinstance(given.get(name), Tensor) for name in names[:3]):
                 self._look(given["query"], given["key"], given["value"], given.get("attn_mask"), given.get("scale"))
+                self._missing -= given["query"].shape[0]
         return func(*args, **kwargs)
 
+    @property
+    def seen(self) -> dict[str, Tensor]:
+        """What was noted, by name."""
+        names = self._pieces[0] if self._pieces else ()
+        return {name: _one_behind_the_other([piece[name] for piece in self._pieces]) for name in names}
+
     def _look(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> None:
+        seen = {}
+        self._pieces.append(seen)
         if self.what == "value_norm":
-            self.seen["value_norm"] = (1 - value.float().norm(dim=-1)).sum(1)
+            seen["value_norm"] = (1 - value.float().norm(dim=-1)).sum(1)
         elif self.what == "map":
-            self.seen["map"] = torch.cat([maps.mean(1) for maps in self._maps(query, key, mask, scale)], 1)
+            seen["map"] = torch.cat([maps.mean(1) for maps in self._maps(query, key, mask, scale)], 1)
         elif self.what == "attention":
             received = torch.zeros(key.shape[0], key.shape[2], device=key.device)
             for maps in self._maps(query, key, mask, scale):
                 received += maps.sum((1, 2))
-            self.seen["attention"] = received / (query.shape[1] * query.shape[2])
+            seen["attention"] = received / (query.shape[1] * query.shape[2])
         else:
             own, of_twins = [], []
             for maps in self._maps(query, key, mask, scale):
@@ -67,9 +83,9 @@ class AttentionCapture(TorchFunctionMode):
                 own.append(entropy(mean))
                 if mean.shape[0] % 2 == 0:
                     of_twins.append(entropy((mean + mean.roll(mean.shape[0] // 2, 0)) / 2))
-            self.seen["cross_attention"] = torch.cat(own, 1)
+            seen["cross_attention"] = torch.cat(own, 1)
             if of_twins:
-                self.seen["cross_attention_of_twins"] = torch.cat(of_twins, 1)
+                seen["cross_attention_of_twins"] = torch.cat(of_twins, 1)
 
     def _maps(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None) -> Iterator[Tensor]:
         """``softmax(q k^T)``, ``[B, heads, chunk, M]``, chunk by chunk."""
@@ -83,6 +99,14 @@ class AttentionCapture(TorchFunctionMode):
                 part = mask if mask.shape[-2] == 1 else mask[..., start : start + self.chunk, :]
                 logits = logits.masked_fill(~part, float("-inf")) if part.dtype == torch.bool else logits + part
             yield logits.softmax(-1)
+
+
+def _one_behind_the_other(pieces: list[Tensor]) -> Tensor:
+    """``[b, N]`` of each piece as ``[B, N]``, with 0 behind the shorter ones."""
+    if len(pieces) == 1:
+        return pieces[0]
+    longest = max(piece.shape[1] for piece in pieces)
+    return torch.cat([torch.nn.functional.pad(piece, (0, longest - piece.shape[1])) for piece in pieces])
 
 
 def entropy(maps: Tensor) -> Tensor:

@@ -220,6 +220,7 @@ class PastFramesDriver(Driver):
     def run(self, context: Context, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The frames that are not held, or all of them."""
         window, state = self._window(args, kwargs), context.state
+        self.host.trace.syncs += isinstance(self._first_place(args, kwargs), Tensor)
         clean, known = self._look(context, window)
         if clean > self.site.capacity and not self.host.composition.is_off:
             raise SettingError(
@@ -311,10 +312,14 @@ class PastFramesDriver(Driver):
             )
         return _Window(args, kwargs, axes, frames, self._place(args, kwargs))
 
-    def _place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    def _first_place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What says where the window is in the video, if anything does."""
         if self._first_frame is None:
-            return 0
-        value = get_argument(self.host.inputs.module, args, kwargs, (self._first_frame,))
+            return None
+        return get_argument(self.host.inputs.module, args, kwargs, (self._first_frame,))
+
+    def _place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        value = self._first_place(args, kwargs)
         if value is None:
             return 0
         places = set(value.flatten().tolist()) if isinstance(value, Tensor) else {value}

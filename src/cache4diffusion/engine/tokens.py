@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from cache4diffusion.anatomy import Anatomy
 from cache4diffusion.anatomy.facts import BESIDE
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from cache4diffusion.engine.parts import PartsDriver
 
 # Denoisers whose two-stream blocks attend to [image, text]; the others to [text, image].
-_IMAGE_FIRST = ("HunyuanVideo", "Mochi", "SD3")
+_IMAGE_FIRST = ("HiDream", "HunyuanImage", "HunyuanVideo", "JoyImage", "Mochi", "MotifVideo", "NucleusMoE", "SD3")
 _SURVEY = ""  # under which name a rule's state of the whole branch is kept, beside those of the parts
 
 
@@ -151,7 +152,9 @@ class TokenDriver:
         """Run an attention module and keep what it shows, for the parts of the same block."""
         context = self.driver.switch.context
         assert context is not None
-        with AttentionCapture(next(what for what in OBSERVED[kind] if what in self.rule.observes)) as capture:
+        with AttentionCapture(
+            next(what for what in OBSERVED[kind] if what in self.rule.observes), rows=context.batch
+        ) as capture:
             output = found(*args, **kwargs)
         context.scratch.setdefault(("attention", position), {}).update(capture.seen)
         return output
@@ -201,8 +204,9 @@ class TokenDriver:
                 place = self._place(context, site)
                 state = context.state.tokens.setdefault(site.name, self.rule.init())
                 seen = context.scratch.get(("attention", site.position), {})
-                # An attention that runs piece by piece shows a piece.
-                seen = {what: values for what, values in seen.items() if values.shape[1] >= place.length}
+                # An attention that runs on some tokens at a time shows those only.
+                is_whole = {what: v.shape[0] == place.batch and v.shape[1] >= place.length for what, v in seen.items()}
+                seen = {what: values for what, values in seen.items() if is_whole[what]}
                 for what in wanted:
                     if what not in seen:
                         self.driver.host.note(
@@ -216,8 +220,14 @@ class TokenDriver:
         """Of a joint attention's tokens, those of the part's own stream."""
         if received.shape[1] == place.length:
             return received
-        is_first = (place.segments[0].kind == "text") == self._is_text_first
-        return received[:, : place.length] if is_first else received[:, -place.length :]
+        is_text = place.segments[0].kind == "text"
+        if is_text == self._is_text_first:
+            return received[:, : place.length]
+        if not is_text:
+            return received[:, -place.length :]
+        image = context.state.extra[f"lengths.{site.position}"][0]
+        behind = received[:, image : image + place.length]  # all of the text, or what no mask leaves out of it
+        return pad(behind, (0, place.length - behind.shape[1]))
 
     def _place(self, context: Context, site: PartSite) -> TokenPlace:
         history = context.state.sites[site.name]
@@ -282,10 +292,10 @@ class TokenDriver:
             index = self._selection_of_the_lead(context, place) if is_tied else None
             if index is None:
                 levels = context.call.run.timesteps
-                place = dataclasses.replace(place, twins=self._twins(context), entering=entering, levels=levels)
-                place = dataclasses.replace(place, survey=context.state.tokens.get(_SURVEY))
+                seen = dataclasses.replace(place, twins=self._twins(context), entering=entering, levels=levels)
+                seen = dataclasses.replace(seen, survey=context.state.tokens.get(_SURVEY))
                 state = context.state.tokens.setdefault(site.name, self.rule.init())
-                index = self.rule.select(state, place, context.state.sites[site.name].rings[0].device)
+                index = self.rule.select(state, seen, context.state.sites[site.name].rings[0].device)
                 if not self._is_tokenwise(site) and index.shape[1] < place.length:
                     index = index[:, :0]
                 if is_tied:
@@ -343,7 +353,8 @@ class TokenDriver:
             args, kwargs = with_arguments(site.module, args, kwargs, {path: take(x, index)})
         fresh = found(*args, **kwargs)
         values = [fresh] if isinstance(fresh, Tensor) else [leaf for leaf in fresh if isinstance(leaf, Tensor)]
-        is_kept = isinstance(self.driver.predictor, Reuse)  # what was computed stays in the cache
+        # What was computed stays in the cache, unless the rule itself remembers how tokens were moved.
+        is_kept = isinstance(self.driver.predictor, Reuse) and not isinstance(self.rule, Spreading)
         if isinstance(self.rule, Spreading):
             place = dataclasses.replace(self._place(context, site), survey=context.state.tokens.get(_SURVEY))
             kept = context.state.tokens.setdefault(site.name, self.rule.init())

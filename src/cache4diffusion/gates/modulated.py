@@ -18,7 +18,7 @@ def modulated_steps(num_steps: int, interval: int, rule: str) -> tuple[int, ...]
             continue
         progress = count / num_steps
         distance = round(interval / (1.4 - 0.8 * progress if rule == "dit" else 0.8 + 0.4 * progress))
-        if rule == "dit" and 0.2 <= progress < 0.4:
+        if rule == "dit" and int(0.2 * num_steps) <= count < int(0.4 * num_steps):
             distance = 2
         if index > 0 and count % distance == 0:
             full.append(index)
@@ -30,7 +30,8 @@ class ModulatedInterval(StaticGate):
     """Full where a count is a multiple of ``n``, and ``n``, near ``interval``, is set anew at each full step.
 
     - ``"dit"`` counts ``s`` down from ``T - 1``: ``n = round(interval / (1.4 - 0.8 s / T))``, but 2 for ``s`` from
-      ``0.2 T`` up to ``0.4 T``. ``ModulatedInterval(3)`` over 20 steps is ``FccccccFccFccFcFcFcF``.
+      ``floor(0.2 T)`` up to, not with, ``floor(0.4 T)``. ``ModulatedInterval(3)`` over 20 steps is
+      ``FccccccFccFccFcFcFcF``.
     - ``"pixart"`` counts ``s`` up: ``n = round(interval / (0.8 + 0.4 s / T))``.
       ``ModulatedInterval(3, "pixart")`` over 20 steps is ``FcccccFccFccFccFccFc``.
 

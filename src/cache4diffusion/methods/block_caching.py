@@ -30,6 +30,7 @@ class BlockCaching(Method):
     with ``a * C + d``, where ``a`` and ``d``, per channel, step and block, were trained by the same command on your
     denoiser, which stays as it is, against its own uncached outputs. They belong to one schedule: ``--set
     threshold=0.2`` when calibrating decides about it. Without them (``scale_shift=False``) any threshold can be had.
+    What was computed at another step than the schedule's (where guidance ends, say) is reused as it is.
 
     Changes of 0.2 with a threshold of 0.5 over 7 steps are ``FccFccF``. A run of other steps or noise levels than the
     calibration's needs ``resample=True`` and ``scale_shift=False``.
@@ -89,7 +90,7 @@ class BlockCaching(Method):
         return Composition(
             site=site_of(trained.unit),
             gate=Timetable(full, num_steps, entry.levels, resample=self.resample),
-            predictor=ScaleShift({name: _tables(entry.fit, name) for name in full}) if is_mended else Reuse(),
+            predictor=ScaleShift({name: _tables(entry.fit, name) for name in full}, full) if is_mended else Reuse(),
         )
 
     @property

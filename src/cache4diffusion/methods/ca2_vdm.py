@@ -33,8 +33,8 @@ class Ca2VDM(Method):
     still knows of frames that have left, as published; a loop that recomputes its window does not.
 
     Cost: keys and values of every attention over time, ``2 B L T S C`` for T frames of S tokens, and arguments and
-    outputs of these frames, which are compared with what comes, and handed out again. One host sync per call, and three
-    forwards at the first one of all.
+    outputs of these frames, which are compared with what comes, and handed out again. One host sync per call (two where
+    ``first_frame`` is a tensor), and three forwards at the first one of all.
     Differences from the code: keys are kept as attention sees them, normed and rotated for their place in the video,
     where the code rotates by the place in the queue, which is the same attention. Prefix-enhanced spatial attention is
     not served. The loop says which frames are in sight; the code counts them.

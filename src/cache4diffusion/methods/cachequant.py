@@ -30,7 +30,8 @@ class CacheQuant(Method):
     interval`` steps with the least sum of ``cost(j, n) = sum over i = j .. n-1 of |X_i - X_j|_1``. Decoupled error
     correction (DEC): step i of the group that begins at j goes on with ``a_i F_j + b_i`` per channel, always from the
     feature as it was computed, so errors do not add up. ``a_i = cov(X_i, X_j) / var(X_j)`` and ``b_i`` are one for both
-    CFG branches. Where features drift evenly, 9 steps at an interval of 3 are ``FccFccFcc``.
+    CFG branches. What was computed at another step than j (where guidance ends, say) is reused as it is. Where features
+    drift evenly, 9 steps at an interval of 3 are ``FccFccFcc``.
 
     Distances, a and b are measured by ``c4d calibrate`` once, for every interval up to ``(reach + 1) / 2``. What is
     cached is a U-Net's level, as in `DeepCache`; on transformers calibrate with ``--set unit=span``: then it is the
@@ -47,7 +48,9 @@ class CacheQuant(Method):
     nothing that reads a cached feature is quantised.
     """
 
-    interval: int = setting(5, "steps to a full one, on average; 1 never caches. Code: 5 (SD), 10 to 20 (LDM)", ge=1)
+    interval: int = setting(
+        5, "steps to a full one, on average; 1 never caches. Code: 5 (SD), 2 (LSUN), 20 (ImageNet), 10 (CIFAR)", ge=1
+    )
     correction: bool = setting(True, "whether features are scaled and shifted; without it, DeepCache's reuse")
     calibration: Given = setting(None, "distances, scales and shifts: a file of c4d calibrate, or what it returned")
     resample: bool = setting(False, "accept other steps or noise levels, by the nearest calibrated ones")
@@ -86,10 +89,14 @@ class CacheQuant(Method):
             )
         errors = entry.fit["errors"].tolist()
         full = grouped(errors, self.interval)
+        predictor = Reuse()
+        if is_mended:
+            numbers = tables(entry.fit, full)
+            predictor = ScaleShift(numbers, dict.fromkeys(numbers, full))
         return Composition(
             site=made.statistic.site,
             gate=Timetable({"": full}, len(errors), entry.levels, resample=self.resample),
-            predictor=ScaleShift(tables(entry.fit, full)) if is_mended else Reuse(),
+            predictor=predictor,
         )
 
 

@@ -33,7 +33,8 @@ class ClusCa(Method):
     differences, and adds the forecast's differences to tokens that were just computed: ``variant="official"`` (and
     order 0, where the two are one). In either, sums are in float32, clusters without tokens are left where they are and
     another token is computed for them (the code computes token 0 once more, and counts it twice), and k-means begins
-    with distinct tokens and makes as many assignments as it may. HunyuanVideo's code can cluster each frame apart.
+    with distinct tokens and makes as many assignments as it may. HunyuanVideo's code can cluster each frame apart, and
+    puts what it computed of the image into its text; here that is the text's own.
     """
 
     interval: int = setting(5, "distance of two full steps; 1 never caches. Code: 5 (FLUX), 4 (DiT)", ge=1)
@@ -43,7 +44,7 @@ class ClusCa(Method):
     gamma: float = setting(
         0.005, "weight of a cluster's mean. Code: 0.005 (FLUX), 0.01 (HunyuanVideo), 0 (DiT)", ge=0, le=1
     )
-    spreads_text: bool = setting(False, "whether text tokens are moved, too")
+    spreads_text: bool = setting(False, "whether text tokens are moved, too. Code: yes (HunyuanVideo), no (FLUX)")
     iterations: int = setting(10, "assignments of k-means", ge=1)
     seed: int = setting(0, "of the draws", ge=0)
     variant: Literal["ours", "official"] = setting("ours", "whose arithmetic")
@@ -66,7 +67,14 @@ class ClusCa(Method):
             "FLUX.1-dev": {"interval": 5, "order": 1, "warmup": 3, "clusters": 16, "gamma": 0.005},
             "FLUX.1-dev, on Ascend": {"interval": 6, "order": 1, "clusters": 16, "gamma": 0.007},
             "DiT-XL/2": {"interval": 4, "order": 4, "warmup": 2, "clusters": 16, "gamma": 0.0, "iterations": 100},
-            "HunyuanVideo": {"interval": 5, "order": 1, "warmup": 1, "clusters": 32, "gamma": 0.01},
+            "HunyuanVideo": {
+                "interval": 5,
+                "order": 1,
+                "warmup": 1,
+                "clusters": 32,
+                "gamma": 0.01,
+                "spreads_text": True,
+            },
         },
     )
 

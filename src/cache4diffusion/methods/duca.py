@@ -34,8 +34,8 @@ class DuCa(Method):
     Cost: ToCa's memory, and one copy of the last block's output. An aggressive step costs the embedders and the final
     layer. No host sync.
     Differences from the code: the gate is asked once per step (DiT's in every block). In Open-Sora's, cross-attention
-    has a period of its own and keeps the last state of spatial and temporal blocks apart; here both have one.
-    ``cross_weight`` is ToCa's. The schedule of the paper's second version on FLUX could not be read: the defaults are
+    has a period of its own and keeps the last state of spatial and temporal blocks apart; here both have one. The
+    schedule of the paper's second version on FLUX could not be read: the defaults are
     ours.
     """
 
@@ -43,16 +43,20 @@ class DuCa(Method):
     recompute_ratio: float = setting(
         0.1, "fraction computed on conservative steps. Code: 0.05 (DiT), 0.75 (PixArt), 0.1 (Open-Sora)", ge=0, le=1
     )
-    score: Literal["random", "value_norm", "attention"] = setting("random", "what ranks the tokens besides age")
+    score: Literal["random", "value_norm", "attention"] = setting(
+        "random", "what ranks the tokens besides age. Code: attention (DiT, PixArt), value_norm (Open-Sora)"
+    )
     seed: int = setting(0, "of the random score", ge=0)
     age_weight: float = setting(0.25, "weight of the time since a token was computed. Code: 0.25", ge=0)
     schedule: Literal["flux", "dit", "dit-ddpm", "pixart", "open-sora", "constant"] = setting(
         "constant", "how the ratio varies over steps, layers and parts, as in ToCa"
     )
     warmup: int = setting(3, "first steps that are always full. Code: 3 (Open-Sora), 1 (others)", ge=1)
-    cross_weight: float = setting(0.0, "share of the cross-attention's entropy in the ranking", ge=0, le=1)
-    bonus: float = setting(0.0, "raises the best token of each neighbourhood. Code: 0.8 (DiT)", ge=0)
-    window: int = setting(2, "side of a neighbourhood in tokens. Code: 2 (DiT)", ge=1)
+    cross_weight: float = setting(
+        0.0, "share of the cross-attention's entropy in the ranking. Code: 1 (PixArt)", ge=0, le=1
+    )
+    bonus: float = setting(0.0, "raises the best token of each neighbourhood. Code: 0.8 (DiT), 0.4 (PixArt)", ge=0)
+    window: int = setting(2, "side of a neighbourhood in tokens. Code: 2 (DiT), 4 (PixArt)", ge=1)
     full_steps: Literal["flux", "open-sora", "dit"] = setting("flux", "which steps are full, as in ToCa")
     order: Literal["since", "until"] = setting("since", "from where conservative and aggressive steps are counted")
     branches: Literal["independent", "tied"] = setting("independent", "whether CFG branches follow the first one")
@@ -75,20 +79,24 @@ class DuCa(Method):
             "DiT-XL/2, 50 DDIM steps": {
                 "interval": 3,
                 "recompute_ratio": 0.05,
-                "score": "value_norm",
+                "score": "attention",
                 "schedule": "dit",
                 "full_steps": "dit",
                 "warmup": 1,
                 "bonus": 0.8,
+                "window": 2,
                 "order": "until",
             },
             "PixArt-alpha": {
                 "interval": 3,
                 "recompute_ratio": 0.75,
-                "score": "value_norm",
+                "score": "attention",
+                "cross_weight": 1.0,
                 "schedule": "pixart",
                 "full_steps": "open-sora",
                 "warmup": 1,
+                "bonus": 0.4,
+                "window": 4,
             },
             "Open-Sora 1.2": {
                 "interval": 3,
@@ -103,7 +111,7 @@ class DuCa(Method):
 
     def compose(self) -> Composition:
         """Parts and last stream x fixed or modulated interval x reuse x top score."""
-        gate, guards = gate_of(self.full_steps, self.interval, self.warmup)
+        gate, guards = gate_of(self.full_steps, self.interval, self.warmup, is_modulated=self.recompute_ratio > 0)
         return Composition(
             site=PartsAndStream(pattern="cj", counted=self.order),
             gate=gate,

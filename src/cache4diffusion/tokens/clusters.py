@@ -83,7 +83,7 @@ class ClusterTokens:
     Args:
         clusters: ``K``, per stream. Released code: 16 (FLUX, DiT), 32 (HunyuanVideo).
         gamma: weight of the cluster's mean, 0 to 1. Released code: 0.005 (FLUX), 0.01 (HunyuanVideo), 0 (DiT).
-        spreads_text: whether text tokens are moved, too. Released code: no (FLUX).
+        spreads_text: whether text tokens are moved, too. Released code: no (FLUX), yes (HunyuanVideo).
         iterations: of k-means. Released code: at most 10 (100 on DiT), or until centroids stand still.
         seed: of the draws, which are the same on every device and for every row.
         variant: ``"official"`` keeps the released arithmetic: what tokens were moved by stays with them until the next
@@ -214,8 +214,9 @@ class ClusterTokens:
                 sums, counts = sums_by_label(fresh[:, own], mine, self.clusters)
                 means = sums / counts.clamp_min(1)[..., None]
                 means = means.gather(1, labels[..., None].expand(-1, -1, means.shape[-1]))
+                is_led = (counts > 0).gather(1, labels)[..., None]  # of a cluster that nothing was computed of, none
                 span = moved[:, segment.start : segment.stop]
-                span += self.gamma * (means - span)
+                span += torch.where(is_led, self.gamma * (means - span), 0.0)
         return moved.scatter_(1, index[..., None].expand(-1, -1, moved.shape[-1]), fresh.float())
 
     def tensors(self, state: ClusterState) -> Sequence[Tensor]:

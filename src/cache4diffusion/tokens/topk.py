@@ -43,8 +43,9 @@ class TokenState:
 class TopScore:
     """Per segment (image, text), the ``int(R * N)`` tokens with the highest score.
 
-    ``S = (1 - cross_weight) * s1 + cross_weight * s2 + age_weight * s3``, and then ``S += bonus * S`` for the highest
-    token of each ``window x window`` neighbourhood (``s4``), so that the computed tokens spread over the image:
+    ``S = (1 - cross_weight) * s1 + cross_weight * s2 + age_weight * s3``, and then ``S += bonus * |S|`` for the highest
+    token of each ``window x window`` neighbourhood (``s4``), so that the computed tokens spread over the image (the
+    code adds ``bonus * S``, which lowers it where value norms above 1 make S negative):
 
     - ``s1``, self-attention: the mean attention a token received at the last full step, normalised to length 1 over
       the segment; or what ``score`` says instead.
@@ -205,8 +206,8 @@ class TopScore:
 
 
 def with_bonus(score: Tensor, grid: tuple[int, int, int], window: int, bonus: float) -> Tensor:
-    """``s4``: ``[B, N]`` scores, where the highest of each window is multiplied by ``1 + bonus``."""
+    """``s4``: ``[B, N]`` scores, where the highest of each window is raised by ``bonus`` times its size."""
     maps = score.view(-1, *grid)
     _, highest = max_pool2d(maps, window, ceil_mode=True, return_indices=True)
     is_highest = torch.zeros_like(maps).flatten(2).scatter_(2, highest.flatten(2), 1.0).view_as(score)
-    return score + bonus * score * is_highest
+    return score + bonus * score.abs() * is_highest
