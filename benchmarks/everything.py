@@ -162,7 +162,8 @@ def overview(results: Results) -> list[str]:
         if broken is not None:
             words = f"{speedup(broken.flops_speedup)}: "
             words += f"{points(broken.accuracy_difference)} points, {percent(broken.psnr_wins)} wins"
-        cells = [f"`{name}`", rows[0].fidelity, *cells, ", ".join(wins) or "never", words]
+        is_compared = any(row.psnr_wins is not None for row in rows)
+        cells = [f"`{name}`", rows[0].fidelity, *cells, ", ".join(wins) or ("never" if is_compared else "–"), words]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -198,6 +199,7 @@ def page(results: Results, picture: str) -> str:
     methods = results.methods
     winners = {row.method for row in methods if beats_fewer_steps(row)}
     names = list(dict.fromkeys(row.method for row in methods))
+    losers = dict.fromkeys(row.method for row in methods if row.psnr_wins is not None and row.method not in winners)
     lines = [
         f"# All methods on {results.conditions.denoiser}",
         "",
@@ -214,7 +216,7 @@ def page(results: Results, picture: str) -> str:
         "are medians of few batches: where other work is on the machine they scatter by a third, FLOPs do not.",
         "",
         f"{len(winners)} methods beat fewer steps at one setting or more; never: "
-        f"{', '.join(f'`{name}`' for name in names if name not in winners) or 'none'}.",
+        f"{', '.join(f'`{name}`' for name in losers) or 'none'}.",
         "",
         f"![PSNR against FLOPs speed-up]({picture})",
         "",

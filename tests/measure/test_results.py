@@ -116,6 +116,14 @@ def test_markdown_has_a_line_per_row_and_the_conditions(made_up):
     assert lines[-1] == results.conditions.caption()
 
 
+def test_what_could_not_be_run_is_named_once_per_reason(made_up):
+    ran = made_up[0].methods[0].method
+    why = {"tome (ratio=0.3)": "no parts", "tome (ratio=0.5)": "no parts", "todo": "no parts", f"{ran} (order=9)": "no"}
+    results = made_up[0].model_copy(update={"conditions": made_up[0].conditions.model_copy(update={"left_out": why})})
+    assert results.left_out == {"tome, todo": "no parts", f"{ran} (order=9)": "no"}
+    assert "- left out: tome, todo: no parts\n" in markdown_table(results)
+
+
 @pytest.mark.parametrize("width", [80, 110, 150, 320])
 def test_the_console_table_fits_and_keeps_names_and_fidelity(made_up, width):
     console = Console(width=width, record=True, file=io.StringIO())

@@ -256,6 +256,18 @@ class Results(_Strict):
         return [row for row in self.rows if row.kind == "method"]
 
     @property
+    def left_out(self) -> dict[str, str]:
+        """Names of what was asked for and could not be run, and why: names that share a reason in one string.
+
+        A method's settings are named only where it ran at others.
+        """
+        ran, by_reason = {row.method for row in self.methods}, dict[str, dict[str, None]]()
+        for title, reason in self.conditions.left_out.items():
+            method = title.partition(" (")[0]
+            by_reason.setdefault(reason, {})[title if method in ran else method] = None
+        return {", ".join(names): reason for reason, names in by_reason.items()}
+
+    @property
     def fewer_steps(self) -> list[Row]:
         """The rows ``fewer-steps-N``."""
         return [row for row in self.rows if row.kind == "fewer-steps"]

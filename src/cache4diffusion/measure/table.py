@@ -163,8 +163,8 @@ def _strip(strip: str) -> Text:
 
 
 def left_out(results: Results) -> list[str]:
-    """A line for every method that was asked for and could not be run."""
-    return [f"left out: {name}: {reason}" for name, reason in results.conditions.left_out.items()]
+    """A line for every reason why methods that were asked for could not be run."""
+    return [f"left out: {names}: {reason}" for names, reason in results.left_out.items()]
 
 
 def markdown_table(results: Results) -> str:
