@@ -69,6 +69,11 @@ class TokenPlace:
         return max(segment.stop for segment in self.segments)
 
 
+def placed(made: Tensor, device: torch.device) -> Tensor:
+    """What was made on the host, where it is needed, without a wait: a blocking copy first lets a GPU come to rest."""
+    return made.to(device, non_blocking=True)
+
+
 def of_twins(values: Tensor, place: TokenPlace) -> Tensor:
     """``[B, N]`` values, where rows are twins their mean."""
     if place.twins is None:
