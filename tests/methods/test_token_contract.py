@@ -12,6 +12,7 @@ import cache4diffusion as c4d
 import toys
 from cache4diffusion.gates.base import PartInput
 from cache4diffusion.tokens import ClusterTokens, RoutedTokens, TopScore, WeightedTokens
+from cache4diffusion.tokens.base import STAGED, placed
 from ranks import on_ranks
 from simulated import can_register, register
 from small_denoisers import accelerated
@@ -78,8 +79,9 @@ def test_a_shape_guard_sees_the_same_run_for_other_data(name):
     ],
     ids=lambda rule: type(rule).__name__,
 )
-def test_choosing_tokens_waits_for_nothing(rule):
+def test_choosing_tokens_waits_for_nothing(rule, monkeypatch):
     """What is made on the host is not waited for; `test_making_a_plan_waits_for_nothing` has the other rules."""
+    monkeypatch.setattr("cache4diffusion.tokens.base.STAGED", {"meta"})
     x, state = tokens().to("meta"), rule.init()
     where = dataclasses.replace(place(step=1), entering=x, num_blocks=1)
     with Waits() as waits:
@@ -90,6 +92,14 @@ def test_choosing_tokens_waits_for_nothing(rule):
     assert index.device.type == "meta"
     assert waits.copies
     assert not waits.seen
+
+
+def test_devices_that_may_read_ordinary_memory_later_are_waited_for():
+    """As Apple's: what is drawn is gone by then."""
+    with Waits() as waits:
+        placed(torch.zeros(3), torch.device("meta"))
+    assert waits.copies == len(waits.seen) == 1
+    assert {"cuda"} == STAGED
 
 
 @torch.no_grad()

@@ -28,12 +28,11 @@ class ToMA(Method):
 
     Cost: at every ``renew``-th step a matrix of cosines per tile and the greedy choice in it; at every step, per part,
     two products of ``N x tile^2 (1 - ratio)`` numbers with the features. Nothing is sorted or scattered.
-    Differences from the code: it is for FLUX, and merges in joint attention (of single blocks all, of the others keys
-    and values alone), which is refused here: all rows of a batch share one table of positions, and merge at places of
-    their own, where the code takes the first row's for all. There destinations and W are made once for all blocks of a
-    kind and serve one step, and steps between every third one are whole; here they are each block's own, and serve
-    several: the numbers of steps are the paper's for U-Nets as remembered. Tiles differ in size where the grid asks for
-    it (the code: squares), and halves of guidance share their destinations.
+    Differences from the code: it is for FLUX, and merges in joint attention, which is refused here: all rows of a batch
+    share one table of positions, and merge at places of their own, where the code takes the first row's for all. There
+    destinations and W are made once for all blocks of a kind and serve one step, and of three steps two are whole; here
+    they are each block's own and serve several, in numbers that are the paper's for U-Nets as remembered. Tiles differ
+    in size where the grid asks for it (the code: squares), and halves of guidance share their destinations.
     """
 
     ratio: float = setting(0.5, "share of the tokens that is merged; 0 is off. Code: 0.5", ge=0, le=1)
