@@ -645,6 +645,17 @@ def test_parts_of_a_block_follow_its_plan():
     assert parts == [f"transformer_blocks.{i}.{part}" for i in range(3) for part in ("attn1", "ff")]
 
 
+def test_a_part_that_is_given_other_tokens_is_computed_whole():
+    """As by a host that calls it once more, for something else."""
+    denoiser, inputs = case("dit")
+    block, seen = denoiser.transformer_blocks[0], []
+    block.attn1.register_forward_hook(lambda module, args, out: seen.append(block.ff(out[:, :5]).shape[1]))
+    _, trace, stats = accelerated(denoiser, inputs, 1, "tome", merge_ffn=True)
+    assert set(seen) == {5}
+    assert any("transformer_blocks.0.ff is given other rows than the tokens of its block" in n for n in stats["notes"])
+    assert [path for path, short, _ in trace.of()[0].reduced.parts if short == 8].count("transformer_blocks.0.ff") == 1
+
+
 def test_a_gate_may_leave_steps_whole():
     composition = c4d.Composition(Reduced(), Throughout(start=2), tokens=MergeTokens())
     denoiser, inputs = case("dit")

@@ -238,7 +238,7 @@ class ReductionDriver(Driver):
 
     def _place(self, context: Context, block: Block, entering: Tensor) -> TokenPlace | None:
         """Where a plan is made; None where all tokens are to be computed."""
-        grid = self._grid(context, entering.shape[1]) if entering.ndim == 3 else None
+        grid = self._grid(context, entering.shape[1])
         if grid is None:
             return None
         most = context.state.extra["most"] = max(context.state.extra.get("most", 0), entering.shape[1])
