@@ -1,6 +1,8 @@
-"""Places, tokens and denoisers of the tests of methods that compute fewer tokens."""
+"""Places, tokens, denoisers and a guard of the tests of methods that compute fewer tokens."""
 
+import diffusers
 import torch
+from torch.overrides import TorchFunctionMode
 
 import anatomy_zoo
 from cache4diffusion.gates import Step
@@ -42,3 +44,33 @@ def twins_of(kind):
     denoiser, inputs = case(kind)
     latent = "sample" if kind == "unet" else "hidden_states"
     return denoiser, {**inputs, latent: inputs[latent][:1].repeat(2, 1, 1, 1)}
+
+
+def unet_of_two_levels():
+    torch.manual_seed(1)
+    return diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=12,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    ).eval()
+
+
+class Waits(TorchFunctionMode):
+    """Copies to another device that wait for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.copies = [], 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.to and args[0].device != out.device:
+            self.copies += 1
+            if not (kwargs or {}).get("non_blocking"):
+                self.seen.append((args[0].shape, args[1:]))
+        return out

@@ -44,6 +44,24 @@ def matched(x, height, width, side, key, twins=False):
     return dst, rows
 
 
+def important(x, signal, r, share, key, count):
+    """Importance-based merging's released rule for one row: destinations, and as which token every token goes on."""
+    length = len(x)
+    ties, draws = torch.rand(2, length, generator=drawn(key)).tolist()
+    heat = signal.tolist()
+    pool = sorted(range(length), key=lambda i: (-heat[i], ties[i]))[
+        : min(max(int((length - r) * share), count), length)
+    ]
+    dst = sorted(pool, key=lambda i: -draws[i])[:count]
+    pairs = []
+    for i in range(length):
+        if i not in dst:
+            value, target = max((cosine(x[i], x[j]), j) for j in dst)
+            pairs.append((heat[i] < heat[pool[-1]], value, i, target))
+    merged = {i: target for _, _, i, target in sorted(pairs, reverse=True)[:r]}
+    return sorted(dst), [merged.get(i, i) for i in range(length)]
+
+
 def formed(tokens, form):
     """What a group of tokens goes on as; its destination is the last."""
     if form == "pick":

@@ -477,6 +477,7 @@ def test_a_calibrated_run_leaves_out_where_and_when_its_tiers_say(monkeypatch):
         (AsymmetricTokens, {"renew": 0}),
         (ReducedAttention, {"kinds": ("ffn",)}),
         (lambda **settings: c4d.method("asymrnr", **settings), {"query_tiers": (6,)}),
+        (lambda **settings: c4d.method("asymrnr", **settings), {"query_tiers": (6, 10)}),
         (lambda **settings: c4d.method("asymrnr", **settings), {"value_ratios": (0.3, 1.5), "value_tiers": (7, 8)}),
     ],
 )

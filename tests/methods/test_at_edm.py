@@ -5,15 +5,17 @@ import copy
 import diffusers
 import pytest
 import torch
-from reduction_cases import case, place, rng, tokens, twins_of
+from reduction_cases import case, place, rng, tokens, twins_of, unet_of_two_levels
 from slow_reductions import cosine
 
 import cache4diffusion as c4d
+from cache4diffusion.cost import step_cost
 from cache4diffusion.engine.attention import AttentionCapture
 from cache4diffusion.errors import SettingError
+from cache4diffusion.measure.cost import count_flops
 from cache4diffusion.tokens import RankedTokens
 from cache4diffusion.tokens.ranked import page_rank
-from small_denoisers import accelerated, differences
+from small_denoisers import accelerated, differences, unet_inputs
 
 
 def maps_of(count=24, batch=2, seed=1, sharpness=2.0):
@@ -214,6 +216,42 @@ def test_attention_that_cannot_be_seen_is_noted_and_left_whole():
         _, trace, stats = accelerated(denoiser, inputs, 2, "at-edm")
     assert trace.strip() == "FF"
     assert any("no attention was seen in transformer_blocks.0" in note for note in stats["notes"])
+
+
+class InTurns:
+    """A processor that attends to the last row apart from the others, as those of perturbed guidance do."""
+
+    def __call__(self, attn, x, *args, **kwargs):
+        plain = diffusers.models.attention_processor.AttnProcessor2_0()
+        return torch.cat([plain(attn, rows, *args, **kwargs) for rows in (x[:-1], x[-1:]) if len(rows)])
+
+
+def test_rows_that_are_attended_to_apart_are_not_ranked_by_the_first_ones():
+    denoiser, inputs = twins_of("dit")
+    for block in denoiser.transformer_blocks:
+        block.attn1.set_processor(InTurns())
+    with pytest.warns(UserWarning, match="0 of 2 steps were cached"):
+        _, trace, stats = accelerated(denoiser, inputs, 2, "at-edm", interval=2)
+    assert trace.strip() == "FF"
+    assert any("no attention was seen in transformer_blocks.0 for all rows" in note for note in stats["notes"])
+
+
+def test_levels_that_are_not_served_are_not_looked_at(monkeypatch):
+    """Their maps would be made for nothing, and their FLOPs be missing."""
+    seen, look = [], AttentionCapture._look
+    monkeypatch.setattr(
+        AttentionCapture, "_look", lambda self, q, *rest: seen.append(q.shape[2]) or look(self, q, *rest)
+    )
+    denoiser, call = unet_of_two_levels(), {**unet_inputs(2), "timestep": torch.tensor(500)}
+    with c4d.accelerate(denoiser, "at-edm", max_downsample=1.0, early=0.0) as handle, torch.no_grad():
+        with handle.run(num_steps=1):
+            denoiser(**call)
+        seen.clear()
+        with handle.run(num_steps=2):
+            counted = [count_flops(lambda: denoiser(**call)) for _ in range(2)]
+        expected = [step_cost(handle._engines[0]).of(record) for record in handle.trace.of()]
+    assert set(seen) == {64}
+    assert expected == counted
 
 
 @pytest.mark.parametrize("settings", [{"ratio": 1.5}, {"iterations": 0}, {"early": -0.1}, {"early_whole": 2.0}])

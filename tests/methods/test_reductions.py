@@ -2,12 +2,13 @@
 
 import dataclasses
 import itertools
+import weakref
 
 import diffusers
 import pytest
 import torch
-from reduction_cases import case, place, rng, tokens, twins_of
-from slow_reductions import SlowMerging, cosine, matched, merged_attention
+from reduction_cases import Waits, case, place, rng, tokens, twins_of, unet_of_two_levels
+from slow_reductions import SlowMerging, cosine, important, matched, merged_attention
 
 import cache4diffusion as c4d
 import toys
@@ -28,6 +29,7 @@ from cache4diffusion.tokens import (
     TopScore,
 )
 from cache4diffusion.tokens.merging import destinations, match, merge_plan
+from cache4diffusion.zoo import TINY
 from ranks import on_ranks
 from simulated import can_register, register
 from small_denoisers import (
@@ -238,38 +240,66 @@ def test_a_bucket_rounds_down():
 # -- important tokens ------------------------------------------------------------------------------------------------
 
 
-def test_important_tokens_are_never_merged_and_hold_the_destinations():
-    rule, x, signal = MergeTokens(0.5, pool=0.4), tokens(), torch.rand(2, 24, generator=rng(9))
-    plan = rule.plan(rule.init(), dataclasses.replace(place(), signal=signal), x)
+def of_signal(signal, x=None, step=0, **settings):
+    rule, x = MergeTokens(**{"ratio": 0.5, "pool": 1.4, **settings}), tokens() if x is None else x
+    return rule.plan(rule.init(), dataclasses.replace(place(step=step, batch=len(x)), signal=signal), x)
+
+
+def went_on_as(plan, row):
+    """As which token every token goes on."""
+    kept = plan.kept[row].tolist()
+    return [kept[slot] for slot in plan.owner[row].tolist()]
+
+
+@pytest.mark.parametrize("pool", [0.2, 1.0, 1.4, 9.0])
+@pytest.mark.parametrize("levels", [24, 3, 1])
+def test_what_is_important_is_merged_as_in_the_released_code(pool, levels):
+    """Also where few levels of importance differ, or none."""
+    signal = (torch.rand(2, 24, generator=rng(9)) * levels).floor()
+    x = tokens()
+    plan = of_signal(signal, x, pool=pool)
     assert plan.length == 24 - 12
     for row in range(2):
-        pool = set(signal[row].topk(9).indices.tolist())
+        dst, behind = important(x[row], signal[row], 12, pool, "0/0/a/pool", 6)
+        assert sorted(plan.kept[row, -6:].tolist()) == dst
+        assert went_on_as(plan, row) == behind
+
+
+def test_important_tokens_are_merged_last_and_hold_the_destinations():
+    """Of 24 tokens 12 are left; 16 are important, and all 8 others merged. With a pool of 1, none of these 12 is."""
+    signal = torch.rand(2, 24, generator=rng(9))
+    plan, strict = of_signal(signal), of_signal(signal, pool=1.0)
+    for row in range(2):
+        order = signal[row].sort(descending=True).indices.tolist()
         kept = plan.kept[row].tolist()
-        assert pool <= set(kept)
-        targets = {kept[slot] for i, slot in enumerate(plan.owner[row].tolist()) if kept[slot] != i}
-        assert targets <= pool
+        assert set(kept) <= set(order[:16])
+        assert {target for i, target in enumerate(went_on_as(plan, row)) if target != i} <= set(order[:16])
+        assert set(strict.kept[row].tolist()) == set(order[:12])
 
 
 def test_with_as_many_important_tokens_as_destinations_they_are_these():
-    rule, x, signal = MergeTokens(0.5, pool=0.25), tokens(), torch.rand(2, 24, generator=rng(9))
-    plan = rule.plan(rule.init(), dataclasses.replace(place(), signal=signal), x)
-    for row in range(2):
-        dst = sorted(signal[row].topk(6).indices.tolist())
-        src = [i for i in range(24) if i not in dst]
-        slow = [(max((cosine(x[row, i], x[row, j]), -j) for j in dst), i) for i in src]
-        merged = {i: -j for (_, j), i in sorted(slow, reverse=True)[:12]}
-        kept = plan.kept[row].tolist()
-        assert [kept[slot] for slot in plan.owner[row].tolist()] == [merged.get(i, i) for i in range(24)]
-
-
-def test_a_pool_leaves_as_many_tokens_as_it_must():
     signal = torch.rand(2, 24, generator=rng(9))
-    plan = MergeTokens(0.75, pool=0.5).plan(MergeTokens().init(), dataclasses.replace(place(), signal=signal), tokens())
-    assert plan.length == 12, "the pool is half of them"
+    plan = of_signal(signal, pool=0.5)
+    for row in range(2):
+        assert set(plan.kept[row, -6:].tolist()) == set(signal[row].topk(6).indices.tolist())
+
+
+def test_where_all_tokens_matter_as_much_it_is_tome_with_destinations_from_anywhere():
+    """Nothing about the order of tokens decides: over some steps, all are destinations."""
+    x, found = tokens(), set()
+    for step in range(40):
+        plan = of_signal(torch.zeros(2, 24), x, step)
+        for row in range(2):
+            dst = plan.kept[row, -6:].tolist()
+            found |= {*dst}
+            nearest = {i: max((cosine(x[row, i], x[row, j]), j) for j in dst) for i in range(24) if i not in dst}
+            merged = sorted(nearest, key=lambda i: -nearest[i][0])[:12]
+            assert went_on_as(plan, row) == [nearest[i][1] if i in merged else i for i in range(24)]
+    assert found == {*range(24)}
 
 
 def test_without_a_signal_it_is_tome():
-    plain, pooled = (MergeTokens(0.5, pool=pool).plan(MergeTokens().init(), place(), tokens()) for pool in (0.0, 0.5))
+    plain, pooled = (MergeTokens(0.5, pool=pool).plan(MergeTokens().init(), place(), tokens()) for pool in (0.0, 1.4))
     assert torch.equal(plain.kept, pooled.kept)
     assert torch.equal(plain.owner, pooled.owner)
 
@@ -278,7 +308,7 @@ def test_rows_that_are_no_halves_know_nothing_of_importance():
     x, signal = tokens(batch=4), torch.rand(4, 24, generator=rng(9))
     twins = torch.tensor([True, False, True, False])
     where = dataclasses.replace(place(batch=4, twins=twins), signal=signal)
-    rule = MergeTokens(0.5, pool=0.4)
+    rule = MergeTokens(0.5, pool=1.4)
     plan, plain = rule.plan(rule.init(), where, x), MergeTokens(0.5).plan(MergeTokens().init(), place(batch=4), x)
     for row in (1, 3):
         assert torch.equal(plan.kept[row], plain.kept[row])
@@ -305,6 +335,79 @@ def test_importance_is_the_magnitude_of_guidance_at_the_step_before(monkeypatch)
     expected = (out[1] - out[0]).abs().mean(0).flatten()
     for signal in signals[blocks:]:
         torch.testing.assert_close(signal, expected.expand(2, -1))
+
+
+def test_a_learned_variance_is_not_important(monkeypatch):
+    """Channels beyond the latent's are not what guidance subtracts."""
+    denoiser, inputs = twins_of("dit")
+    denoiser = toys.randomise(diffusers.DiTTransformer2DModel.from_config(denoiser.config, out_channels=8).eval())
+    inputs, signals, plan = {**inputs, "timestep": torch.tensor([500, 500])}, [], MergeTokens.plan
+
+    def noted(rule, state, where, entering):
+        signals.append(where.signal)
+        return plan(rule, state, where, entering)
+
+    monkeypatch.setattr(MergeTokens, "plan", noted)
+    with c4d.accelerate(denoiser, "importance-merging") as handle, handle.run(num_steps=2), torch.no_grad():
+        (out,) = denoiser(**inputs)
+        denoiser(**inputs)
+    assert out.shape[1] == 8
+    apart = (out[1] - out[0])[:4].abs().mean(0)
+    assert apart.max() > 1e-3
+    torch.testing.assert_close(signals[-1][0], torch.nn.functional.avg_pool2d(apart[None], 2).flatten())
+
+
+def video_unet():
+    """Blocks see frames as rows."""
+    torch.manual_seed(1)
+    return diffusers.UNet3DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        cross_attention_dim=12,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    ).eval()
+
+
+@pytest.mark.parametrize("name", ["tome", "toma", "importance-merging"])
+def test_both_halves_of_a_video_follow_one_plan_frame_by_frame(name, monkeypatch):
+    plans, made = [], ReductionDriver._made
+    monkeypatch.setattr(ReductionDriver, "_made", lambda *args: plans.append(made(*args)) or plans[-1])
+    video = torch.randn(1, 4, 3, 8, 8, generator=rng())
+    text, denoiser = torch.randn(2, 5, 12, generator=rng(1)), video_unet()
+    with c4d.accelerate(denoiser, name) as handle, handle.run(num_steps=2), torch.no_grad():
+        for time in (900, 500):
+            denoiser(video.repeat(2, 1, 1, 1, 1), torch.tensor([time, time]), text)
+        notes = handle.stats["notes"]
+    plans = [plan for plan in plans if plan is not None]
+    assert plans
+    for plan in plans:
+        assert plan.kept.shape[0] == 6
+        for tensor in plan.tensors():
+            one, other = tensor.unflatten(0, (2, 3))
+            assert torch.equal(one, other)
+        assert not torch.equal(plan.kept[0], plan.kept[1]), "frames have plans of their own"
+    is_video = any("the output is no image" in note for note in notes)
+    assert is_video == (name == "importance-merging")
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("is_known", [False, True])
+def test_making_a_plan_waits_for_nothing(name, is_known, monkeypatch):
+    """Tensors without values give none to the host; and what was made there is not waited for, where that is safe."""
+    monkeypatch.setattr("cache4diffusion.tokens.base.STAGED", {"meta"})
+    rule, x = TOKEN_RULES[name](), tokens().to("meta")
+    rule = dataclasses.replace(rule, pool=1.4) if name == "merge" else rule
+    where = place(twins=torch.ones(2, dtype=torch.bool, device="meta"))
+    where = dataclasses.replace(where, signal=torch.empty(2, 24, device="meta") if is_known else None)
+    with Waits() as waits:
+        plan = rule.plan(ranked(rule, where, x), where, x)
+    assert plan.take(x).device.type == "meta"
+    assert waits.copies or isinstance(rule, Ranking)
+    assert not waits.seen
 
 
 # -- whole runs ------------------------------------------------------------------------------------------------------
@@ -412,6 +515,25 @@ def test_runs_are_reduced_repeatable_and_leave_nothing(name, kind):
 
 
 @methods
+@pytest.mark.parametrize("is_off", [False, True])
+def test_what_enters_a_block_is_let_go_of_as_the_host_does(name, is_off):
+    """Held to the end of a call, the streams of all blocks would take the memory of a cache."""
+    denoiser, inputs = case("dit")
+    entered, alive = [], []
+
+    def entering(module, args):
+        alive.append(sum(stream() is not None for stream in entered))
+        entered.append(weakref.ref(args[0]))
+
+    hooks = [block.register_forward_pre_hook(entering) for block in denoiser.transformer_blocks[:2]]
+    accelerated(denoiser, inputs, 2, name, **(c4d.METHODS[name].info.off if is_off else {}))
+    for hook in hooks:
+        hook.remove()
+    assert len(alive) >= 4
+    assert set(alive) == {0}
+
+
+@methods
 def test_half_precision_keeps_its_dtype(name):
     denoiser, inputs = case("dit")
     inputs = {**inputs, "hidden_states": inputs["hidden_states"].bfloat16()}
@@ -472,6 +594,16 @@ def test_flops_are_those_that_are_counted_while_it_runs(name):
     assert counted[1] - reduced.planning < full
 
 
+def test_flops_are_those_of_the_newest_runs_batch():
+    denoiser, inputs = case("unet", 4)
+    with c4d.accelerate(denoiser, "tome", merge_cross_attn=True) as handle, torch.no_grad():
+        for rows in (2, 4):
+            call = {name: value[:rows] if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+            with handle.run(num_steps=1):
+                counted = count_flops(lambda call=call: denoiser(**call, timestep=torch.tensor(500)))
+    assert step_cost(handle._engines[0]).of(handle.trace.of()[0]) == counted
+
+
 @pytest.mark.slow
 def test_no_two_methods_are_the_same_by_accident():
     """At the last of three steps: importance is not known at the first."""
@@ -506,25 +638,22 @@ def test_coarser_levels_are_left_alone():
             assert all(is_reduced == (count == 64 or down == 2) for count, is_reduced in given)
 
 
-def unet_of_two_levels():
-    torch.manual_seed(1)
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=12,
-        attention_head_dim=4,
-        norm_num_groups=4,
-    ).eval()
-
-
 def test_parts_of_a_block_follow_its_plan():
     denoiser, inputs = case("dit")
     _, trace, _ = accelerated(denoiser, inputs, 1, "tome", merge_ffn=True)
     parts = [path for path, short, count in trace.of()[0].reduced.parts if (short, count) == (8, 16)]
     assert parts == [f"transformer_blocks.{i}.{part}" for i in range(3) for part in ("attn1", "ff")]
+
+
+def test_a_part_that_is_given_other_tokens_is_computed_whole():
+    """As by a host that calls it once more, for something else."""
+    denoiser, inputs = case("dit")
+    block, seen = denoiser.transformer_blocks[0], []
+    block.attn1.register_forward_hook(lambda module, args, out: seen.append(block.ff(out[:, :5]).shape[1]))
+    _, trace, stats = accelerated(denoiser, inputs, 1, "tome", merge_ffn=True)
+    assert set(seen) == {5}
+    assert any("transformer_blocks.0.ff is given other rows than the tokens of its block" in n for n in stats["notes"])
+    assert [path for path, short, _ in trace.of()[0].reduced.parts if short == 8].count("transformer_blocks.0.ff") == 1
 
 
 def test_a_gate_may_leave_steps_whole():
@@ -545,6 +674,15 @@ def test_joint_attention_is_refused_and_nothing_is_left(name):
     with pytest.raises(AnatomyError, match=r"one stream of tokens.*may work"):
         accelerated(denoiser, flux_inputs(1), 2, name)
     assert {path: set(vars(module)) for path, module in denoiser.named_modules()} == before
+
+
+@pytest.mark.parametrize("name", ["tome", "todo"])
+def test_attention_that_is_given_positions_is_refused(name):
+    """On whatever axis they have one per token; Wan's are ``[1, N, 1, D]``."""
+    denoiser, _, inputs = TINY["WanTransformer3DModel"].make()
+    refused = pytest.raises(AnatomyError, match=r"something for each of its \d+ tokens besides these \(positions")
+    with c4d.accelerate(denoiser, name) as handle, handle.run(num_steps=1), torch.no_grad(), refused:
+        denoiser(**inputs)
 
 
 def test_mlps_alone_are_not_what_was_asked_for():
@@ -581,6 +719,9 @@ def test_what_does_not_fit_is_refused_in_words(changes, words):
         (MergeTokens, {"ratio": 1.5}),
         (MergeTokens, {"window": 0}),
         (MergeTokens, {"form": "sum"}),
+        (MergeTokens, {"pool": -1.0}),
+        (MergeTokens, {"pool": 1.0, "threshold": 0.5}),
+        (MergeTokens, {"renew_at": (0, -1)}),
         (KeyStride, {"factor": 0}),
         (Reduced, {"kinds": ("fused",)}),
         (Reduced, {"max_downsample": 0.5}),

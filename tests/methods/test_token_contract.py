@@ -1,13 +1,18 @@
 """The contract of token rules, for every method that has one: no shape follows from data, nothing from the device."""
 
+import dataclasses
+
 import pytest
 import torch
-from reduction_cases import case
+from reduction_cases import Waits, case, place, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import cache4diffusion as c4d
 import toys
+from cache4diffusion.gates.base import PartInput
+from cache4diffusion.tokens import ClusterTokens, RoutedTokens, TopScore, WeightedTokens
+from cache4diffusion.tokens.base import STAGED, placed
 from ranks import on_ranks
 from simulated import can_register, register
 from small_denoisers import accelerated
@@ -62,6 +67,39 @@ def test_a_shape_guard_sees_the_same_run_for_other_data(name):
         seen.append(guard.seen)
     assert len(seen[0]) > 100
     assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        TopScore(0.5, score="random"),
+        ClusterTokens(4),
+        RoutedTokens(0.5, PartInput({"a": torch.zeros(50, 5)})),
+        WeightedTokens(weights=PartInput({"block.0": torch.rand(50, 24)})),
+    ],
+    ids=lambda rule: type(rule).__name__,
+)
+def test_choosing_tokens_waits_for_nothing(rule, monkeypatch):
+    """What is made on the host is not waited for; `test_making_a_plan_waits_for_nothing` has the other rules."""
+    monkeypatch.setattr("cache4diffusion.tokens.base.STAGED", {"meta"})
+    x, state = tokens().to("meta"), rule.init()
+    where = dataclasses.replace(place(step=1), entering=x, num_blocks=1)
+    with Waits() as waits:
+        if isinstance(rule, ClusterTokens):
+            rule.survey(state, {"image": x}, None)
+            where = dataclasses.replace(where, survey=state)
+        index = rule.select(state, where, x.device)
+    assert index.device.type == "meta"
+    assert waits.copies
+    assert not waits.seen
+
+
+def test_devices_that_may_read_ordinary_memory_later_are_waited_for():
+    """As Apple's: what is drawn is gone by then."""
+    with Waits() as waits:
+        placed(torch.zeros(3), torch.device("meta"))
+    assert waits.copies == len(waits.seen) == 1
+    assert {"cuda"} == STAGED
 
 
 @torch.no_grad()

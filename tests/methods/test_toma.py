@@ -17,7 +17,7 @@ from small_denoisers import differences
 
 
 def made(x, height=4, width=6, twins=None, step=0, state=None, **settings):
-    rule = FacilityTokens(**{"tile": 3, **settings})
+    rule = FacilityTokens(**{"tile": 3, "temperature": 0.1, **settings})
     return rule.plan(state or rule.init(), place(height, width, step, len(x), twins), x)
 
 
@@ -119,8 +119,25 @@ def test_every_tile_keeps_what_the_ratio_leaves_and_at_least_one(ratio, left):
     assert (24 if plan is None else plan.length) == left
 
 
+def test_the_released_temperature_leaves_a_token_to_its_nearest_destination():
+    """``softmax(1000 cos)``, normalised over tokens on the way in and not on the way back."""
+    x = tokens(8, 8, batch=1, dim=16)
+    assert c4d.method("toma").compose().tokens.temperature == 1 / 1000
+    plan = FacilityTokens(tile=4).plan(FacilityTokens().init(), place(8, 8, batch=1), x)
+    close = cosines_of(x)[0]
+    for tile, weights, kept in zip(
+        tiles_slowly(8, 8, 4), plan.weights[0], plan.kept[0].view(4, 8).tolist(), strict=True
+    ):
+        expected = (1000 * close[kept][:, tile]).softmax(0)
+        torch.testing.assert_close(weights, expected, atol=1e-3, rtol=0)
+        merged = (expected / expected.sum(1, keepdim=True)) @ x[0, tile]
+        torch.testing.assert_close(
+            plan.take(x)[0].view(4, 8, 16)[tiles_slowly(8, 8, 4).index(tile)], merged, atol=1e-2, rtol=0
+        )
+
+
 def test_destinations_serve_longer_than_weights():
-    rule = FacilityTokens(tile=3, renew=4, reweigh=2)
+    rule = FacilityTokens(tile=3, temperature=0.1, renew=4, reweigh=2)
     state = rule.init()
     plans = [rule.plan(state, place(step=step), tokens(seed=step)) for step in range(9)]
     assert [plans[i] is plans[i - 1] for i in range(1, 9)] == [True, False, True, False, True, False, True, False]
@@ -217,7 +234,10 @@ def test_runs_are_the_slow_reference():
         return outputs
 
     expected = run(slow)
-    with c4d.accelerate(denoiser, "toma", tile=2, renew=4, reweigh=2) as handle, handle.run(num_steps=6):
+    with (
+        c4d.accelerate(denoiser, "toma", tile=2, temperature=0.1, renew=4, reweigh=2) as handle,
+        handle.run(num_steps=6),
+    ):
         reached = run(denoiser)
     assert handle.trace.strip() == "rrrrrr"
     assert max(differences(reached, expected)) <= 1e-5

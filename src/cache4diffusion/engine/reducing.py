@@ -38,6 +38,8 @@ from cache4diffusion.trace import REDUCED, Reductions
 from cache4diffusion.wrap import ForwardWrapper
 
 _KEYS = ("encoder_hidden_states",)  # under which name an attention takes keys and values of their own
+_MAPS = ("ip_adapter_masks",)  # maps of the image, which a cross-attention scales to a grid of as many tokens as ask
+_MASK = ("attention_mask",)
 
 
 class ReductionDriver(Driver):
@@ -51,6 +53,7 @@ class ReductionDriver(Driver):
         assert isinstance(rule, Reduction)
         self.rule = rule
         self.specs: dict[tuple[str, int, int], Any] = {}  # arguments of parts, by path and tokens that enter
+        self._rows: dict[tuple[str, int, int], int] = {}  # of what batch these are
         self._layers: dict[str, int] = {}  # number of a block among those that are reduced, by path
         self._wrappers: list[ForwardWrapper] = []
         self._context: Context | None = None  # a reduced call in progress
@@ -113,20 +116,22 @@ class ReductionDriver(Driver):
             return output
         finally:
             self._context = None
-            for key in [key for key in context.scratch if isinstance(key, tuple) and key[0] == "entering"]:
-                del context.scratch[key]
 
     def _seeing(self, block: Block, module: nn.Module) -> Callable[..., Any]:
-        """Around a block."""
+        """Around a block: what enters it is known while it runs, and no longer, as the host lets go of it."""
         stream = next((s for s in block.streams if s.kind not in BESIDE), block.streams[0])
 
         def make(found: Inner) -> Inner:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 context = self._context
-                if context is not None:
-                    context.scratch["reached"] = True
-                    context.scratch["entering", block.path] = get_argument(module, args, kwargs, stream.argument)
-                return found(*args, **kwargs)
+                if context is None:
+                    return found(*args, **kwargs)
+                context.scratch["reached"] = True
+                context.scratch["entering", block.path] = get_argument(module, args, kwargs, stream.argument)
+                try:
+                    return found(*args, **kwargs)
+                finally:
+                    context.scratch.pop(("entering", block.path), None)
 
             return forward
 
@@ -147,14 +152,19 @@ class ReductionDriver(Driver):
                     x = get_argument(module, args, kwargs, part.inputs[0])
                     return self._ranking(context, block, x, lambda: found(*args, **kwargs))
                 x = get_argument(module, args, kwargs, part.inputs[0])
-                plan = self._plan(context, block, x)
+                plan = self._plan(context, block, part, x)
                 if plan is None or (not plan.restores and part.kind != "attn"):
+                    return found(*args, **kwargs)
+                if part.kind == "cross_attn" and _is_mapped(module, args, kwargs, x):
+                    self.host.note(f"{part.path} is given a map of the image, so all its tokens are computed.")
                     return found(*args, **kwargs)
                 given, short = self._given(part, module, args, kwargs, plan, x)
                 context.scratch["planning"] = context.scratch.get("planning", 0) + plan.applying(x.shape[-1])
                 taken = context.scratch.setdefault("reductions", [])
-                taken.append((part.path, short, x.shape[1]))
-                self.specs.setdefault((part.path, short, x.shape[1]), specs_of(*given))
+                key = (part.path, short, x.shape[1])
+                taken.append(key)
+                if self._rows.get(key) != x.shape[0]:
+                    self._rows[key], self.specs[key] = x.shape[0], specs_of(*given)
                 return map_tensors(plan.give, found(*given[0], **given[1]))
 
             return forward
@@ -163,13 +173,16 @@ class ReductionDriver(Driver):
 
     def _ranking(self, context: Context, block: Block, x: Tensor, compute: Callable[[], Any]) -> Any:
         """Run a self-attention and show it to the rule."""
+        entering = context.scratch.pop(("entering", block.path), x)
+        place = self._place(context, block, entering)
+        if place is None:
+            return compute()
         with AttentionCapture("map") as capture:
             output = compute()
-        entering = context.scratch.pop(("entering", block.path), x)
-        place, maps = self._place(context, block, entering), capture.seen.get("map")
-        if maps is None or maps.shape[1:] != (entering.shape[1],) * 2:
-            self.host.note(f"no attention was seen in {block.path}, so all its tokens are computed.")
-        elif place is not None:
+        maps = capture.seen.get("map")
+        if maps is None or maps.shape != (place.batch, place.length, place.length):  # PAG's last rows have none
+            self.host.note(f"no attention was seen in {block.path} for all rows, so all its tokens are computed.")
+        else:
             assert isinstance(self.rule, Ranking)
             state = context.state.tokens.setdefault(block.path, self.rule.init())
             flops = capture.flops + self.rule.rank(state, place, entering, maps)
@@ -180,9 +193,7 @@ class ReductionDriver(Driver):
         self, part: Part, module: nn.Module, args: Any, kwargs: Any, plan: Plan, x: Tensor
     ) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], int]:
         """The arguments of a part on fewer tokens, and on how many."""
-        leaves = []
-        map_tensors(leaves.append, (args, kwargs))
-        if any(leaf is not x and x.shape[1] in leaf.shape[-2:] for leaf in leaves) and part.kind == "attn":
+        if part.kind == "attn" and _is_told_of_tokens(args, kwargs, x):
             raise AnatomyError(
                 f"{part.path} is given something for each of its {x.shape[1]} tokens besides these (positions, a "
                 "mask), and tokens of several places have none. Methods for parts as a whole ('fora', 'toca') may work."
@@ -198,14 +209,18 @@ class ReductionDriver(Driver):
             return (args, {**kwargs, _KEYS[0]: changes[part.inputs[0]]}), plan.length
         return with_arguments(module, args, kwargs, changes), plan.length
 
-    def _plan(self, context: Context, block: Block, x: Tensor) -> Plan | None:
-        """The plan of a block in this call."""
+    def _plan(self, context: Context, block: Block, part: Part, x: Tensor) -> Plan | None:
+        """The plan of a block in this call, if it is one for what enters the part."""
         plans = context.scratch.setdefault("plans", {})
         if block.path not in plans:
             entering = context.scratch.pop(("entering", block.path), x)
-            plans[block.path] = self._made(context, block, entering if entering.shape[:2] == x.shape[:2] else x)
-        plan = plans[block.path]
-        return plan if plan is None or plan.kept.shape[0] == x.shape[0] else None
+            entering = entering if entering.shape[:2] == x.shape[:2] else x
+            plans[block.path] = entering.shape[:2], self._made(context, block, entering)
+        shape, plan = plans[block.path]
+        if plan is None or (x.ndim == 3 and x.shape[:2] == shape):
+            return plan
+        self.host.note(f"{part.path} is given other rows than the tokens of its block, so it is computed whole.")
+        return None
 
     def _made(self, context: Context, block: Block, entering: Tensor) -> Plan | None:
         place = self._place(context, block, entering)
@@ -240,22 +255,35 @@ class ReductionDriver(Driver):
             place = dataclasses.replace(place, signal=signal)
         return place
 
-    def _twins(self, context: Context, batch: int) -> Tensor | None:
-        """Which rows are the halves of batched guidance: two that denoise the same latent. No sync."""
+    def _latent(self, context: Context) -> Tensor:
         args, kwargs = context.scratch["call"]
-        latent = self.host.inputs.split(args, kwargs)[1]
+        return self.host.inputs.split(args, kwargs)[1]
+
+    def _twins(self, context: Context, batch: int) -> Tensor | None:
+        """Which rows are the halves of batched guidance: two that denoise the same latent, or the same frame of it. No
+        sync.
+        """
+        latent = self._latent(context)
         half, odd = divmod(latent.shape[0], 2)
-        if odd or not half or latent.shape[0] != batch:
+        if odd or not half or batch % latent.shape[0]:
             return None
-        return (latent[:half] == latent[half:]).flatten(1).all(1).repeat(2)
+        are_alike = (latent[:half] == latent[half:]).flatten(1).all(1).repeat(2)
+        return are_alike.repeat_interleave(batch // latent.shape[0])
 
     def _keep_guidance(self, context: Context, output: Tensor) -> None:
-        """How far the halves are apart, ``[B, rows, columns]``; of rows that are no halves, nothing."""
+        """How far the halves are apart, ``[B, rows, columns]``; of rows that are no halves, nothing.
+
+        By what is subtracted: channels beyond the latent's are a variance.
+        """
+        if output.ndim != 4:
+            self.host.note("the output is no image, so no token is known to be more important than another.")
+            return
         twins = self._twins(context, output.shape[0])
-        if twins is None or output.ndim != 4:
+        if twins is None:
             self.host.note("the halves of guidance are not in one call, so no token is more important than another.")
             return
-        apart = (output - output.roll(len(output) // 2, 0)).float().abs().mean(1)
+        output = output[:, : self._latent(context).shape[1]].float()
+        apart = (output - output.roll(len(output) // 2, 0)).abs().mean(1)
         context.state.extra["guidance"] = torch.where(twins[:, None, None], apart, torch.zeros_like(apart))
 
     def _keep_dynamics(self, context: Context, output: Tensor) -> None:
@@ -303,6 +331,21 @@ class ReductionDriver(Driver):
     def bypassed(self) -> list[str]:
         """Nothing rests."""
         return []
+
+
+def _is_told_of_tokens(args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> bool:
+    """Whether a part is given something for each of the tokens ``x`` besides these, on whatever axis."""
+    others: list[Tensor] = []
+    map_tensors(others.append, (args, {name: value for name, value in kwargs.items() if name not in _MAPS}))
+    others = [other for other in others if other is not x]
+    return any(x.shape[1] in (other.shape[1:] if other.shape[:1] == x.shape[:1] else other.shape) for other in others)
+
+
+def _is_mapped(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> bool:
+    """Whether a cross-attention is given something that lies over the whole image: a map, or a mask per query."""
+    mask = get_argument(module, args, kwargs, _MASK)
+    has_queries = isinstance(mask, Tensor) and mask.ndim > 2 and mask.shape[-2] == x.shape[1] > 1
+    return has_queries or any(kwargs.get(name) is not None for name in _MAPS)
 
 
 def _is_plain(part: Part) -> bool:

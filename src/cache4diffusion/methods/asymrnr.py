@@ -40,16 +40,17 @@ class AsymRnR(Method):
     Cost: distances of all tokens to the destinations, ``1/24`` of the matrix of attention's logits, at every
     ``renew``-th step; two indices per token and head. No host sync. Projections run on all tokens. Compiled blocks are
     refused.
-    Differences from the code: its tiers are files for four models, made in a way that it does not say; ours are
-    measured. Halves of guidance are matched together; windows that the grid does not fill lie at its end, where the
-    code draws an offset; a mask is gathered, where the code cuts off its beginning. The joint reduction of what enters
-    an attention (h) and reduction by the mean are not offered.
+    Differences from the code: its tiers are files for five models, made in a way that it does not say (those of Mochi
+    go beyond 9: ratios hold from tiers 9, 10 and 14 on); ours are measured. Halves of guidance are matched together;
+    windows that the grid does not fill lie at its end, where the code draws an offset; a mask is gathered, where the
+    code cuts off its beginning. The joint reduction of what enters an attention (h) and reduction by the mean are not
+    offered.
     """
 
     query_ratios: tuple[float, ...] = setting((0.4, 0.8), "shares of the queries left out; () for none. Code: 0.3-0.9")
-    query_tiers: tuple[int, ...] = setting((6, 7), "from which tier each holds. Code: 5-7")
+    query_tiers: tuple[int, ...] = setting((6, 7), "from which tier, 0 to 9, each holds. Code: 5-7")
     value_ratios: tuple[float, ...] = setting((0.3,), "shares of keys and values left out; () for none. Code: 0.3-0.4")
-    value_tiers: tuple[int, ...] = setting((8,), "from which tier each holds. Code: 7-9")
+    value_tiers: tuple[int, ...] = setting((8,), "from which tier, 0 to 9, each holds. Code: 7-9")
     window: tuple[int, ...] = setting((6, 2, 2), "frames, rows and columns that hold one destination")
     renew: int = setting(3, "steps that a matching serves. Code: 5 (CogVideoX), 3 (HunyuanVideo), 1 (FastVideo)", ge=1)
     max_downsample: float = setting(1.0, "up to how much coarser levels are served", ge=1)
@@ -96,10 +97,11 @@ class AsymRnR(Method):
             ("query", self.query_tiers, self.query_ratios),
             ("value", self.value_tiers, self.value_ratios),
         ):
-            if len(tiers) != len(ratios) or not all(0 <= ratio <= 1 for ratio in ratios):
+            are_shares, are_tiers = all(0 <= ratio <= 1 for ratio in ratios), all(0 <= tier < TIERS for tier in tiers)
+            if len(tiers) != len(ratios) or not are_shares or not are_tiers:
                 raise SettingError(
-                    f"AsymRnR({what}_ratios={ratios}, {what}_tiers={tiers}): give as many tiers as ratios, and ratios "
-                    "of 0 to 1."
+                    f"AsymRnR({what}_ratios={ratios}, {what}_tiers={tiers}): give as many tiers as ratios, ratios of 0 "
+                    f"to 1, and tiers of 0 to {TIERS - 1}."
                 )
 
     def compose(self) -> Composition:

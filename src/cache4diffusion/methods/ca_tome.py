@@ -33,7 +33,7 @@ class CAToMe(Method):
 
     threshold: float = setting(0.7, "smallest cosine that is merged; 1 merges nothing. Code: 0.7", ge=-1, le=1)
     renew: int = setting(5, "steps between two plans", ge=1)
-    renew_at: tuple[int, ...] = setting((), "the steps that make plans, in place of renew; with 0 among them")
+    renew_at: tuple[int, ...] = setting((), "the steps that make plans, in place of renew; 0 always does")
     max_downsample: float = setting(1.0, "up to how much coarser levels are served. Code: 1", ge=1)
     window: int = setting(2, "side of the windows that hold one destination each. Code: 2", ge=1)
     bucket: int = setting(1, "merged tokens are a multiple of this", ge=1)

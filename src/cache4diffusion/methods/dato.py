@@ -39,7 +39,8 @@ class DaTo(Method):
     Cost: per block and computed step, cosines of ``3/4 N`` tokens with ``1/4 N``, and of the ``P`` that are left out
     with all others; per branch the level's feature, two outputs and one number per position. No host sync.
     Differences from the code: there the weight of dynamics changes its sign at random, the ratio is 0.4 whatever was
-    searched, and the list of timesteps is that of 50 DDIM steps (``variant="official"`` does the first two). Halves of
+    searched, and the list of timesteps is that of 50 DDIM steps (``variant="official"`` does the first two); its lists
+    of depths begin with the second step, as the first is always full, and ours with the first. Halves of
     guidance share their plan, where the code shares base tokens and prunes each by itself; noise is one draw for all
     rows. Dynamics are those of the last two outputs that were computed, where a reused output counts there as one that
     did not move; they are averaged over what a token covers, where the code needs a latent of the grid's size. The full

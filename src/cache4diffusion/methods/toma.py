@@ -1,6 +1,6 @@
 """ToMA: tokens are merged into the ones that stand for them best, and taken apart again, by matrix products.
 
-Source: arXiv:2509.10918 (ICML 2025); the released code, WenboLuu/ToMA, could not be read.
+Source: arXiv:2509.10918 (ICML 2025); released code WenboLuu/ToMA (FLUX alone).
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ class ToMA(Method):
 
     Cost: at every ``renew``-th step a matrix of cosines per tile and the greedy choice in it; at every step, per part,
     two products of ``N x tile^2 (1 - ratio)`` numbers with the features. Nothing is sorted or scattered.
-    Differences from the paper: temperature, numbers of steps and the normalisation of W over destinations are
-    reconstructed; destinations and W are each block's own, where the paper shares them among blocks; halves of
-    guidance share theirs. In FLUX the paper merges in joint attention, which is refused here: all rows of a batch share
-    one table of positions, and merge at places of their own.
+    Differences from the code: it is for FLUX, and merges in joint attention, which is refused here: all rows of a batch
+    share one table of positions, and merge at places of their own, where the code takes the first row's for all. There
+    destinations and W are made once for all blocks of a kind and serve one step, and of three steps two are whole; here
+    they are each block's own and serve several, in numbers that are the paper's for U-Nets as remembered. Tiles differ
+    in size where the grid asks for it (the code: squares), and halves of guidance share their destinations.
     """
 
-    ratio: float = setting(0.5, "share of the tokens that is merged; 0 is off. Paper: 0.5", ge=0, le=1)
-    tile: int = setting(8, "side of the tiles, about. Paper: 8", ge=1)
-    temperature: float = setting(0.1, "of the softmax over destinations", gt=0)
+    ratio: float = setting(0.5, "share of the tokens that is merged; 0 is off. Code: 0.5", ge=0, le=1)
+    tile: int = setting(8, "side of the tiles, about. Paper: 8; code: 4 (FLUX)", ge=1)
+    temperature: float = setting(1e-3, "of the softmax over destinations. Code: 1e-3", gt=0)
     renew: int = setting(10, "steps between two choices of destinations", ge=1)
     reweigh: int = setting(5, "steps between two W", ge=1)
     max_downsample: float = setting(1.0, "up to how much coarser levels are served", ge=1)
@@ -51,7 +52,7 @@ class ToMA(Method):
         gate="every step",
         predictor="none",
         tokens="facility location",
-        fidelity="reconstructed",
+        fidelity="code",
         off={"ratio": 0.0},
         family="tokens",
         when="ToMe's sorting and scattering cost what it saves, as beside fused attention kernels on a GPU",

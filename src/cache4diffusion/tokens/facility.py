@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cache4diffusion.errors import SettingError
-from cache4diffusion.tokens.base import TokenPlace
+from cache4diffusion.tokens.base import TokenPlace, placed
 from cache4diffusion.tokens.reduction import LinearPlan, Plan, Signal
 
 TIE = 1e-4
@@ -96,7 +96,7 @@ class FacilityTokens:
     Args:
         ratio: share of the tokens that is merged, 0 to 1.
         tile: side of a tile, about; 1 or more.
-        temperature: above 0.
+        temperature: above 0. Released code: 1e-3, by which nearly all of a token goes to one destination.
         renew, reweigh: steps, 1 or more.
 
     Raises:
@@ -107,7 +107,7 @@ class FacilityTokens:
 
     ratio: float = 0.5
     tile: int = 8
-    temperature: float = 0.1
+    temperature: float = 1e-3
     renew: int = 10
     reweigh: int = 5
 
@@ -150,7 +150,7 @@ class FacilityTokens:
         count = max(smallest - int(self.ratio * smallest + 1e-9), 1)
         if count == smallest:
             return None
-        tiles, is_real, places = (each.to(entering.device) for each in (tiles, is_real, places))
+        tiles, is_real, places = (placed(each, entering.device) for each in (tiles, is_real, places))
         unit = normalize(entering.float(), dim=-1)[:, tiles]  # [B, tiles, n, D]
         pairs = place.batch * tiles.shape[0] * tiles.shape[1]
         if served is None or state.chosen is None or index % self.renew == 0:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cache4diffusion.errors import SettingError
-from cache4diffusion.tokens.base import TokenPlace
+from cache4diffusion.tokens.base import TokenPlace, placed
 from cache4diffusion.tokens.reduction import Form, Plan, Signal
 
 
@@ -114,9 +114,11 @@ class MergeTokens:
         form: of the plans; ``"mlerp"`` and ``"pick"`` are ToFu's.
         pick_depth: share of the blocks, from the first, that pick, whatever ``form`` says.
         renew, renew_at: when a plan is made.
-        pool: share of the tokens that are *important*, by `TokenPlace.signal`; 0 for none. Destinations are drawn from
-            them instead of one per window, as many, and none of them is merged. Where nothing is known (without a
-            signal, in rows that are no halves of guidance), destinations are those of the windows.
+        pool: how many tokens are *important*, as a multiple of those that are left; 0 for none. The most important by
+            `TokenPlace.signal`; of equal ones, some are drawn. Destinations are drawn from them instead of one per
+            window, as many. All tokens that matter less than these are merged before any of them, and none of these
+            is with 1 or less. Where nothing is known (without a signal, in rows that are no halves of guidance),
+            destinations are those of the windows. Released code: 1.4, and 1 (PixArt).
         bucket: see above.
         seed: of the draws.
         variant: see above.
@@ -141,14 +143,19 @@ class MergeTokens:
     variant: Literal["ours", "official"] = "ours"
 
     def __post_init__(self) -> None:
-        if not all(0 <= share <= 1 for share in (self.ratio, self.pick_depth, self.pool)):
+        if not all(0 <= share <= 1 for share in (self.ratio, self.pick_depth)):
             raise SettingError(
-                f"MergeTokens(ratio={self.ratio}, pick_depth={self.pick_depth}, pool={self.pool}): all must be shares, "
-                "0 to 1."
+                f"MergeTokens(ratio={self.ratio}, pick_depth={self.pick_depth}): all must be shares, 0 to 1."
             )
-        if min(self.window, self.renew, self.bucket) < 1:
+        if not self.pool >= 0 or (self.pool > 0 and self.threshold is not None):
             raise SettingError(
-                f"MergeTokens(window={self.window}, renew={self.renew}, bucket={self.bucket}): all must be 1 or more."
+                f"MergeTokens(pool={self.pool}, threshold={self.threshold}): pool must be 0 (no token is important) or "
+                "more, and goes with a ratio: how many tokens are left must be known."
+            )
+        if min(self.window, self.renew, self.bucket) < 1 or min(self.renew_at, default=0) < 0:
+            raise SettingError(
+                f"MergeTokens(window={self.window}, renew={self.renew}, bucket={self.bucket}, "
+                f"renew_at={self.renew_at}): steps to renew at must be 0 or more, the others 1 or more."
             )
         if self.form not in ("pick", "mean", "mlerp") or self.variant not in ("ours", "official"):
             raise SettingError(
@@ -198,30 +205,36 @@ class MergeTokens:
             key = f"{self.seed}/{place.step.index}/{place.part}"
             generator = torch.Generator("cpu").manual_seed(zlib.crc32(key.encode()))
         dst = destinations(segment.grid, self.window, generator)
-        dst = dst.to(entering.device).expand(batch, -1)
-        size = max(int(self.pool * length + 1e-9), dst.shape[1])
-        pooled = None
+        dst = placed(dst, entering.device).expand(batch, -1)
+        is_least = None
         if self.pool > 0 and place.signal is not None:
-            key = f"{self.seed}/{place.step.index}/{place.part}/pool"
-            noise = torch.rand(1, length, generator=torch.Generator("cpu").manual_seed(zlib.crc32(key.encode())))
-            pool = place.signal.topk(size, dim=1).indices.sort(dim=1).values
-            drawn = noise.to(dst.device).expand(batch, -1).gather(1, pool).topk(dst.shape[1], dim=1).indices
-            is_known = (
-                place.twins[:, None] if place.twins is not None else torch.ones_like(dst[:, :1], dtype=torch.bool)
-            )
-            dst = torch.where(is_known, pool.gather(1, drawn).sort(dim=1).values, dst)
-            pooled = torch.zeros(batch, length, dtype=torch.bool, device=dst.device).scatter_(1, pool, True) & is_known
+            is_known = torch.ones_like(dst[:, :1], dtype=torch.bool) if place.twins is None else place.twins[:, None]
+            drawn, is_least = self._important(place, place.signal, dst.shape[1])
+            dst, is_least = torch.where(is_known, drawn, dst), is_least & is_known
         src = others(dst, length)
         cosine, target = match(entering, dst, src, place.twins)
         count = self._count(cosine, length)
-        if self.pool > 0:  # the important tokens are never merged away, and shapes are the same where none are known
-            count = min(count, length - size)
-        if pooled is not None:
-            cosine = cosine.masked_fill(pooled.gather(1, src), -2.0)
+        if is_least is not None:
+            cosine = cosine + 4.0 * is_least.gather(1, src)  # before all others: these differ by 2 at most
         merged = cosine.topk(count, dim=1).indices
         form: Form = "pick" if place.layer < self.pick_depth * place.num_layers else self.form
         flops = 2 * batch * src.shape[1] * dst.shape[1] * dim
         return merge_plan(dst, src, target, merged, form, flops=flops, syncs=int(self.threshold is not None))
+
+    def _important(self, place: TokenPlace, signal: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """So many destinations among the important tokens, ``[B, count]``; and which tokens matter less than all these,
+        ``[B, N]``: none where all matter as much.
+        """
+        length = signal.shape[1]
+        left = length - min(int(self.ratio * length + 1e-9), length - count)
+        size = min(max(int(self.pool * left + 1e-9), count), length)
+        key = f"{self.seed}/{place.step.index}/{place.part}/pool"
+        ties, draws = torch.rand(2, length, generator=torch.Generator("cpu").manual_seed(zlib.crc32(key.encode())))
+        order = placed(ties.argsort(), signal.device).expand_as(signal)
+        ranked = signal.gather(1, order).sort(dim=1, descending=True, stable=True)
+        pool = order.gather(1, ranked.indices[:, :size])
+        chosen = placed(draws, signal.device).expand_as(signal).gather(1, pool).topk(count, dim=1).indices
+        return pool.gather(1, chosen).sort(dim=1).values, signal < ranked.values[:, size - 1 : size]
 
     def _count(self, cosine: Tensor, length: int) -> int:
         """``r``."""
@@ -281,7 +294,7 @@ class KeyStride:
                 torch.arange(side // self.factor) * side // (side // self.factor) for side in (height, width)
             )
             index = torch.arange(frames)[:, None, None] * height * width + rows[:, None] * width + columns
-            state.plan = Plan(index.flatten().to(entering.device).expand(place.batch, -1), None)
+            state.plan = Plan(placed(index.flatten(), entering.device).expand(place.batch, -1), None)
         return state.plan
 
     def tensors(self, state: MergeState) -> Sequence[Tensor]:

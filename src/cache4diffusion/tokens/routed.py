@@ -12,7 +12,7 @@ from torch import Tensor
 from cache4diffusion.errors import SettingError
 from cache4diffusion.gates.base import PartInput, Place
 from cache4diffusion.gates.timetable import nearest_steps
-from cache4diffusion.tokens.base import TokenPlace, of_twins
+from cache4diffusion.tokens.base import TokenPlace, of_twins, placed
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class RoutedTokens:
         if table is None or row >= len(table):
             return torch.zeros(place.batch, place.length, device=device)
         assert place.entering is not None  # the engine was asked for it
-        return place.entering.float() @ table[row].to(device, torch.float32)
+        return place.entering.float() @ placed(table[row].float(), device)
 
     def tensors(self, state: None) -> Sequence[Tensor]:
         """Nothing is held."""
