@@ -18,8 +18,8 @@ from cache4diffusion.engine.driver import Inner
 from cache4diffusion.engine.finite import FiniteGuard
 from cache4diffusion.engine.half import Half
 from cache4diffusion.engine.host import Host
-from cache4diffusion.engine.leaves import flatten, get_argument, unflatten
-from cache4diffusion.engine.maps import Grid, grid_of
+from cache4diffusion.engine.leaves import flatten, unflatten
+from cache4diffusion.engine.maps import Grid, grid_of, said_of_grid
 from cache4diffusion.errors import CompositionError
 from cache4diffusion.gates import Step
 from cache4diffusion.guidance import BranchRule
@@ -53,6 +53,7 @@ class GuidedCall:
     """One call of the denoiser, and what is remembered of its run."""
 
     state: GuidanceState
+    made: torch.Size | None = None  # shape of the last output
     step: Step
     call: Call
     latent: Tensor
@@ -145,8 +146,8 @@ class BranchDriver:
         state, latent = now.state, now.latent
         if latent.shape not in state.layouts:
             conditioning = self.host.inputs.split(now.args, now.kwargs)[2]
-            half = latent.shape[0] // 2
-            verdict = (latent[:half] == latent[half:]).all()
+            half, denoised = latent.shape[0] // 2, _denoised(latent, state.made)
+            verdict = (denoised[:half] == denoised[half:]).all()
             if self.is_guided() is None:  # a pipeline that says yes may do so with equal prompts
                 kinds = [c[:half] != c[half:] for c in conditioning if c.ndim and c.shape[0] == 2 * half]
                 verdict = verdict & torch.stack([verdict & False, *[kind.any() for kind in kinds]]).any()
@@ -304,14 +305,15 @@ class BranchDriver:
         state.template = ([None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves], spec)
         if tensors[0].ndim != 3 or not self.rule.needs_maps:
             state.grid = None
-        elif state.grid is None or state.grid.height * state.grid.width != tensors[0].shape[1]:
+        elif state.grid is None or state.grid.count != tensors[0].shape[1]:
             denoiser = self.host.plain
-            ids, shapes = (get_argument(denoiser, now.args, now.kwargs, (name,)) for name in ("img_ids", "img_shapes"))
+            ids, shapes, sizes = said_of_grid(denoiser, now.args, now.kwargs)
             self.host.trace.syncs += isinstance(ids, Tensor)
             state.grid = grid_of(type(denoiser).__name__, tensors[0], ids, shapes)
         return tensors if state.grid is None else [state.grid.to_maps(tensor) for tensor in tensors]
 
     def _output(self, state: GuidanceState, maps: list[Tensor]) -> Any:
+        state.made = tensors[0].shape
         """An output like the last one, around ``maps``."""
         grid = state.grid
         tensors = iter(maps if grid is None else [grid.to_tokens(m) for m in maps])
@@ -323,3 +325,13 @@ def _kind(branch: str) -> str | None:
     """``"cond"`` or ``"uncond"`` where the host names its branches so."""
     name = branch.split("#")[0]
     return "cond" if name in _COND else "uncond" if name in _UNCOND else None
+def _denoised(latent: Tensor, made: torch.Size | None) -> Tensor:
+    """The latent's first channels, as many as are made of it: behind them may come an image that one branch lacks."""
+    if made is None or len(made) != latent.ndim:
+        return latent
+    others = [axis for axis in range(1, latent.ndim) if made[axis] != latent.shape[axis]]
+    if len(others) != 1 or made[others[0]] > latent.shape[others[0]]:
+        return latent
+    return latent.narrow(others[0], 0, made[others[0]])
+
+
