@@ -28,6 +28,17 @@ from cache4diffusion.trace import CACHED, FULL, HALF, MIXED, Record
 
 _COND, _UNCOND = ("cond", "pred_cond"), ("uncond", "pred_uncond")  # what diffusers calls its branches
 
+_COND_FIRST = (  # denoisers to whose pipelines the first half of a batched call is the conditional one
+    "AceStepTransformer1DModel",
+    "DiTTransformer2DModel",
+    "LuminaNextDiT2DModel",
+    "OmniGenTransformer2DModel",
+    "StableCascadeUNet",
+    "WuerstchenDiffNeXt",
+    "WuerstchenPrior",
+    "ZImageTransformer2DModel",
+)
+
 
 @dataclass
 class GuidanceState:
@@ -42,6 +53,7 @@ class GuidanceState:
     template: Any = None  # how an output is made of tensors
     grid: Grid | None = None  # how its tokens lie in the image
     shape: Any = None  # of the latents the rule's state belongs to
+    made: torch.Size | None = None  # shape of the last output
     pairs: int = 0  # steps at which both branches were seen, run or not
     skipped: int = 0  # steps at which one of them was not run
     last_step: int = 0  # that was called
@@ -53,7 +65,6 @@ class GuidedCall:
     """One call of the denoiser, and what is remembered of its run."""
 
     state: GuidanceState
-    made: torch.Size | None = None  # shape of the last output
     step: Step
     call: Call
     latent: Tensor
@@ -72,17 +83,17 @@ class BranchDriver:
     Args:
         host: the denoiser.
         rule: when and how.
-        batch_order: which half of a batched call is which, if known from the pipeline (the rule's own setting wins).
         finite: checks what was predicted.
         run_branch: `Engine.run_branch`.
+
+    Attributes:
+        batch_order: which half of a batched call is which: as the rule says, else as diffusers calls the denoiser.
     """
 
-    def __init__(
-        self, host: Host, rule: BranchRule, batch_order: str, finite: FiniteGuard, run_branch: Callable[..., Any]
-    ) -> None:
+    def __init__(self, host: Host, rule: BranchRule, finite: FiniteGuard, run_branch: Callable[..., Any]) -> None:
         self.host, self.rule, self.finite, self.run_branch = host, rule, finite, run_branch
-        own = rule.batch_order
-        self.batch_order = own if own != "auto" else (batch_order if batch_order != "auto" else "uncond-cond")
+        usual = "cond-uncond" if type(host.plain).__name__ in _COND_FIRST else "uncond-cond"
+        self.batch_order = usual if rule.batch_order == "auto" else rule.batch_order
         self.is_guided: Callable[[], bool | None] = lambda: None  # the pipeline's own word, if it gives one
         self.shortfall = ""  # why nothing was skipped in the last run, if so
         self._states: dict[int, GuidanceState] = {}
@@ -302,6 +313,7 @@ class BranchDriver:
         state = now.state
         leaves, spec = flatten(output)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        state.made = tensors[0].shape
         state.template = ([None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves], spec)
         if tensors[0].ndim != 3 or not self.rule.needs_maps:
             state.grid = None
@@ -309,11 +321,10 @@ class BranchDriver:
             denoiser = self.host.plain
             ids, shapes, sizes = said_of_grid(denoiser, now.args, now.kwargs)
             self.host.trace.syncs += isinstance(ids, Tensor)
-            state.grid = grid_of(type(denoiser).__name__, tensors[0], ids, shapes)
+            state.grid = grid_of(type(denoiser).__name__, tensors[0], ids, shapes, sizes=sizes)
         return tensors if state.grid is None else [state.grid.to_maps(tensor) for tensor in tensors]
 
     def _output(self, state: GuidanceState, maps: list[Tensor]) -> Any:
-        state.made = tensors[0].shape
         """An output like the last one, around ``maps``."""
         grid = state.grid
         tensors = iter(maps if grid is None else [grid.to_tokens(m) for m in maps])
@@ -321,10 +332,6 @@ class BranchDriver:
         return unflatten([next(tensors) if slot is None else slot[0] for slot in constants], spec)
 
 
-def _kind(branch: str) -> str | None:
-    """``"cond"`` or ``"uncond"`` where the host names its branches so."""
-    name = branch.split("#")[0]
-    return "cond" if name in _COND else "uncond" if name in _UNCOND else None
 def _denoised(latent: Tensor, made: torch.Size | None) -> Tensor:
     """The latent's first channels, as many as are made of it: behind them may come an image that one branch lacks."""
     if made is None or len(made) != latent.ndim:
@@ -335,3 +342,7 @@ def _denoised(latent: Tensor, made: torch.Size | None) -> Tensor:
     return latent.narrow(others[0], 0, made[others[0]])
 
 
+def _kind(branch: str) -> str | None:
+    """``"cond"`` or ``"uncond"`` where the host names its branches so."""
+    name = branch.split("#")[0]
+    return "cond" if name in _COND else "uncond" if name in _UNCOND else None
