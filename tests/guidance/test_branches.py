@@ -9,7 +9,7 @@ from guidance_zoo import Guided, dit, flux, rows, unet
 
 import cache4diffusion as c4d
 from cache4diffusion.engine.maps import Grid
-from cache4diffusion.errors import CompositionError, RunError
+from cache4diffusion.errors import AnatomyError, CompositionError, RunError
 from cache4diffusion.zoo import tiny
 
 KINDS = ("sd", "dit", "flux")
@@ -211,6 +211,14 @@ def test_a_video_in_a_row_of_tokens_is_filtered_frame_by_frame():
         assert strip_of(handle) == "Fh"
         (state,) = handle._engines[0].branches._states.values()
         assert state.grid == Grid(2, 2, 1, frames=4)
+
+
+@torch.no_grad()
+def test_sound_beside_a_video_is_not_filtered():
+    denoiser, _, given = tiny("LTX2VideoTransformer3DModel").make(2)
+    refused = pytest.raises(AnatomyError, match=r"more than image tokens \(sound, beside a video\)")
+    with c4d.accelerate(denoiser, "fastercache", interval=9, warmup=0, **EXACT), refused:
+        denoiser(**given)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from cache4diffusion.engine.half import Half
 from cache4diffusion.engine.host import Host
 from cache4diffusion.engine.leaves import flatten, unflatten
 from cache4diffusion.engine.maps import Grid, grid_of, said_of_grid
-from cache4diffusion.errors import CompositionError
+from cache4diffusion.errors import AnatomyError, CompositionError
 from cache4diffusion.gates import Step
 from cache4diffusion.guidance import BranchRule
 from cache4diffusion.run import Call
@@ -319,6 +319,11 @@ class BranchDriver:
             state.grid = None
         elif state.grid is None or state.grid.count != tensors[0].shape[1]:
             denoiser = self.host.plain
+            if any(tensor.shape[1] != tensors[0].shape[1] for tensor in tensors):
+                raise AnatomyError(
+                    f"{type(denoiser).__name__} makes more than image tokens (sound, beside a video), and FasterCache "
+                    "cannot filter those by frequency. Use a method without cfg='fastercache'."
+                )
             ids, shapes, sizes = said_of_grid(denoiser, now.args, now.kwargs)
             self.host.trace.syncs += isinstance(ids, Tensor)
             state.grid = grid_of(type(denoiser).__name__, tensors[0], ids, shapes, sizes=sizes)
