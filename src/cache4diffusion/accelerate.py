@@ -282,9 +282,6 @@ def attach(
                 trace,
                 name=name,
                 owner=handle,
-                batch_order="cond-uncond"
-                if type(unwrapped(denoiser)).__name__.startswith("DiTTransformer")
-                else "auto",
                 nan_guard=nan_guard,
                 listener=listeners[name] if listeners is not None else None,
                 store=store() if store is not None else Store(handle.options.storage),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 from cache4diffusion.composition import Composition
 from cache4diffusion.gates import Place, Placed, Step
 from cache4diffusion.sites import PartsAndStream, PastFrames, Reduced, ReducedLevel
@@ -92,11 +90,12 @@ def full_steps_of(composition: Composition, steps: int) -> list[bool]:
 
 
 def _of_branches(composition: Composition, steps: int) -> str:
-    assert composition.cfg is not None
-    known = SimpleNamespace(low=[], step=0)  # what the rule keeps of the last step at which both branches ran
-    letters = []
-    for index in range(steps):
-        is_cached = index > 0 and composition.cfg.is_cached(known, Step(index, steps))
-        known.step = known.step if is_cached else index
+    rule, letters = composition.cfg, []
+    assert rule is not None
+    state = rule.init()
+    for step in (Step(index, steps) for index in range(steps)):
+        is_cached = rule.is_cached(state, step)
+        if not is_cached:
+            rule.update(state, step, [], [])  # both branches ran
         letters.append(HALF if is_cached else FULL)
     return "".join(letters)

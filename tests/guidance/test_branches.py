@@ -8,7 +8,9 @@ from diffusers import FluxPipeline
 from guidance_zoo import Guided, dit, flux, rows, unet
 
 import cache4diffusion as c4d
-from cache4diffusion.errors import CompositionError, RunError
+from cache4diffusion.engine.maps import Grid
+from cache4diffusion.errors import AnatomyError, CompositionError, RunError
+from cache4diffusion.zoo import tiny
 
 KINDS = ("sd", "dit", "flux")
 ALONE = {"attention_interval": 1}  # the CFG part by itself
@@ -175,6 +177,48 @@ def test_two_images_of_one_seed_are_not_guidance(prompts, warmup):
         assert torch.equal(loop(), plain)
         assert strip_of(handle) == "FFFFF"
         assert handle.trace.syncs == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "settings"), [("fastercache", {"interval": 9, "warmup": 2, **EXACT}), ("t-gate-v1", {"gate_step": 2})]
+)
+def test_an_image_beside_the_latent_may_be_in_one_half_only(name, settings):
+    """Stable Video Diffusion's unconditional half has zeros where the conditional one has the image."""
+    denoiser, _, given = tiny("UNetSpatioTemporalConditionModel").make(2)
+    rng = torch.Generator().manual_seed(0)
+    image = torch.randn(1, 3, 4, 8, 8, generator=rng)
+    beside = torch.cat([torch.zeros_like(image), image])
+    with c4d.accelerate(denoiser, name, **settings) as handle, rows(denoiser) as seen:
+        for i in range(5):
+            x = torch.randn(1, 3, 4, 8, 8, generator=rng)
+            both = torch.cat([torch.cat([x, x]), beside], 2)
+            denoiser(**given | {"sample": both, "timestep": torch.full((2,), 900.0 - i)})
+        assert not any("no guidance was seen" in note for note in handle.trace.notes)
+    assert seen == [2, 2, 1, 1, 1]
+
+
+@torch.no_grad()
+def test_a_video_in_a_row_of_tokens_is_filtered_frame_by_frame():
+    """Trap: LTX-Video's 4 frames of 2 x 2 tokens are as many as a square has."""
+    denoiser, _, given = tiny("LTXVideoTransformer3DModel").make(2)
+    given |= {"num_frames": 4, "height": 2, "width": 2}
+    rng = torch.Generator().manual_seed(0)
+    with c4d.accelerate(denoiser, "fastercache", interval=9, warmup=0, **EXACT) as handle:
+        for i in range(2):
+            x = torch.randn(1, 16, 4, generator=rng)
+            denoiser(**given | {"hidden_states": torch.cat([x, x]), "timestep": torch.full((2,), 900.0 - i)})
+        assert strip_of(handle) == "Fh"
+        (state,) = handle._engines[0].branches._states.values()
+        assert state.grid == Grid(2, 2, 1, frames=4)
+
+
+@torch.no_grad()
+def test_sound_beside_a_video_is_not_filtered():
+    denoiser, _, given = tiny("LTX2VideoTransformer3DModel").make(2)
+    refused = pytest.raises(AnatomyError, match=r"more than image tokens \(sound, beside a video\)")
+    with c4d.accelerate(denoiser, "fastercache", interval=9, warmup=0, **EXACT), refused:
+        denoiser(**given)
 
 
 @torch.no_grad()

@@ -173,6 +173,16 @@ def test_packed_tokens_are_unpacked_as_flux_does():
     assert torch.equal(grid.to_tokens(grid.to_maps(tokens)), tokens)
 
 
+def test_tokens_of_a_video_lie_frame_by_frame():
+    """Trap: 2 frames of 2 x 4 tokens are as many as a square of 4 x 4."""
+    maps = torch.randn(1, 2, 6, 2, 4)
+    tokens = maps.permute(0, 1, 3, 4, 2).reshape(1, 16, 6)
+    grid = grid_of("LTXVideoTransformer3DModel", tokens, sizes=(2, 2, 4))
+    assert grid == Grid(2, 4, 1, frames=2)
+    assert torch.equal(grid.to_maps(tokens), maps.flatten(1, 2))
+    assert torch.equal(grid.to_tokens(grid.to_maps(tokens)), tokens)
+
+
 def test_grids_that_are_not_told_are_refused():
     tokens = torch.randn(1, 16, 8)
     assert grid_of("Anything", tokens) == Grid(4, 4, 1)

@@ -8,7 +8,7 @@ from slow_modules import SlowModules, accelerated, made, sample, timesteps_of
 
 import cache4diffusion as c4d
 from cache4diffusion.anatomy import observe
-from cache4diffusion.errors import SettingError
+from cache4diffusion.errors import AnatomyError, SettingError
 from cache4diffusion.gates import Broadcast, Place, Step
 
 STEPS = 14
@@ -113,6 +113,30 @@ def test_timesteps_from_1_to_0_are_on_the_same_scale(scale):
     state = gate.begin_at(Place(10, levels, decision="spatial"))
     assert "".join("c" if gate.propose(state, Step(i, 10), None) else "F" for i in range(10)) == "FFFcFcFcFF"
     assert gate.begin_at(Place(10, None, decision="spatial")) == state
+
+
+def test_a_timestep_is_compared_as_a_whole_number():
+    """The code's ``lo < int(timestep) < hi``: 100.5 is not above 100."""
+    levels = (900.0, 849.5, 500.5, 101.5, 100.5, 50.0)
+    assert Broadcast(spatial=9, window=(100, 850)).begin_at(Place(6, levels, decision="spatial")) == {1, 2, 3}
+
+
+def test_a_clock_that_is_a_logarithm_is_not_compared_with_the_window():
+    """Trap: Stable Video Diffusion's ``0.25 ln sigma`` falls from 1.6 to -1.6 and never meets it."""
+    gate, levels = Broadcast(spatial=2, window=(100, 800)), tuple(1.6 - 0.35 * i for i in range(10))
+    state = gate.begin_at(Place(10, levels, decision="spatial"))
+    assert state == gate.begin_at(Place(10, None, decision="spatial")) == {3, 5, 7}
+
+
+@torch.no_grad()
+def test_mlps_of_blocks_that_are_not_there_are_refused():
+    denoiser, inputs = made("LatteTransformer3DModel")
+    with (
+        c4d.accelerate(denoiser, "pab", mlp_timesteps=(500.0,), mlp_blocks=(70,)) as handle,
+        pytest.raises(AnatomyError, match=r"mlp_blocks=\(70,\).* use numbers up to \d\."),
+        handle.run(timesteps=timesteps_of(STEPS)),
+    ):
+        denoiser(**inputs)
 
 
 def test_settings_out_of_range_are_refused():

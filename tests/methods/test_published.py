@@ -37,6 +37,11 @@ CARD = {  # FORA, TaylorSeer ... as on their cards; a set may say more
     ("fbcache", "FLUX.1-dev"): {"threshold": 0.08},
     ("teacache", "flux, 1.8x"): {"threshold": 0.4, "coefficients": "flux"},
     ("deepcache", "Stable Diffusion, demo"): {"interval": 5, "schedule": "quadratic", "center": 15, "power": 1.4},
+    ("pab", "Open-Sora-Plan 1.1"): {
+        "mlp_timesteps": (738, 714, 690, 666, 642, 618, 594, 570, 546, 522, 498, 474, 450, 426),
+        "mlp_blocks": (0, 1, 2, 3, 4, 5, 6),
+        "mlp_skip": 2,
+    },
     ("toca", "DiT-XL/2, 50 DDIM steps"): {"interval": 3, "recompute_ratio": 0.07, "bonus": 0.6, "window": 2},
     ("toca", "DiT-XL/2, 250 DDPM steps"): {"interval": 4, "recompute_ratio": 0.07, "schedule": "dit-ddpm"},
     ("toca", "PixArt-alpha, 20 steps"): {"interval": 3, "recompute_ratio": 0.3, "bonus": 0.4, "window": 4},

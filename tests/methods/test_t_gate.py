@@ -196,6 +196,48 @@ def test_calls_of_one_branch_each(sd, name):
     assert len(seen) == 2 * m + (STEPS - m)
 
 
+@torch.no_grad()
+def test_guidance_that_begins_behind_the_gate_runs_both_branches_once(sd):
+    """Trap: the branch that is left would never hear of the prompt."""
+    outputs = []
+    for cond in (sd.cond, sd.cond + 1):
+        seen = []
+        hook = sd.denoiser.register_forward_pre_hook(
+            lambda module, args, kwargs, seen=seen: seen.append(kwargs["sample"].shape[0]), with_kwargs=True
+        )
+        with c4d.accelerate(sd.denoiser, "t-gate-v1", gate_step=2) as handle, handle.run(timesteps=timesteps_of(7)):
+            for i, time in enumerate(timesteps_of(7)):
+                x = sd.start * (1 - i / 8)
+                if i < 4:
+                    sd.call(sd.denoiser, x, time, sd.uncond)
+                else:
+                    both = sd.call(sd.denoiser, torch.cat([x, x]), time, torch.cat([sd.uncond, cond]))
+        hook.remove()
+        assert seen == [2, 2, 2, 2, 4, 2, 2]
+        assert torch.equal(*both.chunk(2))
+        outputs.append(both)
+    assert not torch.equal(*outputs)
+
+
+@torch.no_grad()
+def test_a_prompt_that_is_replaced_behind_the_gate_is_heard_of(sd):
+    outputs = []
+    for later in (sd.cond + 1, sd.cond + 2):
+        seen = []
+        hook = sd.denoiser.register_forward_pre_hook(
+            lambda module, args, kwargs, seen=seen: seen.append(kwargs["sample"].shape[0]), with_kwargs=True
+        )
+        with c4d.accelerate(sd.denoiser, "t-gate-v1", gate_step=2) as handle, handle.run(timesteps=timesteps_of(7)):
+            for i, time in enumerate(timesteps_of(7)):
+                x = sd.start * (1 - i / 8)
+                text = torch.cat([sd.uncond, sd.cond if i < 4 else later])
+                both = sd.call(sd.denoiser, torch.cat([x, x]), time, text)
+        hook.remove()
+        assert seen == [4, 4, 2, 2, 4, 2, 2]
+        outputs.append(both)
+    assert not torch.equal(*outputs)
+
+
 def test_memory_is_known_before(sd):
     both = {"sample": torch.zeros(4, 4, 8, 8), "encoder_hidden_states": torch.cat([sd.uncond, sd.cond])}
     for name in ("t-gate-v1", "t-gate-v2"):

@@ -11,6 +11,7 @@ from unet_zoo import CASES, LEVELS, call, cast, clone, counting, inputs, sd_like
 import cache4diffusion as c4d
 from cache4diffusion.errors import AnatomyError, RunError, SettingError
 from cache4diffusion.gates.quadratic import Quadratic, quadratic_steps
+from cache4diffusion.methods import DeepCache
 
 
 def levels_of(case: str) -> list[tuple[int, int]]:
@@ -111,6 +112,35 @@ def test_at_the_outermost_level_a_cached_step_runs_one_up_layer():
         "conv_act",
         "conv_out",
     }
+
+
+@pytest.mark.parametrize(
+    ("what", "runs"),
+    [
+        ("Stable Diffusion, plug-in example", ["up_blocks.2.resnets.2"]),
+        (
+            "Stable Diffusion, demo",
+            ["down_blocks.0.resnets.0", "up_blocks.2.resnets.1", "up_blocks.2.resnets.2"],
+        ),
+        (
+            "DDPM, 100 steps",
+            [
+                "down_blocks.0.resnets.0",
+                "down_blocks.0.resnets.1",
+                "up_blocks.1.resnets.2",
+                *(f"up_blocks.2.resnets.{i}" for i in range(3)),
+            ],
+        ),
+    ],
+)
+def test_published_sets_cut_where_their_codes_do(what, runs):
+    """The plug-in counts skip connections from ``conv_in``'s on, the demo and DDPM from the first layer's."""
+    published, unet = DeepCache.info.published[what], sd_like()
+    level = {name: published[name] for name in ("block", "layer")}
+    with c4d.accelerate(unet, "deepcache", interval=2, **level):
+        call(unet, inputs(step=0))
+        ran = called(unet, inputs(step=1))
+    assert sorted(path for path in ran if path.split(".")[2:3] == ["resnets"] and path.count(".") == 3) == runs
 
 
 def slow_deepcache(unet, given, kept, block, layer):

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
 from torch import nn
 from unet_zoo import call, counting, inputs, ip_adapter_like, sd_like, sdxl_like, unconditional
 
 import cache4diffusion as c4d
+from cache4diffusion.anatomy import observe
 from cache4diffusion.errors import AnatomyError
 
 METHODS = {"fora": {"interval": 3}, "taylorseer": {"interval": 3, "warmup": 1}}
@@ -79,3 +81,27 @@ def test_u_nets_without_transformer_blocks_have_no_parts():
 def test_the_default_for_a_u_net_is_deepcache(capsys):
     with c4d.accelerate(sd_like()):
         assert "deepcache" in capsys.readouterr().out
+
+
+def contexts(unet, given):
+    parts = [p for stack in observe(unet, (), given).stacks for block in stack.blocks for p in block.parts]
+    return {part.context for part in parts if part.kind == "cross_attn"}
+
+
+@pytest.mark.parametrize("processor", [None, AttnProcessor(), SlicedAttnProcessor(1)], ids=["fused", "plain", "sliced"])
+@pytest.mark.parametrize("count", [1, 5])
+def test_the_tokens_of_a_context_are_counted_whatever_computes_the_attention(processor, count):
+    unet, given = sd_like(), inputs()
+    if processor is not None:
+        unet.set_attn_processor(processor)
+    given["encoder_hidden_states"] = given["encoder_hidden_states"][:, :count]
+    assert contexts(unet, given) == {count}
+
+
+def test_an_adapters_tokens_beside_a_single_one_are_refused():
+    """Trap: its attention has the same queries as the text's, which were counted once."""
+    unet, given = ip_adapter_like(), inputs("ip-adapter")
+    given["encoder_hidden_states"] = given["encoder_hidden_states"][:, :1]
+    assert contexts(unet, given) == {1 + 4}
+    with c4d.accelerate(unet, "vcut"), pytest.raises(AnatomyError, match="attends to 5 tokens"):
+        call(unet, given)

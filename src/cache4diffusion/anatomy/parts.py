@@ -147,16 +147,37 @@ class BlockReader:
 
     def context(self, call: Call) -> int:
         """How many tokens from outside the streams the attentions inside attend to."""
-        lengths: dict[int, int] = {}
+        lengths: dict[frozenset[int], int] = {}  # by what the keys are made from, which may come in slices
+        scores: set[int] = set()
         for op in self.recording.ops[call.first : call.last]:
             is_whole = is_attention(op.name)
             if not is_whole and op.name not in MATRIX:
                 continue
             left, right = self._query_and_key(op.name, op.inputs, op.detail)
-            if left in self.depends and right not in self.depends and self._is_input(right):
-                shape = self.recording.shape(right if is_whole else op.outputs[0])
-                lengths.setdefault(op.inputs[0], shape[-2] if is_whole else shape[-1])
+            if left not in self.depends or right in self.depends or not self._is_input(right):
+                continue
+            if not is_whole and not scores.isdisjoint(self._made_from(left, call)):
+                continue  # values, weighted by what became of the scores
+            shape = self.recording.shape(right if is_whole else op.outputs[0])
+            lengths.setdefault(self._made_from(right, call), shape[-2] if is_whole else shape[-1])
+            scores.update(op.outputs)
         return sum(lengths.values())
+
+    def _made_from(self, serial: int, call: Call) -> frozenset[int]:
+        """What the call was given, or made by heavy operations, of which a tensor is a view, a norm or the like."""
+        found, seen, todo = set[int](), set[int](), [serial]
+        while todo:
+            serial = todo.pop()
+            if serial in seen:
+                continue
+            seen.add(serial)
+            number = self.recording.producer[serial]
+            op = self.recording.ops[number] if number >= call.first else None
+            if op is None or op.name in HEAVY or is_attention(op.name):
+                found.add(serial)
+            else:
+                todo.extend(value_inputs(op))
+        return frozenset(found)
 
     def _query_and_key(self, name: str, inputs: tuple[int, ...], detail: object) -> tuple[int, int]:
         if isinstance(detail, tuple) and len(detail) == 2 and is_attention(name):

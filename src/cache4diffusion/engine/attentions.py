@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from cache4diffusion.anatomy import Block, Part
+from cache4diffusion.anatomy import Anatomy, Block, Part
 from cache4diffusion.engine.parts import PartsDriver
+from cache4diffusion.errors import AnatomyError
 from cache4diffusion.sites import Attentions
 
 
@@ -11,6 +12,27 @@ class AttentionsDriver(PartsDriver):
     """Predicts the outputs of attentions, and of the MLPs of some blocks."""
 
     site: Attentions
+
+    def install(self, anatomy: Anatomy | None) -> None:
+        """As all parts.
+
+        Raises:
+            AnatomyError: there is no MLP in any of the blocks that are named.
+        """
+        super().install(anatomy)
+        if self.site.mlp_blocks and not any(site.part.kind == "ffn" for site in self.sites):
+            assert anatomy is not None
+            numbers = [
+                number
+                for stack in anatomy.stacks
+                for number, block in enumerate(stack.blocks)
+                if any(part.kind == "ffn" for part in block.parts)
+            ]
+            accepted = f"use numbers up to {max(numbers)}" if numbers else "leave mlp_timesteps=() as it is"
+            raise AnatomyError(
+                f"mlp_blocks={self.site.mlp_blocks}: none of these blocks of {anatomy.denoiser} has an MLP of its own; "
+                f"{accepted}."
+            )
 
     def sites_of(self, block: Block) -> list[tuple[str, Part]]:
         """The attentions, and the MLPs if the block is one of those named."""

@@ -18,15 +18,26 @@ from cache4diffusion.engine.driver import Inner
 from cache4diffusion.engine.finite import FiniteGuard
 from cache4diffusion.engine.half import Half
 from cache4diffusion.engine.host import Host
-from cache4diffusion.engine.leaves import flatten, get_argument, unflatten
-from cache4diffusion.engine.maps import Grid, grid_of
-from cache4diffusion.errors import CompositionError
+from cache4diffusion.engine.leaves import flatten, unflatten
+from cache4diffusion.engine.maps import Grid, grid_of, said_of_grid
+from cache4diffusion.errors import AnatomyError, CompositionError
 from cache4diffusion.gates import Step
 from cache4diffusion.guidance import BranchRule
 from cache4diffusion.run import Call
 from cache4diffusion.trace import CACHED, FULL, HALF, MIXED, Record
 
 _COND, _UNCOND = ("cond", "pred_cond"), ("uncond", "pred_uncond")  # what diffusers calls its branches
+
+_COND_FIRST = (  # denoisers to whose pipelines the first half of a batched call is the conditional one
+    "AceStepTransformer1DModel",
+    "DiTTransformer2DModel",
+    "LuminaNextDiT2DModel",
+    "OmniGenTransformer2DModel",
+    "StableCascadeUNet",
+    "WuerstchenDiffNeXt",
+    "WuerstchenPrior",
+    "ZImageTransformer2DModel",
+)
 
 
 @dataclass
@@ -42,6 +53,7 @@ class GuidanceState:
     template: Any = None  # how an output is made of tensors
     grid: Grid | None = None  # how its tokens lie in the image
     shape: Any = None  # of the latents the rule's state belongs to
+    made: torch.Size | None = None  # shape of the last output
     pairs: int = 0  # steps at which both branches were seen, run or not
     skipped: int = 0  # steps at which one of them was not run
     last_step: int = 0  # that was called
@@ -71,17 +83,17 @@ class BranchDriver:
     Args:
         host: the denoiser.
         rule: when and how.
-        batch_order: which half of a batched call is which, if known from the pipeline (the rule's own setting wins).
         finite: checks what was predicted.
         run_branch: `Engine.run_branch`.
+
+    Attributes:
+        batch_order: which half of a batched call is which: as the rule says, else as diffusers calls the denoiser.
     """
 
-    def __init__(
-        self, host: Host, rule: BranchRule, batch_order: str, finite: FiniteGuard, run_branch: Callable[..., Any]
-    ) -> None:
+    def __init__(self, host: Host, rule: BranchRule, finite: FiniteGuard, run_branch: Callable[..., Any]) -> None:
         self.host, self.rule, self.finite, self.run_branch = host, rule, finite, run_branch
-        own = rule.batch_order
-        self.batch_order = own if own != "auto" else (batch_order if batch_order != "auto" else "uncond-cond")
+        usual = "cond-uncond" if type(host.plain).__name__ in _COND_FIRST else "uncond-cond"
+        self.batch_order = usual if rule.batch_order == "auto" else rule.batch_order
         self.is_guided: Callable[[], bool | None] = lambda: None  # the pipeline's own word, if it gives one
         self.shortfall = ""  # why nothing was skipped in the last run, if so
         self._states: dict[int, GuidanceState] = {}
@@ -145,8 +157,8 @@ class BranchDriver:
         state, latent = now.state, now.latent
         if latent.shape not in state.layouts:
             conditioning = self.host.inputs.split(now.args, now.kwargs)[2]
-            half = latent.shape[0] // 2
-            verdict = (latent[:half] == latent[half:]).all()
+            half, denoised = latent.shape[0] // 2, _denoised(latent, state.made)
+            verdict = (denoised[:half] == denoised[half:]).all()
             if self.is_guided() is None:  # a pipeline that says yes may do so with equal prompts
                 kinds = [c[:half] != c[half:] for c in conditioning if c.ndim and c.shape[0] == 2 * half]
                 verdict = verdict & torch.stack([verdict & False, *[kind.any() for kind in kinds]]).any()
@@ -301,14 +313,20 @@ class BranchDriver:
         state = now.state
         leaves, spec = flatten(output)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        state.made = tensors[0].shape
         state.template = ([None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves], spec)
         if tensors[0].ndim != 3 or not self.rule.needs_maps:
             state.grid = None
-        elif state.grid is None or state.grid.height * state.grid.width != tensors[0].shape[1]:
+        elif state.grid is None or state.grid.count != tensors[0].shape[1]:
             denoiser = self.host.plain
-            ids, shapes = (get_argument(denoiser, now.args, now.kwargs, (name,)) for name in ("img_ids", "img_shapes"))
+            if any(tensor.shape[1] != tensors[0].shape[1] for tensor in tensors):
+                raise AnatomyError(
+                    f"{type(denoiser).__name__} makes more than image tokens (sound, beside a video), and FasterCache "
+                    "cannot filter those by frequency. Use a method without cfg='fastercache'."
+                )
+            ids, shapes, sizes = said_of_grid(denoiser, now.args, now.kwargs)
             self.host.trace.syncs += isinstance(ids, Tensor)
-            state.grid = grid_of(type(denoiser).__name__, tensors[0], ids, shapes)
+            state.grid = grid_of(type(denoiser).__name__, tensors[0], ids, shapes, sizes=sizes)
         return tensors if state.grid is None else [state.grid.to_maps(tensor) for tensor in tensors]
 
     def _output(self, state: GuidanceState, maps: list[Tensor]) -> Any:
@@ -317,6 +335,16 @@ class BranchDriver:
         tensors = iter(maps if grid is None else [grid.to_tokens(m) for m in maps])
         constants, spec = state.template
         return unflatten([next(tensors) if slot is None else slot[0] for slot in constants], spec)
+
+
+def _denoised(latent: Tensor, made: torch.Size | None) -> Tensor:
+    """The latent's first channels, as many as are made of it: behind them may come an image that one branch lacks."""
+    if made is None or len(made) != latent.ndim:
+        return latent
+    others = [axis for axis in range(1, latent.ndim) if made[axis] != latent.shape[axis]]
+    if len(others) != 1 or made[others[0]] > latent.shape[others[0]]:
+        return latent
+    return latent.narrow(others[0], 0, made[others[0]])
 
 
 def _kind(branch: str) -> str | None:

@@ -57,7 +57,6 @@ class Engine:
         trace: where records go; shared likewise.
         name: of the denoiser, for records and messages.
         owner: the handle, found again on the denoiser by a second `accelerate`.
-        batch_order: which half of a batched guidance call is which, if known.
         nan_guard: what to do about a predicted output with NaN or Inf, as in `FiniteGuard`. What is found at once is
             recomputed; what is found at the next step makes that one full.
         listener: hears of what is recorded.
@@ -77,7 +76,6 @@ class Engine:
         *,
         name: str = "denoiser",
         owner: Any = None,
-        batch_order: str = "auto",
         nan_guard: NanGuard | None = None,
         listener: Listener | None = None,
         store: Store | None = None,
@@ -88,7 +86,7 @@ class Engine:
     ) -> None:
         self.denoiser, self.tracker, self.trace = denoiser, tracker, trace
         self.name, self.admission = name, admission
-        self._batch_order, self._listener = batch_order, listener
+        self._listener = listener
         self._nan_guard: NanGuard | None = nan_guard
         self._is_guided, self._on_check, self._given = is_guided, on_check, group
         self._groups: dict[int, Alone] = {}  # by run: the processes that share its samples
@@ -112,7 +110,7 @@ class Engine:
         if composition.site is not None:
             self.runner = SiteRunner(self.host, composition.site, finite)
         if composition.cfg is not None:
-            self.branches = BranchDriver(self.host, composition.cfg, self._batch_order, finite, self.run_branch)
+            self.branches = BranchDriver(self.host, composition.cfg, finite, self.run_branch)
             if self._is_guided is not None:
                 self.branches.is_guided = self._is_guided
         if isinstance(self.driver, TrajectoryDriver):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cache4diffusion.engine.inputs import Inputs
 from cache4diffusion.engine.leaves import get_argument
@@ -19,23 +19,32 @@ _PACKED = ("Flux", "Qwen", "Bria", "Chroma", "LongCat", "Ovis")
 
 @dataclass(frozen=True)
 class Grid:
-    """How tokens ``[B, N, D]`` lie in the image: ``height x width``, each a ``patch x patch`` piece of the latent."""
+    """How tokens ``[B, N, D]`` lie in the image: ``height x width``, each a ``patch x patch`` piece of the latent.
+
+    Of a video, one frame after the other.
+    """
 
     height: int
     width: int
     patch: int
+    frames: int = 1
+
+    @property
+    def count(self) -> int:
+        """Number of tokens."""
+        return self.frames * self.height * self.width
 
     def to_maps(self, tokens: Tensor) -> Tensor:
-        """``[B, N, D]`` to ``[B, D / patch^2, H * patch, W * patch]``."""
+        """``[B, N, D]`` to ``[B, frames * D / patch^2, H * patch, W * patch]``."""
         b, p = tokens.shape[0], self.patch
-        maps = tokens.reshape(b, self.height, self.width, -1, p, p).permute(0, 3, 1, 4, 2, 5)
+        maps = tokens.reshape(b * self.frames, self.height, self.width, -1, p, p).permute(0, 3, 1, 4, 2, 5)
         return maps.reshape(b, -1, self.height * p, self.width * p)
 
     def to_tokens(self, maps: Tensor) -> Tensor:
         """The inverse of `to_maps`."""
         b, p = maps.shape[0], self.patch
-        tokens = maps.reshape(b, -1, self.height, p, self.width, p).permute(0, 2, 4, 1, 3, 5)
-        return tokens.reshape(b, self.height * self.width, -1)
+        tokens = maps.reshape(b * self.frames, -1, self.height, p, self.width, p).permute(0, 2, 4, 1, 3, 5)
+        return tokens.reshape(b, self.count, -1)
 
 
 def grid_of(
@@ -44,6 +53,7 @@ def grid_of(
     ids: Any = None,
     shapes: Any = None,
     wanted: str = "FasterCache cannot filter them by frequency",
+    sizes: Sequence[Any] = (),
 ) -> Grid:
     """The grid of output tokens, row by row.
 
@@ -55,12 +65,15 @@ def grid_of(
         shapes: ``[[(frames, height, width), ...], ...]``, or without the inner list, if the host passes them
             (``img_shapes``).
         wanted: what cannot be done without it, for the error.
+        sizes: frames, rows and columns, if the host passes them (``num_frames``, ``height``, ``width``: LTX-Video).
 
     Raises:
         AnatomyError: nothing tells the grid.
     """
     count = tokens.shape[1]
     patch = 2 if denoiser_name.startswith(_PACKED) and tokens.shape[2] % 4 == 0 else 1
+    if sizes and all(isinstance(size, int) for size in sizes) and math.prod(sizes) == count:
+        return Grid(sizes[1], sizes[2], patch, sizes[0])
     if isinstance(ids, Tensor):
         axes = (ids[0] if ids.ndim == 3 else ids).round().long().T.tolist()
         varying = [values for values in axes if len(set(values)) > 1]
@@ -70,8 +83,8 @@ def grid_of(
             return Grid(count // width, width, patch)
     elif shapes is not None:
         first = [sample if isinstance(sample[0], int) else sample[0] for sample in shapes]
-        sizes = {tuple(int(size) for size in sample) for sample in first}
-        frames, height, width = sizes.pop() if len(sizes) == 1 else (0, 0, 0)
+        found = {tuple(int(size) for size in sample) for sample in first}
+        frames, height, width = found.pop() if len(found) == 1 else (0, 0, 0)
         if frames == 1 and height * width == count:
             return Grid(height, width, patch)
     else:
@@ -82,6 +95,15 @@ def grid_of(
         f"{denoiser_name} has {count} image tokens, and how they lie in the image is not known (no position ids of one "
         f"image, row by row, and not a square), so {wanted}."
     )
+
+
+def said_of_grid(
+    denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Any, Any, tuple[Any, ...]]:
+    """What a host says of how image tokens lie: ``ids``, ``shapes`` and ``sizes`` of `grid_of`."""
+    names = ("img_ids", "img_shapes", "num_frames", "height", "width")
+    ids, shapes, *sizes = (get_argument(denoiser, args, kwargs, (name,)) for name in names)
+    return ids, shapes, tuple(sizes)
 
 
 def patch_grid(denoiser_name: str, latent: Tensor, count: int, patch: int | None, wanted: str) -> tuple[int, int, int]:
@@ -126,7 +148,7 @@ def image_grid(
     """
     name, latent = type(inputs.module).__name__, inputs.split(args, kwargs)[1]
     if latent.ndim == 3:
-        ids, shapes = (get_argument(inputs.module, args, kwargs, (key,)) for key in ("img_ids", "img_shapes"))
+        ids, shapes, _ = said_of_grid(inputs.module, args, kwargs)
         grid = grid_of(name, latent[:, :count], ids, shapes, wanted)
         return 1, grid.height, grid.width
     patch = getattr(getattr(inputs.module, "config", None), "patch_size", None)

@@ -12,14 +12,15 @@ _SCALE = 1000.0  # of the timesteps in which windows are given
 
 @dataclass(frozen=True)
 class Broadcast(StaticGate):
-    """Cached where ``step % range != 0`` and ``low < timestep < high``, with a range for each kind of attention.
+    """Cached where ``step % range != 0`` and ``low < int(timestep) < high``, with a range for each kind of attention.
 
     ``Broadcast(spatial=2, window=(100, 800))`` over 10 steps at the timesteps 1000, 900, ..., 100 is ``FFFcFcFcFF``.
     The MLPs that are cached at all are full but for the ``mlp_skip`` steps behind the step nearest to each of
     ``mlp_timesteps``.
 
     Timesteps are on a scale of 1000: those of a run that begins at 1 or below are multiplied by it. Where they are
-    not known, the run's steps are taken to fall evenly from 1000 to 0.
+    not known, or are on no such scale (logarithms of the noise level, which fall below 0: Stable Video Diffusion), the
+    run's steps are taken to fall evenly from 1000 to 0.
 
     Args:
         spatial, temporal, cross: ranges, 1 or more; 1 never caches. A decision of another name is spatial.
@@ -77,7 +78,7 @@ class Broadcast(StaticGate):
             return frozenset(start + 1 + i for start in starts for i in range(self.mlp_skip)) - frozenset(starts)
         ranges = {"temporal": self.temporal, "cross": self.cross}
         every, (low, high) = ranges.get(place.decision, self.spatial), self.window
-        return frozenset(i for i, time in enumerate(times) if i % every and low < time < high)
+        return frozenset(i for i, time in enumerate(times) if i % every and low < int(time) < high)
 
     def propose(self, state: frozenset[int], step: Step, score: float | None) -> bool:
         """As the table says."""
@@ -86,7 +87,7 @@ class Broadcast(StaticGate):
 
 def _timesteps(place: Place, num_steps: int) -> list[float]:
     """The timestep of every step, on a scale of 1000."""
-    if place.levels is None or len(place.levels) != num_steps:
+    if place.levels is None or len(place.levels) != num_steps or min(place.levels) < 0:
         return [_SCALE * (1 - i / num_steps) for i in range(num_steps)]
     scale = _SCALE if max(place.levels) <= 1 else 1.0
     return [scale * level for level in place.levels]

@@ -16,12 +16,20 @@ from cache4diffusion.gates.base import Step
 from cache4diffusion.storage import PLAIN, Store
 
 
+@dataclass
+class DropState:
+    """What is known of one run."""
+
+    has_both: bool = False  # whether both branches ran in a step, under the conditioning there is
+
+
 @dataclass(frozen=True)
 class DropBranch:
     """From step ``gate_step`` on the unconditional branch alone runs, and its output is the conditional one's as well.
 
     Guidance then leaves it as it is, whatever its scale: ``u + g (u - u) = u``. Where each branch has a call of its
-    own, the first one runs and answers the second, whichever it is.
+    own, the first one runs and answers the second, whichever it is. Where guidance begins later than that, or the
+    conditioning is replaced, both branches run once more: one of them knows nothing of the other's.
 
     Args:
         gate_step: first step without guidance; 0: there is none.
@@ -72,24 +80,26 @@ class DropBranch:
         """The gate step."""
         return self.gate_step
 
-    def init(self, store: Store = PLAIN) -> None:
-        """Nothing is remembered."""
+    def init(self, store: Store = PLAIN) -> DropState:
+        """No branch has run."""
+        return DropState()
 
-    def is_cached(self, state: None, step: Step) -> bool:
+    def is_cached(self, state: DropState, step: Step) -> bool:
         """Whether guidance is over."""
-        return 0 < self.gate_step <= step.index
+        return state.has_both and 0 < self.gate_step <= step.index
 
-    def update(self, state: None, step: Step, source: list[Tensor], predicted: list[Tensor]) -> None:
-        """Nothing is learned from both."""
+    def update(self, state: DropState, step: Step, source: list[Tensor], predicted: list[Tensor]) -> None:
+        """Both have run."""
+        state.has_both = True
 
-    def commit(self, state: None, step: Step) -> None:
+    def commit(self, state: DropState, step: Step) -> None:
         """Nothing to note."""
 
-    def predict(self, state: None, step: Step, source: list[Tensor]) -> list[Tensor]:
+    def predict(self, state: DropState, step: Step, source: list[Tensor]) -> list[Tensor]:
         """The source branch's own output."""
         return source
 
-    def prefetch(self, state: None) -> None:
+    def prefetch(self, state: DropState) -> None:
         """Nothing is kept."""
 
     def tensors(self, state: Any) -> Iterator[Tensor]:

@@ -21,18 +21,21 @@ class DeepCache(Method):
     """On cached steps only the levels shallower than one up-layer run, fed by the cached feature that enters it.
 
     The level is counted from the output: ``block=0, layer=0`` keeps ``conv_in``, the last up-layer and the output;
-    larger numbers keep more. The plug-in's ``cache_branch_id`` is ``3 block + layer``. With ``schedule="quadratic"``
-    full steps are denser around the step ``center`` (see `Quadratic`).
+    larger numbers keep more. The plug-in's ``cache_branch_id`` is ``3 block + layer``. The demo and the experiments
+    leave ``conv_in`` out of the count: DDPM's ``branch`` is ``3 block + layer - 1``, and so is the demo's
+    ``3 cache_layer_id + cache_block_id`` (its two words are the other way round). With ``schedule="quadratic"`` full
+    steps are denser around the step ``center`` (see `Quadratic`).
 
     Cost: one feature map. What the host adds to skip connections (ControlNet) is added on cached steps as well.
     Differences from the code: fresh ControlNet residuals reach the shallow levels on cached steps; steps are counted
     by the run, not by looking the timestep up; nothing survives from one run to the next. The default is the demo's
-    interval in the plug-in's uniform schedule (the demo's is quadratic; the plug-in's own interval is 1, off).
+    interval in the plug-in's uniform schedule and at its level (the demo's schedule is quadratic, its level one layer
+    deeper; the plug-in's own interval is 1, off).
     """
 
     interval: int = setting(5, "distance of two full steps; 1 never caches. Code: 5 (demo), 3 (plug-in example)", ge=1)
-    block: int = setting(0, "up-block at which the deep part is cut off, from the output. Code: 0", ge=0)
-    layer: int = setting(0, "layer of that block, from its end. Code: 0", ge=0)
+    block: int = setting(0, "up-block at which the deep part is cut off, from the output. Code: 0, 1 (DDPM)", ge=0)
+    layer: int = setting(0, "layer of that block, from its end. Code: 0 (plug-in), 1 (demo)", ge=0)
     schedule: Literal["uniform", "quadratic"] = setting(
         "uniform", "how full steps are spread. Code: quadratic (demo), uniform"
     )
@@ -57,13 +60,13 @@ class DeepCache(Method):
             "Stable Diffusion, demo": {
                 "interval": 5,
                 "block": 0,
-                "layer": 0,
+                "layer": 1,
                 "schedule": "quadratic",
                 "center": 15,
                 "power": 1.4,
             },
             "Stable Diffusion, plug-in example": {"interval": 3, "block": 0, "layer": 0},
-            "DDPM, 100 steps": {"interval": 5, "block": 0, "layer": 2},
+            "DDPM, 100 steps": {"interval": 5, "block": 1, "layer": 0},
         },
     )
 

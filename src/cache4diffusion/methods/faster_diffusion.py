@@ -23,12 +23,14 @@ class FasterDiffusion(Method):
 
     The decoder is told the current timestep and the text; the latent of a step that is no key is not read by the
     network at all. ``parallel`` decodes all steps up to the next key in one batch, each at its own timestep, which is
-    the same. The list of key steps is for 50 steps and is stretched to others.
+    the same where only the latent and the timestep change from step to step; what is added to the skips (ControlNet) is
+    then that of the first of these steps. The list of key steps is for 50 steps and is stretched to others.
 
     Cost: all skip tensors and what leaves the middle. A cached step runs the up blocks and the output, about half.
     Differences from the code: 0.003 of the initial noise, which it adds to the latent in the second half of the run to
-    bring texture back, is left out. ControlNet's residuals are added to the cached skips on every step, fresh, where
-    the code runs that network at key steps only. For U-Nets; the paper's variant for transformers is not in.
+    bring texture back, is left out. ControlNet's residuals are added to the cached skips on every step, fresh (but for
+    ``parallel``), where the code runs that network at key steps only. For U-Nets; the paper's variant for transformers
+    is not in.
     """
 
     key_steps: tuple[int, ...] = setting(_KEYS, "steps of 50 at which the encoder runs. Code: this list (50ls)")

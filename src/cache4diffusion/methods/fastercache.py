@@ -60,8 +60,9 @@ class FasterCache(Method):
     Differences from the code: the two filtered differences are kept as real maps, which is the same and needs no FFT
     on cached steps. The windows are fractions of the run; warm-ups are numbers of steps, as published. A difference
     older than ``interval`` steps (guidance paused) is not used. The rows of a branch go on with their own features;
-    the Latte script takes those of the first half for whichever runs. Self-attention inside a fused part (FLUX's
-    single-stream blocks) always runs.
+    the Latte script takes those of the first half for whichever runs. The code for Vchitect-2.0 also reuses the
+    residual of seven blocks on two steps of three, which is not part of this. Self-attention inside a fused part
+    (FLUX's single-stream blocks) always runs.
     """
 
     interval: int = setting(5, "both branches run on every n-th step; 1 never skips. Code: 5, 6 (Open-Sora-Plan)", ge=1)

@@ -26,6 +26,7 @@ class TGateV1(Method):
 
     Without guidance (distilled models) each call goes on with its own cross-attention. Where each branch has a call of
     its own, the one that is called first is left: with cross-attention frozen they differ in what else they are given.
+    Where guidance begins only behind the gate, or a prompt is replaced there, both branches run at that step.
 
     Cost: one output of every cross-attention, of both branches. A step behind the gate costs less than half.
     Differences from the code: its counter wraps around, so that the very last step computes cross-attention again,

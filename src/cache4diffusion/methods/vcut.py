@@ -22,7 +22,8 @@ class VCUT(Method):
     ``CrossAttn(x, c) = W_o softmax(Q K^T) V + b_o`` with one key is ``W_o W_v c + b_o``, whatever x and the step are:
     it is exact but for rounding. A denoiser whose contexts are longer (text, an IP-adapter's tokens) is refused.
 
-    Cost: one token of every cross-attention's output. A cached step saves all of cross-attention.
+    Cost: one token for every row of a cross-attention's output (a frame; a place, where it is over time). A cached step
+    saves all of cross-attention.
     Differences from the paper: the preprint leaves temporal cross-attention out altogether, and the journal's version
     replaces it by the linear layer; here both kinds are kept, exactly and at the same price. The one computation is the
     module's own at the first step; weights of the layers that rest stay in memory.
