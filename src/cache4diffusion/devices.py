@@ -17,10 +17,20 @@ def streams_of(device: torch.device) -> Any:
 
     The CPU has streams in name only; Apple's devices have one and no more.
     """
-    if device.type == "cpu":
+    if device.type in ("cpu", "meta"):
         return None
     module = torch.get_device_module(device)
     return module if all(hasattr(module, name) for name in _STREAMS) else None
+
+
+def sent(made: Tensor, device: torch.device) -> Tensor:
+    """What was made on the host, on a device.
+
+    Where that has streams, from page-locked memory, which is kept until it has been read: nothing waits.
+    """
+    if streams_of(device) is None:
+        return made.to(device)
+    return made.pin_memory().to(device, non_blocking=True)
 
 
 @cache

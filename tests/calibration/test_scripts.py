@@ -41,22 +41,6 @@ def test_every_wanted_calibration_is_one_that_a_method_takes():
         assert set(options) <= {entry["name"] for entry in c4d.METHODS[name].calibrator.describe()}
 
 
-@pytest.mark.parametrize(("wanted", "index"), [(0.5, 0), (2.1, 1), (2.6, 2), (99.0, 19)])
-def test_the_closest_counterpart_is_found_in_few_runs(monkeypatch, wanted, index):
-    counted = []
-
-    def reached(loaded, chosen):
-        if chosen == "target":
-            return wanted
-        counted.append(chosen)
-        return chosen.interval - 1.0
-
-    monkeypatch.setattr(calibrated, "reached", reached)
-    others = [("fora", {"interval": interval}) for interval in range(2, 22)]
-    assert calibrated.closest(None, "target", others) == others[index]
-    assert len(counted) <= 8
-
-
 def test_counterparts_are_sorted_by_cost():
     for _, others in calibrated.PAIRS.values():
         costs = [calibrated._cost(other) for other in sorted(others, key=calibrated._cost)]

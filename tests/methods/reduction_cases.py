@@ -5,6 +5,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import anatomy_zoo
+from cache4diffusion import devices
 from cache4diffusion.gates import Step
 from cache4diffusion.tokens import Segment, TokenPlace
 from small_denoisers import dit, dit_inputs, unet, unet_inputs
@@ -58,6 +59,13 @@ def unet_of_two_levels():
         attention_head_dim=4,
         norm_num_groups=4,
     ).eval()
+
+
+def with_streams(monkeypatch):
+    """Tensors without values are on a device that copies while the host goes on."""
+    found = devices.streams_of
+    monkeypatch.setattr(devices, "streams_of", lambda device: "some" if device.type == "meta" else found(device))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda made: made)
 
 
 class Waits(TorchFunctionMode):

@@ -7,7 +7,7 @@ import weakref
 import diffusers
 import pytest
 import torch
-from reduction_cases import Waits, case, place, rng, tokens, twins_of, unet_of_two_levels
+from reduction_cases import Waits, case, place, rng, tokens, twins_of, unet_of_two_levels, with_streams
 from slow_reductions import SlowMerging, cosine, important, matched, merged_attention
 
 import cache4diffusion as c4d
@@ -398,7 +398,7 @@ def test_both_halves_of_a_video_follow_one_plan_frame_by_frame(name, monkeypatch
 @pytest.mark.parametrize("is_known", [False, True])
 def test_making_a_plan_waits_for_nothing(name, is_known, monkeypatch):
     """Tensors without values give none to the host; and what was made there is not waited for, where that is safe."""
-    monkeypatch.setattr("cache4diffusion.tokens.base.STAGED", {"meta"})
+    with_streams(monkeypatch)
     rule, x = TOKEN_RULES[name](), tokens().to("meta")
     rule = dataclasses.replace(rule, pool=1.4) if name == "merge" else rule
     where = place(twins=torch.ones(2, dtype=torch.bool, device="meta"))

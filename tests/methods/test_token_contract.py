@@ -4,15 +4,15 @@ import dataclasses
 
 import pytest
 import torch
-from reduction_cases import Waits, case, place, tokens
+from reduction_cases import Waits, case, place, tokens, with_streams
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import cache4diffusion as c4d
 import toys
+from cache4diffusion.devices import sent
 from cache4diffusion.gates.base import PartInput
 from cache4diffusion.tokens import ClusterTokens, RoutedTokens, TopScore, WeightedTokens
-from cache4diffusion.tokens.base import STAGED, placed
 from ranks import on_ranks
 from simulated import can_register, register
 from small_denoisers import accelerated
@@ -81,7 +81,7 @@ def test_a_shape_guard_sees_the_same_run_for_other_data(name):
 )
 def test_choosing_tokens_waits_for_nothing(rule, monkeypatch):
     """What is made on the host is not waited for; `test_making_a_plan_waits_for_nothing` has the other rules."""
-    monkeypatch.setattr("cache4diffusion.tokens.base.STAGED", {"meta"})
+    with_streams(monkeypatch)
     x, state = tokens().to("meta"), rule.init()
     where = dataclasses.replace(place(step=1), entering=x, num_blocks=1)
     with Waits() as waits:
@@ -94,12 +94,23 @@ def test_choosing_tokens_waits_for_nothing(rule, monkeypatch):
     assert not waits.seen
 
 
-def test_devices_that_may_read_ordinary_memory_later_are_waited_for():
-    """As Apple's: what is drawn is gone by then."""
+def test_devices_without_streams_are_waited_for():
+    """As Apple's: they may read ordinary memory later, and what is drawn is gone by then."""
     with Waits() as waits:
-        placed(torch.zeros(3), torch.device("meta"))
+        sent(torch.zeros(3), torch.device("meta"))
     assert waits.copies == len(waits.seen) == 1
-    assert {"cuda"} == STAGED
+
+
+def test_what_is_sent_beside_the_computation_lies_in_page_locked_memory(monkeypatch):
+    """Else the device may read it when it is gone."""
+    with_streams(monkeypatch)
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda made: pinned.append(made) or made.clone())
+    x = torch.zeros(3)
+    with Waits() as waits:
+        sent(x, torch.device("meta"))
+    assert pinned == [x]
+    assert not waits.seen
 
 
 @torch.no_grad()

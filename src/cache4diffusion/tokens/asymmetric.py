@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cache4diffusion.devices import sent
 from cache4diffusion.errors import SettingError
 from cache4diffusion.gates.base import Place
 from cache4diffusion.gates.timetable import positions_of
-from cache4diffusion.tokens.base import TokenPlace, placed
+from cache4diffusion.tokens.base import TokenPlace
 from cache4diffusion.tokens.merging import destinations, merge_plan
 from cache4diffusion.tokens.reduction import Plan, Signal
 
@@ -164,7 +165,7 @@ class AsymmetricTokens:
         if state.made != renewal or state.dst is None or state.dst.device != entering.device:
             key = f"{self.seed}/{renewal}/{place.part}/{place.kind}"
             generator = torch.Generator("cpu").manual_seed(zlib.crc32(key.encode()))
-            state.dst = placed(destinations(segment.grid, window, generator), entering.device)
+            state.dst = sent(destinations(segment.grid, window, generator), entering.device)
             state.src, state.made, state.plan = others(state.dst, length), renewal, None
             distance, state.target = nearest(entering, state.dst, state.src, place.twins)
             state.order = distance.sort(dim=1, stable=True).indices

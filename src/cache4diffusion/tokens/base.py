@@ -69,15 +69,6 @@ class TokenPlace:
         return max(segment.stop for segment in self.segments)
 
 
-STAGED = frozenset({"cuda"})
-"""Types of devices that have taken what lies in ordinary memory when a copy returns that waits for nothing."""
-
-
-def placed(made: Tensor, device: torch.device) -> Tensor:
-    """What was made on the host, where it is needed; if that is safe, without letting the device come to rest."""
-    return made.to(device, non_blocking=device.type in STAGED)
-
-
 def of_twins(values: Tensor, place: TokenPlace) -> Tensor:
     """``[B, N]`` values, where rows are twins their mean."""
     if place.twins is None:

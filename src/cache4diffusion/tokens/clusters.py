@@ -11,8 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cache4diffusion.devices import sent
 from cache4diffusion.errors import SettingError
-from cache4diffusion.tokens.base import Segment, TokenPlace, placed
+from cache4diffusion.tokens.base import Segment, TokenPlace
 
 
 def kmeans(x: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
@@ -145,7 +146,7 @@ class ClusterTokens:
             begin = state.centroids.get(kind)
             if begin is None:
                 order = torch.randperm(x.shape[1], generator=_generator(f"{self.seed}/{kind}"))
-                begin = x[:, placed(order[:count], x.device)]
+                begin = x[:, sent(order[:count], x.device)]
             state.labels[kind], state.centroids[kind] = kmeans(x, begin, self.iterations)
 
     def observe(self, state: ClusterState, place: TokenPlace, seen: dict[str, Tensor]) -> None:
@@ -166,7 +167,7 @@ class ClusterTokens:
             labels = self._labels(place, segment)
             if labels is not None:
                 key = f"{self.seed}/{place.step.index}/{place.part}/{segment.start}"
-                noise = placed(torch.rand(1, labels.shape[1], generator=_generator(key)), device)
+                noise = sent(torch.rand(1, labels.shape[1], generator=_generator(key)), device)
                 count = min(self.clusters, labels.shape[1])
                 chosen.append(representatives(labels, noise, count) + segment.start)
         if not chosen:

@@ -10,9 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cache4diffusion.devices import sent
 from cache4diffusion.errors import SettingError
 from cache4diffusion.gates.base import Step
-from cache4diffusion.tokens.base import TokenPlace, of_twins, placed
+from cache4diffusion.tokens.base import TokenPlace, of_twins
 from cache4diffusion.tokens.merging import match, merge_plan, others
 from cache4diffusion.tokens.reduction import Plan, Signal
 
@@ -101,7 +102,7 @@ class DynamicTokens:
         """A new plan; None where nothing is left out."""
         (batch, length, dim), (segment,) = entering.shape, place.segments
         assert segment.grid is not None
-        windows = placed(windows_of(segment.grid, self.window), entering.device)
+        windows = sent(windows_of(segment.grid, self.window), entering.device)
         count = min(int(self.ratio_at(place.step) * length + 1e-9), length - len(windows))
         if not count or not len(windows):
             return None
@@ -119,7 +120,7 @@ class DynamicTokens:
     def _score(self, place: TokenPlace, length: int, device: torch.device) -> Tensor:
         """``[B, N]``, or ``[1, N]`` where no row differs from another."""
         generator = self._generator(place, "noise")
-        noise = placed(torch.randn(1, length, generator=generator), device)
+        noise = sent(torch.randn(1, length, generator=generator), device)
         if place.signal is None:
             return noise
         weight = self.weight

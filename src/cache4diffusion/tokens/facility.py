@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from cache4diffusion.devices import sent
 from cache4diffusion.errors import SettingError
-from cache4diffusion.tokens.base import TokenPlace, placed
+from cache4diffusion.tokens.base import TokenPlace
 from cache4diffusion.tokens.reduction import LinearPlan, Plan, Signal
 
 TIE = 1e-4
@@ -150,7 +151,7 @@ class FacilityTokens:
         count = max(smallest - int(self.ratio * smallest + 1e-9), 1)
         if count == smallest:
             return None
-        tiles, is_real, places = (placed(each, entering.device) for each in (tiles, is_real, places))
+        tiles, is_real, places = (sent(each, entering.device) for each in (tiles, is_real, places))
         unit = normalize(entering.float(), dim=-1)[:, tiles]  # [B, tiles, n, D]
         pairs = place.batch * tiles.shape[0] * tiles.shape[1]
         if served is None or state.chosen is None or index % self.renew == 0:

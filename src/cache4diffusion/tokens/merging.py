@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from cache4diffusion.devices import sent
 from cache4diffusion.errors import SettingError
-from cache4diffusion.tokens.base import TokenPlace, placed
+from cache4diffusion.tokens.base import TokenPlace
 from cache4diffusion.tokens.reduction import Form, Plan, Signal
 
 
@@ -205,7 +206,7 @@ class MergeTokens:
             key = f"{self.seed}/{place.step.index}/{place.part}"
             generator = torch.Generator("cpu").manual_seed(zlib.crc32(key.encode()))
         dst = destinations(segment.grid, self.window, generator)
-        dst = placed(dst, entering.device).expand(batch, -1)
+        dst = sent(dst, entering.device).expand(batch, -1)
         is_least = None
         if self.pool > 0 and place.signal is not None:
             is_known = torch.ones_like(dst[:, :1], dtype=torch.bool) if place.twins is None else place.twins[:, None]
@@ -230,10 +231,10 @@ class MergeTokens:
         size = min(max(int(self.pool * left + 1e-9), count), length)
         key = f"{self.seed}/{place.step.index}/{place.part}/pool"
         ties, draws = torch.rand(2, length, generator=torch.Generator("cpu").manual_seed(zlib.crc32(key.encode())))
-        order = placed(ties.argsort(), signal.device).expand_as(signal)
+        order = sent(ties.argsort(), signal.device).expand_as(signal)
         ranked = signal.gather(1, order).sort(dim=1, descending=True, stable=True)
         pool = order.gather(1, ranked.indices[:, :size])
-        chosen = placed(draws, signal.device).expand_as(signal).gather(1, pool).topk(count, dim=1).indices
+        chosen = sent(draws, signal.device).expand_as(signal).gather(1, pool).topk(count, dim=1).indices
         return pool.gather(1, chosen).sort(dim=1).values, signal < ranked.values[:, size - 1 : size]
 
     def _count(self, cosine: Tensor, length: int) -> int:
@@ -294,7 +295,7 @@ class KeyStride:
                 torch.arange(side // self.factor) * side // (side // self.factor) for side in (height, width)
             )
             index = torch.arange(frames)[:, None, None] * height * width + rows[:, None] * width + columns
-            state.plan = Plan(placed(index.flatten(), entering.device).expand(place.batch, -1), None)
+            state.plan = Plan(sent(index.flatten(), entering.device).expand(place.batch, -1), None)
         return state.plan
 
     def tensors(self, state: MergeState) -> Sequence[Tensor]:

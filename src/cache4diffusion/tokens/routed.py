@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from cache4diffusion.devices import sent
 from cache4diffusion.errors import SettingError
 from cache4diffusion.gates.base import PartInput, Place
 from cache4diffusion.gates.timetable import nearest_steps
-from cache4diffusion.tokens.base import TokenPlace, of_twins, placed
+from cache4diffusion.tokens.base import TokenPlace, of_twins
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class RoutedTokens:
         if table is None or row >= len(table):
             return torch.zeros(place.batch, place.length, device=device)
         assert place.entering is not None  # the engine was asked for it
-        return place.entering.float() @ placed(table[row].float(), device)
+        return place.entering.float() @ sent(table[row].float(), device)
 
     def tensors(self, state: None) -> Sequence[Tensor]:
         """Nothing is held."""

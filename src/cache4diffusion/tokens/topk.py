@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d, normalize
 
+from cache4diffusion.devices import sent
 from cache4diffusion.errors import SettingError
-from cache4diffusion.tokens.base import Segment, TokenPlace, of_twins, placed
+from cache4diffusion.tokens.base import Segment, TokenPlace, of_twins
 
 # R / R0 by schedule, from the kind of part, the progress i / T and the depth l / 27. The codes count DiT's steps down.
 _FACTORS: dict[str, Callable[[str, float, float], float]] = {
@@ -188,7 +189,7 @@ class TopScore:
             key = f"{self.seed}/{place.step.index}/{place.part}/{segment.start}"  # the same on every device and Python
             generator = torch.Generator("cpu").manual_seed(zlib.crc32(key.encode()))
             drawn = torch.rand(1, segment.stop - segment.start, generator=generator)
-            score = score + (1 - cross_weight) * placed(drawn, device)
+            score = score + (1 - cross_weight) * sent(drawn, device)
         elif state.influence is not None:
             score = score + (1 - cross_weight) * normalize(of_twins(state.influence, place)[:, span], dim=1)
         if has_entropy:

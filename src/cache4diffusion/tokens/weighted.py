@@ -9,10 +9,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from cache4diffusion.devices import sent
 from cache4diffusion.errors import CalibrationError, SettingError
 from cache4diffusion.gates.base import PartInput, Place
 from cache4diffusion.gates.timetable import nearest_steps
-from cache4diffusion.tokens.base import TokenPlace, placed
+from cache4diffusion.tokens.base import TokenPlace
 from cache4diffusion.tokens.routed import routed_count
 
 UNKNOWN = 0.5  # the weight of tokens for which there is none
@@ -108,7 +109,7 @@ class WeightedTokens:
                 [self._important(weights, s.stop - s.start) + s.start for s in place.segments if s.kind == "image"]
                 or [torch.zeros(0, dtype=torch.long)]
             )
-        return placed(index, device).expand(place.batch, -1)
+        return sent(index, device).expand(place.batch, -1)
 
     def _important(self, weights: Tensor | None, length: int) -> Tensor:
         """Of the image's tokens.
