@@ -121,7 +121,7 @@ MODELS: dict[str, ReferenceModel] = {
             noise=VPrediction(),
             sampling={"num_inference_steps": 50, "guidance_scale": 2.0},
             tokens="cut into 64 image tokens",
-            training=Training(updates=8_000),
+            training=Training(updates=16_000),
             borrowed="autoencoder",
         ),
         ReferenceModel(
